@@ -1,0 +1,3 @@
+"""What memory and time a stack of couplings takes, plain, checkpointed and invertible: `python -m benchmarks`."""
+
+__all__: list[str] = []

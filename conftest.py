@@ -1,0 +1,24 @@
+"""What every test and every doctest starts from: seeded, with the names that the examples in docstrings use."""
+
+import pytest
+import torch
+from hypothesis import settings
+
+import invzoo as iz
+
+__all__ = ["names_for_doctests", "seeded"]
+
+settings.register_profile("default", deadline=None)
+settings.register_profile("ci", deadline=None, derandomize=True)
+settings.register_profile("fuzz", deadline=None, max_examples=2000)
+settings.load_profile("default")
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def names_for_doctests(doctest_namespace: dict[str, object]) -> None:
+    doctest_namespace.update(torch=torch, nn=torch.nn, iz=iz)

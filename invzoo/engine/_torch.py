@@ -1,0 +1,125 @@
+"""Every private PyTorch interface that the engine uses, each with a check and what happens where it is missing."""
+
+import contextlib
+import sys
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+__all__ = [
+    "at_end_of_backward",
+    "backward_id",
+    "cpu_generator",
+    "deny_data",
+    "forward_ad_active",
+    "functorch_active",
+    "has_accelerator",
+    "hooks_enabled",
+    "is_distributed",
+    "keeps_graph",
+    "preserve_version",
+    "set_grad_enabled",
+    "storage_key",
+    "storage_owners",
+    "tracing",
+    "version_of",
+]
+
+
+def _private(path: str, fallback: Any) -> Any:
+    value: Any = torch._C
+    for name in path.split("."):
+        value = getattr(value, name, None)
+    return fallback if value is None else value
+
+
+# Missing: every backward is treated as one that keeps its graph. Right, but memory falls one layer later.
+keeps_graph: Callable[[], bool] = _private("_autograd._get_current_graph_task_keep_graph", lambda: True)
+
+# Missing: an unpack looks as if it came from outside a backward, so each one replays its call anew. Right, but slow.
+backward_id: Callable[[], int] = _private("_current_graph_task_id", lambda: -1)
+
+# Missing: the engine does not notice a torch.func transform; torch then refuses the hooks itself.
+functorch_active: Callable[[], bool] = _private("_are_functorch_transforms_active", lambda: False)
+
+# Missing: hooks count as allowed, and entering them raises torch's own error where they are not.
+hooks_enabled: Callable[[], bool] = _private("_autograd._saved_tensors_hooks_is_enabled", lambda: True)
+
+# Missing: torch.jit.trace is not noticed.
+tracing: Callable[[], Any] = _private("_get_tracing_state", lambda: None)
+
+# `torch.no_grad()` without the context manager, which costs more than a small layer. Missing: the public class.
+set_grad_enabled: Callable[[bool], Any] = _private("_set_grad_enabled", torch.set_grad_enabled)
+
+
+def forward_ad_active() -> bool:
+    """Whether forward-mode derivatives are being computed. Missing: False."""
+    return getattr(forward_ad, "_current_level", -1) >= 0
+
+
+def at_end_of_backward(callback: Callable[[], None]) -> None:
+    """Run ``callback`` when the backward that is running ends. Missing: never, and a kept graph holds one layer more."""
+    engine = getattr(torch.autograd.Variable, "_execution_engine", None)
+    if engine is not None:
+        engine.queue_callback(callback)
+
+
+def storage_key(tensor: Tensor) -> int | None:
+    """Identify a tensor's storage while it lives; None for tensors without one (sparse, opaque)."""
+    try:
+        return tensor.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):
+        return None
+
+
+def storage_owners(tensor: Tensor) -> int | None:
+    """Count the tensors that own this tensor's storage; None where torch cannot tell, and then nothing is freed."""
+    count = _private("_storage_Use_Count", None)
+    if count is None:
+        return None
+    storage = tensor.untyped_storage()  # this Python object owns it too
+    return count(storage._cdata) - 1
+
+
+def deny_data(tensor: Tensor, message: str) -> None:
+    """Make C++ reads of this storage raise too, where the build can (the CUDA builds); Python reads raise anyway."""
+    deny = _private("_set_storage_data_ptr_access_error_msg", None)
+    if deny is not None:
+        deny(tensor.untyped_storage()._cdata, message)
+
+
+def allow_data(tensor: Tensor) -> None:
+    """Undo :func:`deny_data`."""
+    allow = _private("_clear_storage_data_ptr_access_error_msg", None)
+    if allow is not None:
+        allow(tensor.untyped_storage()._cdata)
+
+
+def preserve_version(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Write into a tensor without moving its version counter. Missing: the version moves, and torch may complain."""
+    preserve = getattr(torch.autograd, "_unsafe_preserve_version_counter", None)
+    return contextlib.nullcontext() if preserve is None else preserve(tensor)
+
+
+def version_of(tensor: Tensor) -> int:
+    """Return the number of in-place changes so far; inference tensors do not count them."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def is_distributed(tensor: Tensor) -> bool:
+    """Whether a parameter is sharded, so that whoever shards it puts it in place (FSDP2)."""
+    module = sys.modules.get("torch.distributed.tensor")  # not imported: then there is none
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+@cache
+def has_accelerator() -> bool:
+    """Whether this machine has any device besides the CPU."""
+    return torch.accelerator.is_available()
+
+
+cpu_generator: torch.Generator = torch.default_generator

@@ -1,0 +1,537 @@
+"""The eager engine: calls that keep nothing for backward but what they need to be replayed.
+
+NOTE [How a call forgets and remembers]
+
+1. A call runs its function with gradients on, so the graph is the real graph. A pack hook gives autograd an empty
+   `Handle` for every tensor that it wants to save. Until the call is closed the handle still holds the value, so that
+   a function may differentiate inside itself (`torch.autograd.grad`).
+2. Every activation between calls is a `Slot`. It holds its value until a call consumes it; from then on it holds that
+   call, which can rebuild it. An output that *is* an input (the stream that a coupling passes on) keeps its slot.
+3. On the first unpack a call is rebuilt: its output slots are pulled (which may invert later calls; iteratively, since
+   chains are long), the operation's replay inverts and runs the function once more under a hook that captures what is
+   saved, in the same order, and each handle gets its tensor.
+4. In a backward that frees its graph, each slot that a rebuilt call filled holds its value alone from then on, and the
+   later calls are freed behind it. Where the graph is kept, rebuilt values are dropped again: handles when the next
+   call is rebuilt, slots when their producer is, and all that is left when the backward ends.
+5. References only point forward: graph -> call -> output slot -> consuming call. A call therefore holds side inputs and
+   parameters without their graphs, and the slots of its inputs weakly. Nothing waits for the garbage collector.
+6. A replay happens as it was (`Surroundings`) and is checked: outputs and parameters unchanged, the same tensors saved,
+   and the inputs come back as they were (`fingerprint`).
+"""
+
+import contextlib
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from ._torch import (
+    at_end_of_backward,
+    backward_id,
+    forward_ad_active,
+    functorch_active,
+    hooks_enabled,
+    keeps_graph,
+    set_grad_enabled,
+    tracing,
+    version_of,
+)
+from .fingerprint import Fingerprint, distance, fingerprint, tolerance
+from .mode import Mode, Policy
+from .slots import Slot, key_of, slot_of
+from .surroundings import Surroundings, map_tensors
+
+__all__ = ["Operation", "Tape", "call", "place", "steps_aside", "tuple_of"]
+
+
+@dataclass(slots=True)
+class Operation:
+    """What the engine knows of a layer: a function, the way back, and what its replay must find as it was.
+
+    Args:
+        name: what errors call it.
+        function: ``function(*inputs, **side) -> outputs``.
+        inverse: ``inverse(*outputs, **side) -> inputs``; None where there is none.
+        replay: ``replay(tape, *outputs, **side)`` rebuilds the inputs and runs the function once on the tape; None
+            inverts first and then runs the function.
+        roots: the modules whose parameters, buffers, flags and hooks the function sees.
+        policy: mode and checks.
+        saturating: whether the inverse loses precision, so that ``invert`` keeps the inputs instead.
+        takes_saved: whether ``inverse`` has the argument ``saved``, the set of input positions not to compute.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    inverse: Callable[..., Any] | None
+    replay: "Callable[..., None] | None"
+    roots: Sequence[nn.Module]
+    policy: Policy
+    saturating: bool = False
+    takes_saved: bool = False
+
+
+class _State(threading.local):
+    """What one thread is doing."""
+
+    def __init__(self) -> None:
+        self.depth = 0  # of calls that run right now: those inside another are part of it
+        self.place: list[str] = []  # where in its containers the running layer stands, for errors
+        self.kept = _Kept()
+
+
+class _Kept:
+    """What backwards through a kept graph rebuilt and have not dropped yet (rule 4)."""
+
+    def __init__(self) -> None:
+        self.task = -1
+        self.last: Callable[[], Call | None] = lambda: None
+        self.slots: list[weakref.ref[Slot]] = []
+
+    def begin(self, call: "Call") -> None:
+        last, self.last = self.last(), weakref.ref(call)
+        if last is not None and last is not call:
+            last.release()
+        task = backward_id()
+        if task not in (-1, self.task):
+            self.task = task
+            at_end_of_backward(self.end)
+
+    def end(self) -> None:
+        if (last := self.last()) is not None:
+            last.release()
+        for ref in self.slots:
+            if (slot := ref()) is not None:
+                slot.drop()
+        self.slots.clear()
+
+
+_state = _State()
+
+
+@contextlib.contextmanager
+def place(name: str) -> Iterator[None]:
+    """Say where the layers that run inside stand: errors, those of their replays too, carry it as a note."""
+    _state.place.append(name)
+    try:
+        yield
+    except Exception as error:
+        _note(error, _state.place)
+        raise
+    finally:
+        _state.place.pop()
+
+
+def _note(error: Exception, where: Sequence[str]) -> None:
+    note = "in " + " of ".join(reversed(where))
+    if where and not any(n.endswith(note) for n in getattr(error, "__notes__", ())):
+        error.add_note(note)
+
+
+def tuple_of(value: Any) -> tuple[Any, ...]:
+    """Return several values as they are, and one as a tuple of one."""
+    return tuple(value) if isinstance(value, tuple | list) else (value,)
+
+
+def steps_aside() -> bool:
+    """Whether calls made now run as plain functions: nothing to save, or somebody else decides what is saved."""
+    return (
+        not torch.is_grad_enabled()
+        or _state.depth > 0
+        or torch.compiler.is_compiling()
+        or functorch_active()
+        or forward_ad_active()
+        or not hooks_enabled()
+        or tracing() is not None
+    )
+
+
+def call(operation: Operation, inputs: tuple[Any, ...], side: dict[str, Any]) -> Any:
+    """Run ``operation`` so that backward rebuilds what it needs, as the operation's policy says."""
+    mode = operation.policy.mode
+    if mode is Mode.store or steps_aside():
+        return operation.function(*inputs, **side)
+    if mode is Mode.invert and operation.inverse is None:
+        raise TypeError(
+            f"Expected a layer with an inverse for mode 'invert'; got {operation.name}, which has none. "
+            "Use mode 'recompute' or 'store'"
+        )
+    return Call(operation, inputs, side).forward(inputs, side)
+
+
+class Handle:
+    """Stands in the graph for a tensor that autograd saved; its value comes when the call is rebuilt."""
+
+    __slots__ = ("__weakref__", "value")
+
+    def __init__(self, value: Tensor):
+        self.value: Tensor | None = value
+
+
+@dataclass(slots=True)
+class Input:
+    """What a rebuilt input has to look like."""
+
+    requires_grad: bool
+    dtype: torch.dtype
+    shape: torch.Size
+    stride: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "Input":
+        stride = tensor.stride() if tensor.layout is torch.strided else ()
+        return cls(tensor.requires_grad, tensor.dtype, tensor.shape, stride)
+
+    def conform(self, value: Tensor) -> Tensor:
+        """Return ``value`` as a leaf in this dtype and, where it was dense, this memory format."""
+        value = value.detach().to(self.dtype)
+        if value.layout is torch.strided and value.stride() != self.stride and _is_dense(self.shape, self.stride):
+            value = torch.empty_strided(value.shape, self.stride, dtype=value.dtype, device=value.device).copy_(value)
+        return value.requires_grad_(self.requires_grad)
+
+
+def _is_dense(shape: torch.Size, stride: tuple[int, ...]) -> bool:
+    expected = 1
+    for step, size in sorted((st, n) for st, n in zip(stride, shape, strict=True) if n != 1):
+        if step != expected:
+            return False
+        expected *= size
+    return True
+
+
+def _data(tensor: Tensor) -> Tensor:
+    """Return a tensor without its graph (rule 5)."""
+    return tensor.detach().requires_grad_(tensor.requires_grad)
+
+
+class Tape:
+    """What a replay writes on: the inputs that it rebuilds, and the runs of the function's pieces.
+
+    A replay calls :meth:`input` for every input position and :meth:`run` for pieces that together are the function,
+    in the function's order. It runs without gradients; only :meth:`run` records.
+    """
+
+    __slots__ = ("_call", "_captured", "_metas", "_started", "inputs")
+
+    def __init__(self, call: "Call"):
+        self._call = call
+        self._captured: list[Tensor | None] = []
+        self._metas: list[tuple[torch.Size, torch.dtype]] = []
+        self._started = False
+        self.inputs: list[Any] = [None if isinstance(i, Input) else i for i in call.inputs]
+
+    def input(self, position: int, value: Any) -> Any:
+        """Take ``value`` as the input at ``position``, and return it as :meth:`run` must get it."""
+        spec = self._call.inputs[position]
+        if isinstance(spec, Input):
+            if not isinstance(value, Tensor) or value.shape != spec.shape:
+                got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+                raise RuntimeError(
+                    f"Expected the inverse of {self._call.operation.name} to return a tensor of shape "
+                    f"{tuple(spec.shape)} for input {position}; got {got}"
+                )
+            self.inputs[position] = spec.conform(value)
+        return self.inputs[position]
+
+    def invert(self, *outputs: Any) -> list[Any]:
+        """Rebuild all inputs with the inverse."""
+        return [self.input(i, v) for i, v in enumerate(self._call.invert(outputs))]
+
+    def run(self, function: Callable[..., Any], *args: Any, **side: Any) -> Any:
+        """Evaluate a piece of the function; what autograd saves meanwhile goes to the graph of the forward."""
+        if not self._started:
+            self._call.surroundings.seed()  # the inverse may have used the generators
+            self._started = True
+        set_grad_enabled(True)
+        try:
+            with saved_tensors_hooks(self._capture, _same):
+                return function(*args, **side)
+        finally:
+            set_grad_enabled(False)
+
+    def _capture(self, tensor: Tensor) -> Tensor:
+        value, handles = tensor.detach(), self._call.handles
+        index = len(self._metas)
+        self._metas.append((tensor.shape, tensor.dtype))
+        self._captured.append(value if index < len(handles) and handles[index]() is not None else None)
+        return value
+
+    def fill(self) -> None:
+        """Give the forward's graph what it saved."""
+        if self._metas != self._call.metas:
+            raise RuntimeError(
+                f"Expected the replay of {self._call.operation.name} to save the tensors that its forward saved; got "
+                f"{_summary(self._metas)} where forward saved {_summary(self._call.metas)}. Is it deterministic, and "
+                "does it depend on its inputs, parameters and buffers alone?"
+            )
+        for ref, value in zip(self._call.handles, self._captured, strict=True):
+            if (handle := ref()) is not None:
+                handle.value = value
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+def _summary(metas: Sequence[tuple[torch.Size, torch.dtype]]) -> str:
+    return f"{len(metas)} tensors ({', '.join(str(tuple(shape)) for shape, _ in metas[:8])}...)"
+
+
+class Call:
+    """One run of an operation: what it takes to run it again."""
+
+    __slots__ = (
+        "__weakref__",
+        "handles",
+        "inputs",
+        "kept",
+        "lock",
+        "metas",
+        "operation",
+        "outputs",
+        "passed",
+        "place",
+        "prints",
+        "produced",
+        "side",
+        "sources",
+        "surroundings",
+    )
+
+    def __init__(self, operation: Operation, inputs: tuple[Any, ...], side: dict[str, Any]):
+        self.operation = operation
+        self.place = [*_state.place]
+        self.lock = threading.RLock()  # a graph that spans devices is run by several threads
+        self.inputs = [Input.of(x) if isinstance(x, Tensor) else map_tensors(_data, x) for x in inputs]
+        self.side = map_tensors(_data, side) if side else side
+        self.handles: list[weakref.ref[Handle]] = []
+        self.metas: list[tuple[torch.Size, torch.dtype]] = []
+        self.kept: tuple[Any, ...] | None = None
+        self.outputs: list[Any] | None = []
+        self.produced: list[Slot] = []
+        self.passed: dict[int, int] = {}  # input position -> position of the output that is this input
+        self.sources: list[Callable[[], Slot | None]] = []
+        self.prints: list[tuple[int, Fingerprint]] = []
+        tensors = [x for x in (*inputs, *side.values()) if isinstance(x, Tensor)]
+        generators = [x for x in (*inputs, *side.values()) if isinstance(x, torch.Generator)]
+        self.surroundings = Surroundings(operation.roots, tensors, generators)
+
+    def forward(self, inputs: tuple[Any, ...], side: dict[str, Any]) -> Any:
+        operation, observers = self.operation, self.surroundings.observers
+        if self.surroundings.lazy:
+            return operation.function(*inputs, **side)
+        versions = [version_of(x) for x in inputs if isinstance(x, Tensor)]
+        _state.depth += 1
+        try:
+            with saved_tensors_hooks(self.pack, self.unpack), observers.watched() if observers else _nothing:
+                result = operation.function(*inputs, **side)
+        finally:
+            _state.depth -= 1
+        if versions != [version_of(x) for x in inputs if isinstance(x, Tensor)]:
+            raise RuntimeError(
+                f"Expected {operation.name} to leave its inputs as they are; got one that its function changed in "
+                "place. Use out-of-place operations, or mode 'store'"
+            )
+        outputs = tuple_of(result)
+        if any(isinstance(y, Tensor) and y.requires_grad for y in outputs):
+            self._close(inputs, outputs)
+        return result
+
+    def _close(self, inputs: tuple[Any, ...], outputs: tuple[Any, ...]) -> None:
+        """Forget everything that a replay can rebuild."""
+        operation = self.operation
+        self.surroundings.close(operation.policy.seed)
+        invert = operation.policy.mode is Mode.invert and not operation.saturating
+        if invert:
+            self._link(inputs, outputs)
+        else:
+            self.kept = tuple(x.detach() if isinstance(x, Tensor) else None for x in inputs)
+        if self._unverified():
+            tensors = [(i, x) for i, x in enumerate(inputs if invert else outputs) if isinstance(x, Tensor)]
+            self.prints = [(i, fingerprint(x)) for i, x in tensors if not (invert and i in self.passed)]
+        self.release()
+
+    def _link(self, inputs: tuple[Any, ...], outputs: tuple[Any, ...]) -> None:
+        """Put the outputs into slots, and become the one who rebuilds those of the inputs (rule 2)."""
+        keys_in = [key_of(x) if isinstance(x, Tensor) else None for x in inputs]
+        keys_out = [key_of(y) if isinstance(y, Tensor) else None for y in outputs]
+        slots_in = [None if k is None else slot_of(x, k) for x, k in zip(inputs, keys_in, strict=True)]
+        self.passed = {i: keys_out.index(k) for i, k in enumerate(keys_in) if k and k[0] and k in keys_out}
+        for i, slot in enumerate(slots_in):
+            linked = slot is not None and i not in self.passed and slot.consumer in (None, self)
+            if linked:
+                slot.consume(self)
+            self.sources.append(weakref.ref(slot) if linked else _none)
+        for y, key in zip(outputs, keys_out, strict=True):
+            slot = None if key is None else slot_of(y, key)
+            if key is not None and slot is None:
+                slot = Slot(y, key)
+                self.produced.append(slot)
+            self.outputs.append(y if slot is None else slot)
+
+    def pack(self, tensor: Tensor) -> Handle:
+        handle = Handle(tensor.detach())
+        self.handles.append(weakref.ref(handle))
+        self.metas.append((tensor.shape, tensor.dtype))
+        return handle
+
+    def unpack(self, handle: Handle) -> Tensor:
+        value = handle.value
+        if value is None:
+            with self.lock:
+                if handle.value is None:
+                    self.rebuild()
+                value = handle.value
+            if backward_id() == -1:  # somebody looks at the graph
+                _state.kept.end()
+        return value
+
+    def release(self) -> None:
+        """Forget what the handles hold."""
+        for ref in self.handles:
+            if (handle := ref()) is not None:
+                handle.value = None
+
+    def rebuild(self) -> None:
+        """Replay the call, and give the graph what it saved (rules 3 and 4)."""
+        keep = keeps_graph()
+        if keep:
+            _state.kept.begin(self)
+        self._pull()
+        tape = Tape(self)
+        with self._as_it_was():
+            if self.kept is not None:
+                outputs = tape.run(
+                    self.operation.function, *[tape.input(i, x) for i, x in enumerate(self.kept)], **self.side
+                )
+                self._verify(tuple_of(outputs))
+            else:
+                self._replay(tape)
+                self._verify(tape.inputs)
+            tape.fill()
+        self._put(tape.inputs, keep)
+        if keep:
+            self._drop()
+        else:
+            self.outputs, self.produced = None, []
+
+    def _replay(self, tape: Tape) -> None:
+        outputs = self._values()
+        if self.operation.replay is not None:
+            self.operation.replay(tape, *outputs, **self.side)
+        else:
+            tape.run(self.operation.function, *tape.invert(*outputs), **self.side)
+
+    def invert(self, outputs: tuple[Any, ...]) -> list[Any]:
+        """Compute the inputs from the outputs."""
+        inverse, passed = self.operation.inverse, self.passed
+        known = {i for i, x in enumerate(self.inputs) if not isinstance(x, Input)} | passed.keys()
+        saved = {"saved": known} if self.operation.takes_saved else {}
+        values = list(tuple_of(inverse(*outputs, **self.side, **saved))) if len(known) < len(self.inputs) else None
+        if values is not None and len(values) != len(self.inputs):
+            raise RuntimeError(
+                f"Expected the inverse of {self.operation.name} to return {len(self.inputs)} values; got {len(values)}"
+            )
+        values = values or [None] * len(self.inputs)
+        for i in known:
+            values[i] = outputs[passed[i]] if i in passed else self.inputs[i]
+        return values
+
+    def _pull(self) -> None:
+        """Make every output slot hold its value, by inverting later calls where it does not."""
+        stack, filled = [self], []
+        while stack:
+            call = stack[-1]
+            missing = next((s for s in call._slots() if s.value is None), None)
+            if missing is not None:
+                stack.append(missing.consumer)
+                continue
+            stack.pop()
+            if call is not self:
+                filled += call._restore()
+        mine = self._slots()
+        for slot in filled:
+            if slot not in mine:
+                slot.drop()
+
+    def _restore(self) -> list[Slot]:
+        """Rebuild the inputs alone, for an earlier call."""
+        tape = Tape(self)
+        with self._as_it_was():
+            tape.invert(*self._values())
+            self._verify(tape.inputs)
+        # Where the later calls are done with and no graph waits for this one, it is done with as well.
+        done = not keeps_graph() and not self._awaited() and all(slot.consumer is None for slot in self._slots())
+        self._put(tape.inputs, keep=not done)
+        self._drop()
+        return [slot for ref in self.sources if (slot := ref()) is not None]
+
+    def _awaited(self) -> bool:
+        return any(ref() is not None for ref in self.handles)
+
+    def _slots(self) -> list[Slot]:
+        return [s for s in self.outputs or () if isinstance(s, Slot)]
+
+    def _values(self) -> tuple[Any, ...]:
+        if any(slot.changed for slot in self._slots()):
+            raise RuntimeError(
+                f"Expected the outputs of {self.operation.name} to stay as they are until backward; got one that was "
+                "changed in place. Use an out-of-place operation on it"
+            )
+        return tuple(y.value if isinstance(y, Slot) else y for y in self.outputs)
+
+    def _put(self, inputs: Sequence[Any], keep: bool) -> None:
+        for ref, value in zip(self.sources, inputs, strict=False):
+            if (slot := ref()) is not None:
+                slot.put(value)
+                if keep:
+                    _state.kept.slots.append(ref)
+                else:
+                    slot.consumer = None
+
+    def _drop(self) -> None:
+        for slot in self.produced:
+            slot.drop()
+
+    def _unverified(self) -> bool:
+        policy = self.operation.policy
+        return policy.check == "always" or (policy.check == "first" and self.operation.name not in policy.verified)
+
+    def _verify(self, values: Sequence[Any]) -> None:
+        what = "its inverse rebuilds input" if self.kept is None else "its replay computes output"
+        dtypes = {i.dtype for i in self.inputs if isinstance(i, Input)} | {s.value.dtype for s in self._slots()}
+        for position, was in self.prints:
+            error, allowed = distance(was, fingerprint(values[position])), tolerance(*dtypes)
+            if not error <= allowed:
+                raise RuntimeError(
+                    f"Expected {self.operation.name} to be replayed within a relative error of {allowed:.1e}; got "
+                    f"{error:.1e}, for {what} {position}. Its inverse is wrong, or it is not deterministic, or too "
+                    "ill-conditioned for this precision. Mend it, or use mode 'recompute' or 'store'"
+                )
+        self.operation.policy.verified.add(self.operation.name)
+
+    @contextlib.contextmanager
+    def _as_it_was(self) -> Iterator[None]:
+        grad = torch.is_grad_enabled()
+        _state.depth += 1
+        set_grad_enabled(False)
+        try:
+            with self.surroundings.restored():
+                yield
+        except Exception as error:
+            _note(error, [*self.place, f"the replay of {self.operation.name}"])
+            raise
+        finally:
+            set_grad_enabled(grad)
+            _state.depth -= 1
+
+
+def _none() -> None:
+    return None
+
+
+_nothing: contextlib.AbstractContextManager[None] = contextlib.nullcontext()

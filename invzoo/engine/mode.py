@@ -1,0 +1,73 @@
+"""How a module keeps what its backward needs."""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Literal
+
+__all__ = ["Check", "Mode", "Policy", "check_of", "mode_of"]
+
+Check = Literal["first", "always", "never"]
+
+
+class Mode(StrEnum):
+    """How a module keeps what its backward needs.
+
+    ``store`` keeps every tensor that autograd saves, as a plain module does; ``recompute`` keeps the inputs and runs
+    the function again in backward; ``invert`` keeps nothing but the last output of a chain and rebuilds the rest.
+
+    Example:
+        >>> iz.Mode("invert") is iz.Mode.invert
+        True
+    """
+
+    store = "store"
+    recompute = "recompute"
+    invert = "invert"
+
+
+@dataclass(slots=True)
+class Policy:
+    """The options of one module, as the engine reads them at each call.
+
+    Args:
+        checkpoint: whether anything is freed at all.
+        invertible: whether inputs are freed too, and rebuilt with the inverse.
+        check: on which calls a replay is compared with its forward.
+        seed: keep the random number generators' state even if the call seems not to use it.
+    """
+
+    checkpoint: bool = True
+    invertible: bool = True
+    check: Check = "first"
+    seed: bool = False
+    free_input: bool = False
+    verified: set[str] = field(default_factory=set)  # the operations whose replay was right once
+
+    @property
+    def mode(self) -> Mode:
+        if not self.checkpoint:
+            return Mode.store
+        return Mode.invert if self.invertible else Mode.recompute
+
+    @mode.setter
+    def mode(self, value: Mode | str) -> None:
+        mode = mode_of(value)
+        self.checkpoint = mode is not Mode.store
+        if self.checkpoint:
+            self.invertible = mode is Mode.invert
+
+
+def mode_of(value: Mode | str) -> Mode:
+    """Turn a name into a :class:`Mode`, or say which names there are."""
+    try:
+        return Mode(value)
+    except ValueError:
+        names = ", ".join(repr(mode.value) for mode in Mode)
+        raise ValueError(f"Expected mode to be one of {names}; got {value!r}") from None
+
+
+def check_of(value: str) -> Check:
+    """Return ``value`` if it is a way of checking, or say which there are."""
+    if value not in ("first", "always", "never"):
+        raise ValueError(f"Expected check to be one of 'first', 'always', 'never'; got {value!r}")
+    return value  # type: ignore[return-value]

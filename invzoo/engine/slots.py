@@ -1,0 +1,81 @@
+"""Activations between calls: where they are, and who can rebuild them."""
+
+import threading
+import weakref
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from ._torch import storage_key, version_of
+
+if TYPE_CHECKING:
+    from .call import Call
+
+__all__ = ["Slot", "key_of", "slot_of"]
+
+
+def key_of(tensor: Tensor) -> tuple[Any, ...]:
+    """Identify the memory that a tensor shows, and how it shows it."""
+    storage = storage_key(tensor)
+    if storage is None:
+        return (None,)
+    return (
+        storage,
+        tensor.storage_offset(),
+        tensor.shape,
+        tensor.stride(),
+        tensor.dtype,
+        tensor.is_conj(),
+        tensor.is_neg(),
+    )
+
+
+class Slot:
+    """One activation: its value, until a call consumes it and can rebuild it; then that call.
+
+    A rebuilt value stands beside the consumer for a while, so that the next call need not rebuild it.
+    """
+
+    __slots__ = ("__weakref__", "consumer", "key", "value", "version")
+
+    def __init__(self, tensor: Tensor, key: tuple[Any, ...]):
+        self.key = key
+        self.consumer: Call | None = None
+        self.put(tensor)
+        if key[0] is not None:
+            _live.slots[key] = self
+
+    def put(self, value: Tensor) -> None:
+        """Hold ``value``, which must not be changed in place from here on."""
+        self.value: Tensor | None = value.detach()
+        self.version = version_of(self.value)
+
+    def consume(self, call: "Call") -> None:
+        """Let ``call`` rebuild the value from now on."""
+        self.consumer, self.value = call, None
+        if _live.slots.get(self.key) is self:
+            del _live.slots[self.key]
+
+    def drop(self) -> None:
+        """Forget a rebuilt value; one that nobody can rebuild stays."""
+        if self.consumer is not None:
+            self.value = None
+
+    @property
+    def changed(self) -> bool:
+        """Whether the value was changed in place since it was put here."""
+        return self.value is not None and version_of(self.value) != self.version
+
+
+class _Live(threading.local):
+    def __init__(self) -> None:
+        self.slots: weakref.WeakValueDictionary[tuple[Any, ...], Slot] = weakref.WeakValueDictionary()
+
+
+_live = _Live()
+
+
+def slot_of(tensor: Any, key: tuple[Any, ...]) -> Slot | None:
+    """Find the slot that holds this very tensor, unchanged; by its memory, since views and hooks make new objects."""
+    slot = _live.slots.get(key)
+    return slot if slot is not None and slot.value is not None and slot.version == version_of(tensor) else None

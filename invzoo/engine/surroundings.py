@@ -1,0 +1,177 @@
+"""What a call sees besides its inputs, and how a replay is made to see it again."""
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedTensorMixin
+
+from ._torch import cpu_generator, has_accelerator, is_distributed, storage_key, version_of
+from .observers import Observers
+
+__all__ = ["Surroundings", "map_tensors", "walk"]
+
+
+def walk(roots: Iterable[nn.Module]) -> list[nn.Module]:
+    """List the modules below ``roots``; a shared one comes as often as it is shared (cheaper than finding out)."""
+    modules = list(roots)
+    for module in modules:
+        modules.extend(child for child in module._modules.values() if child is not None)
+    return modules
+
+
+def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
+    """Apply ``function`` to every tensor in nested lists, tuples and dicts."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, dict):
+        return type(value)((k, map_tensors(function, v)) for k, v in value.items())
+    if isinstance(value, tuple | list):
+        items = [map_tensors(function, v) for v in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    return value
+
+
+class _Entry(NamedTuple):
+    """A parameter or buffer where a module keeps it, as it was before the call."""
+
+    table: dict[str, Any]
+    name: str
+    tensor: Tensor
+    version: int
+    copy: Tensor | None  # of a buffer
+
+
+class _State(NamedTuple):
+    """One random number generator, and its state before the call."""
+
+    get: Callable[[], Tensor]
+    set: Callable[[Tensor], Any]
+    state: Tensor
+
+
+def _generator_states(devices: Iterable[torch.device], generators: Iterable[torch.Generator]) -> list[_State]:
+    states = [_State(g.get_state, g.set_state, g.get_state()) for g in (cpu_generator, *generators)]
+    for device in devices:
+        module = torch.get_device_module(device)
+        if hasattr(module, "get_rng_state"):
+            states.append(
+                _State(
+                    lambda m=module, d=device: m.get_rng_state(d),
+                    lambda state, m=module, d=device: m.set_rng_state(state, d),
+                    module.get_rng_state(device),
+                )
+            )
+    return states
+
+
+def _autocast_state(types: Iterable[str]) -> list[tuple[str, bool, torch.dtype]]:
+    return [(t, torch.is_autocast_enabled(t), torch.get_autocast_dtype(t)) for t in types]
+
+
+class Surroundings:
+    """Everything but the inputs that decides what a function computes, as it was when the call began.
+
+    That is the state of the random number generators (kept if the call consumed any, or if ``seed``), autocast, the
+    train and eval flags, the parameters, and the buffers that the call changed.
+    """
+
+    __slots__ = ("autocast", "entries", "generators", "modules", "observers", "replaced", "training")
+
+    def __init__(self, roots: Sequence[nn.Module], tensors: Sequence[Tensor], generators: Sequence[torch.Generator]):
+        self.modules = walk(roots)
+        self.training = [(m, m.training) for m in self.modules]
+        self.observers = Observers.of(self.modules)
+        self.entries: list[Any] = [
+            _Entry(m._parameters, n, p, version_of(p), None)
+            for m in self.modules
+            for n, p in m._parameters.items()
+            if p is not None
+        ]
+        with torch.no_grad():
+            self.entries += [
+                _Entry(m._buffers, n, b, version_of(b), b.clone())
+                for m in self.modules
+                for n, b in m._buffers.items()
+                if b is not None
+            ]
+        types, devices = {"cpu"}, set()
+        if has_accelerator():
+            devices = {t.device for t in tensors} | {e.tensor.device for e in self.entries}
+            devices = {d for d in devices if d.type not in ("cpu", "meta")}
+            types |= {d.type for d in devices}
+        self.generators = _generator_states(devices, generators)
+        self.autocast = _autocast_state(types)
+        self.replaced: list[tuple[dict[str, Any], str, Tensor]] = []
+
+    @property
+    def lazy(self) -> bool:
+        """Whether a parameter has no shape yet; its first call decides that, and is no call to replay."""
+        return any(isinstance(e.tensor, UninitializedTensorMixin) for e in self.entries)
+
+    def close(self, seed: bool) -> None:
+        """After the call: forget what it left alone, and learn what to put back before a replay."""
+        if not seed:
+            self.generators = [g for g in self.generators if not torch.equal(g.state, g.get())]
+        unchanged = []
+        for table, name, tensor, version, copy in self.entries:
+            now, moved = table.get(name), version_of(tensor) != version
+            if copy is None and moved:
+                raise RuntimeError(
+                    f"Expected function not to change parameters in place; got a change of {name!r}. "
+                    "Change it outside the call, or use mode 'store'"
+                )
+            if copy is not None and (moved or now is not tensor):
+                self.replaced.append((table, name, copy))
+            elif not tensor.is_leaf:  # a functional_call's; its graph may lead back here, so hold its data alone
+                self.replaced.append((table, name, tensor.detach().requires_grad_(tensor.requires_grad)))
+            elif not is_distributed(tensor):
+                unchanged.append((table, name, tensor, version, storage_key(tensor)))
+        self.entries = unchanged
+
+    def _check(self) -> None:
+        for _, name, tensor, version, key in self.entries:
+            if version_of(tensor) != version or storage_key(tensor) != key:
+                raise RuntimeError(
+                    f"Expected parameters and buffers to stay as they were between forward and backward; got a change "
+                    f"of {name!r}. Call backward before optimizer.step() or load_state_dict()"
+                )
+
+    def seed(self) -> None:
+        """Bring the generators to where they were when the call began."""
+        for generator in self.generators:
+            generator.set(generator.state)
+
+    @contextlib.contextmanager
+    def restored(self) -> Iterator[None]:
+        """Put everything back as it was, for as long as the context lasts."""
+        self._check()
+        put = [(t, n, new) for t, n, new, _, _ in self.entries if t.get(n) is not new and not is_distributed(t.get(n))]
+        # A replay changes buffers again, so it gets copies.
+        put += [(t, n, new if new.requires_grad else new.clone()) for t, n, new in self.replaced]
+        flags = [(m, was, m.training) for m, was in self.training if m.training != was]
+        now = [(g.set, g.get()) for g in self.generators]
+        old = [(t, n, t.get(n)) for t, n, _ in put]
+        with contextlib.ExitStack() as stack:
+            for device, enabled, dtype in self.autocast:
+                if enabled or torch.is_autocast_enabled(device):
+                    # Weights cast without gradients, by an inverse, must not be found by the function's run.
+                    stack.enter_context(torch.autocast(device, dtype, enabled, cache_enabled=False))
+            if self.observers is not None:
+                stack.enter_context(self.observers.silenced())
+            try:
+                for table, name, new in put:
+                    table[name] = new
+                for module, was, _ in flags:
+                    module.training = was
+                self.seed()
+                yield
+            finally:
+                for set_state, state in now:
+                    set_state(state)
+                for module, _, was in flags:
+                    module.training = was
+                for table, name, was in reversed(old):
+                    table[name] = was

@@ -1,0 +1,77 @@
+"""Errors of one form, "<Layer>: Expected <argument> to ...; got ...", for every layer."""
+
+from collections.abc import Collection
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "autocast_enabled",
+    "check_choice",
+    "check_dims",
+    "check_features",
+    "check_floating",
+    "check_like",
+    "check_positive",
+    "check_positive_int",
+    "refuse",
+]
+
+
+def refuse(owner: object, argument: str, expected: str, got: object, error: type[Exception] = ValueError) -> NoReturn:
+    """Raise `error` with the one message that all checks share; `owner` is a layer or its name."""
+    name = owner if isinstance(owner, str) else type(owner).__name__
+    raise error(f"{name}: Expected {argument} to {expected}; got {got}")
+
+
+def check_choice(owner: object, argument: str, value: Any, choices: Collection[Any]) -> None:
+    if value not in choices:
+        refuse(owner, argument, f"be one of {', '.join(map(repr, choices))}", repr(value))
+
+
+def check_positive_int(owner: object, argument: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        refuse(owner, argument, "be an int", repr(value), TypeError)
+    if value < 1:
+        refuse(owner, argument, "be at least 1", value)
+
+
+def check_positive(owner: object, argument: str, value: float) -> None:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        refuse(owner, argument, "be a number", repr(value), TypeError)
+    if not 0 < value < float("inf"):
+        refuse(owner, argument, "be positive and finite", value)
+
+
+def check_floating(owner: object, argument: str, x: Any) -> None:
+    """Floating point or complex."""
+    if not isinstance(x, Tensor):
+        refuse(owner, argument, "be a Tensor", type(x).__name__, TypeError)
+    if not (x.is_floating_point() or x.is_complex()):
+        refuse(owner, argument, "be floating point or complex", x.dtype, TypeError)
+
+
+def check_dims(owner: object, argument: str, x: Tensor, dims: Collection[int], layout: str) -> None:
+    """The number of dims is one of `dims`; `layout` says in words what they mean."""
+    if x.ndim not in dims:
+        refuse(owner, argument, f"have dims {layout}", f"shape {tuple(x.shape)}")
+
+
+def check_features(owner: object, argument: str, x: Tensor, dim: int, size: int) -> None:
+    """`x` has `size` features in `dim`."""
+    if not -x.ndim <= dim < x.ndim or x.shape[dim] != size:
+        refuse(owner, argument, f"have size {size} in dim {dim}", f"shape {tuple(x.shape)}")
+
+
+def autocast_enabled(x: Tensor) -> bool:
+    device = x.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def check_like(owner: object, argument: str, x: Tensor, parameter: Tensor) -> None:
+    """`x` is where the layer's `parameter` is, and of its dtype unless autocast rules over dtypes."""
+    if x.device != parameter.device:
+        refuse(owner, argument, f"be on the layer's device {parameter.device}", x.device)
+    if x.dtype != parameter.dtype and not autocast_enabled(x):
+        refuse(owner, argument, f"be of the layer's dtype {parameter.dtype}", x.dtype, TypeError)

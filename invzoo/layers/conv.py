@@ -1,0 +1,93 @@
+"""Convolutions that can be undone."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .linear import MatrixLayer
+
+__all__ = ["InvertibleConv1x1"]
+
+
+def mix_channels(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """`weight` x + `bias` along dim 1, in the memory format of x.
+
+    Not F.conv, whose float32 products are TF32 on CUDA by default, good to 1e-3 only.
+    """
+    pixels = x.flatten(2)
+    channels_last = pixels.mT.is_contiguous()
+    # The gradient of the batched product holds a matrix per image: more than the images themselves if they are small.
+    if channels_last or pixels.shape[2] < len(weight):
+        y = F.linear(pixels.mT, weight, bias).mT
+        y = y if channels_last else y.contiguous()
+    else:
+        y = torch.baddbmm(bias[:, None], weight.expand(len(x), -1, -1), pixels)
+    return y.reshape(*y.shape[:2], *x.shape[2:])
+
+
+class InvertibleConv1x1(MatrixLayer):
+    """Multiplies the channels of every pixel by a learned matrix that stays invertible: y = W x + b.
+
+    .. math:: x = W^{-1} (y - b)
+
+    `InvertibleLinear` over dim 1: the kinds of W, what they guarantee, and every other option are described there.
+
+    Shapes: x (B, channels, ...), y (B, out_channels, ...) with one to three dims of pixels, of any size.
+
+    Args:
+        channels: Size of dim 1 of x.
+        out_channels: Size of dim 1 of y, at least `channels`; `channels` if None.
+        bias: Whether b is learned; zero otherwise.
+        kind: "householder", "cayley", "scaled", "plu" or "free".
+        reflections: How many, for "householder" and "scaled"; `channels` if None.
+        max_log_scale: Bound on the log-scale in nats, for "scaled" and "plu"; 1.0 if None.
+        device: Of the parameters.
+        dtype: Of the parameters and, without autocast, of x and y.
+        options: Those of `InvertibleModule`.
+
+    Raises:
+        ValueError: If sizes, options, shapes or devices do not fit, or a "free" W is singular.
+        TypeError: If an input is no floating point or complex tensor, or not of the layer's dtype.
+
+    Reference:
+        "Glow: Generative Flow with Invertible 1x1 Convolutions", Kingma and Dhariwal, 2018.
+
+    Example:
+        >>> layer = iz.InvertibleConv1x1(3, kind="scaled")
+        >>> x = torch.randn(2, 3, 8, 8)
+        >>> y = layer(x)
+        >>> y.shape, torch.allclose(layer.inverse(y), x, atol=1e-5)
+        (torch.Size([2, 3, 8, 8]), True)
+    """
+
+    dim = 1
+    dims = (3, 4, 5)
+    layout = "(batch, channels, ...) with one to three dims of pixels"
+    sizes = ("channels", "out_channels")
+
+    channels: int
+    out_channels: int
+
+    def __init__(
+        self,
+        channels: int,
+        out_channels: int | None = None,
+        bias: bool = True,
+        *,
+        kind: str = "householder",
+        reflections: int | None = None,
+        max_log_scale: float | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> None:
+        settings = {"reflections": reflections, "max_log_scale": max_log_scale}
+        super().__init__(channels, out_channels, bias, kind, settings, {"device": device, "dtype": dtype}, **options)
+        self.channels, self.out_channels = self.matrix.columns, self.matrix.rows
+
+    affine = staticmethod(mix_channels)
+
+    def extra_repr(self) -> str:
+        return f"channels={self.channels}, out_channels={self.out_channels}, bias={self.bias is not None}"

@@ -1,0 +1,297 @@
+"""Matrices that stay invertible while they are learned.
+
+The reflections are accumulated by the UT transform ("Accumulating Householder Transformations, Revisited", Joffrain,
+Low, Quintana-Ortí, van de Geijn and Van Zee, 2006). It departs from the paper in three ways: a vector of zeros stands
+for the identity, vectors are rescaled first, which their reflections do not notice, and the product is polished.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ._checks import (
+    autocast_enabled,
+    check_positive,
+    check_positive_int,
+    refuse,
+)
+
+__all__ = ["MATRICES", "Matrix", "bounded", "cayley", "full_precision", "householder", "widen"]
+
+
+def widen(x: Tensor) -> Tensor:
+    """`x` in at least float32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def full_precision(x: Tensor) -> AbstractContextManager[Any]:
+    """A context without autocast on the device of `x`."""
+    return torch.autocast(x.device.type, enabled=False) if autocast_enabled(x) else nullcontext()
+
+
+def bounded(x: Tensor, bound: float) -> Tensor:
+    """x -> bound * tanh(x / bound), the identity near 0."""
+    return bound * torch.tanh(x / bound)
+
+
+def identity(like: Tensor, columns: int) -> Tensor:
+    """The first `columns` of the identity with the rows, device and dtype of `like`."""
+    return torch.eye(len(like), columns, device=like.device, dtype=like.dtype)
+
+
+def polish(q: Tensor) -> Tensor:
+    """One Newton-Schulz step, q (3 I - q^H q) / 2, which takes q back to orthonormal columns from a few roundings off.
+
+    It changes nothing in exact arithmetic, whatever q was computed from, so it has no gradient.
+    """
+    fixed = q.detach()
+    gram = fixed.mH @ fixed
+    return q + fixed @ (identity(gram, len(gram)) - gram) / 2
+
+
+def householder(vectors: Tensor, columns: int) -> Tensor:
+    """The first `columns` of H_1 ... H_k, where H_i = I - 2 v v^H / v^H v and v = `vectors[:, i]`, or I for v = 0."""
+    # H does not depend on the scale of v, so the scale may be detached at every order of differentiation.
+    scale = vectors.detach().abs().amax(0)
+    u = vectors / torch.where(scale > 0, scale, 1)
+    gram = u.mH @ u
+    half = gram.diagonal().real / 2
+    t = gram.triu(1) + torch.where(half > 0, half, 1).to(gram.dtype).diag_embed()
+    return polish(identity(u, columns) - u @ torch.linalg.solve_triangular(t, u[:columns].mH, upper=True))
+
+
+def cayley(generator: Tensor, columns: int) -> Tensor:
+    """The first `columns` of (I + A)^-1 (I - A), where A = `generator` - `generator`^H is skew."""
+    skew, eye = generator - generator.mH, identity(generator, len(generator))
+    return polish(torch.linalg.solve(eye + skew, (eye - skew)[:, :columns]))
+
+
+class Matrix(nn.Module):
+    """A learned matrix W of shape (rows, columns), rows >= columns, and its left inverse. Abstract.
+
+    `factors` does what W and its inverse have in common, in at least float32, whatever the parameters' dtype; the other
+    two are cheap and take what it returns. The first parameter has the layer's dtype.
+    """
+
+    square: ClassVar[bool] = False
+    volume_preserving: ClassVar[bool] = False
+    options: ClassVar[tuple[str, ...]] = ()
+
+    owner: str
+    rows: int
+    columns: int
+
+    def __init__(self, owner: str, rows: int, columns: int) -> None:
+        super().__init__()
+        self.owner, self.rows, self.columns = owner, rows, columns
+
+    def reset_parameters(self) -> None:
+        raise NotImplementedError
+
+    def factors(self) -> tuple[Tensor, ...]:
+        raise NotImplementedError
+
+    def weight(self, *factors: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def inverse(self, *factors: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        return ", ".join([f"{self.rows}, {self.columns}", *(f"{name}={getattr(self, name)}" for name in self.options)])
+
+
+class Orthonormal(Matrix):
+    """W^H W = I, so that W^H is the left inverse. Abstract."""
+
+    volume_preserving = True
+
+    def weight(self, *factors: Tensor) -> Tensor:
+        return factors[0]
+
+    def inverse(self, *factors: Tensor) -> Tensor:
+        return factors[0].mH
+
+
+class Householder(Orthonormal):
+    """W = the first columns of H_1 ... H_k."""
+
+    options = ("reflections",)
+
+    reflections: int
+    vectors: nn.Parameter
+
+    def __init__(self, owner: str, rows: int, columns: int, reflections: int | None = None, **factory: Any) -> None:
+        super().__init__(owner, rows, columns)
+        self.reflections = columns if reflections is None else reflections
+        check_positive_int(owner, "reflections", self.reflections)
+        self.vectors = nn.Parameter(torch.empty(rows, self.reflections, **factory))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.vectors, std=self.rows**-0.5)
+
+    def factors(self) -> tuple[Tensor, ...]:
+        return (householder(widen(self.vectors), self.columns),)
+
+
+class Cayley(Orthonormal):
+    """W = the first columns of (I + A)^-1 (I - A), A skew."""
+
+    generator: nn.Parameter
+
+    def __init__(self, owner: str, rows: int, columns: int, **factory: Any) -> None:
+        super().__init__(owner, rows, columns)
+        self.generator = nn.Parameter(torch.empty(rows, rows, **factory))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.generator, std=self.rows**-0.5)
+
+    def factors(self) -> tuple[Tensor, ...]:
+        return (cayley(widen(self.generator), self.columns),)
+
+
+class Scaled(Matrix):
+    """W = U e^s V^H, where U and V are products of k reflections and |s| <= max_log_scale."""
+
+    options = ("reflections", "max_log_scale")
+
+    reflections: int
+    max_log_scale: float
+    left: nn.Parameter
+    right: nn.Parameter
+    log_scale: nn.Parameter
+
+    def __init__(
+        self,
+        owner: str,
+        rows: int,
+        columns: int,
+        reflections: int | None = None,
+        max_log_scale: float = 1.0,
+        **factory: Any,
+    ) -> None:
+        super().__init__(owner, rows, columns)
+        self.reflections = columns if reflections is None else reflections
+        self.max_log_scale = max_log_scale
+        check_positive_int(owner, "reflections", self.reflections)
+        check_positive(owner, "max_log_scale", max_log_scale)
+        self.left = nn.Parameter(torch.empty(rows, self.reflections, **factory))
+        self.right = nn.Parameter(torch.empty(columns, self.reflections, **factory))
+        self.log_scale = nn.Parameter(torch.empty(columns, **factory | {"dtype": self.left.dtype.to_real()}))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.left, std=self.rows**-0.5)
+        nn.init.normal_(self.right, std=self.columns**-0.5)
+        nn.init.zeros_(self.log_scale)
+
+    def factors(self) -> tuple[Tensor, ...]:
+        u, v = (householder(widen(vectors), self.columns) for vectors in (self.left, self.right))
+        return u, bounded(widen(self.log_scale), self.max_log_scale), v
+
+    def weight(self, *factors: Tensor) -> Tensor:
+        u, s, v = factors
+        return u * s.exp() @ v.mH
+
+    def inverse(self, *factors: Tensor) -> Tensor:
+        u, s, v = factors
+        return v * (-s).exp() @ u.mH
+
+
+class PLU(Matrix):
+    """W = P L (U + diag(sigma e^s)), P and sigma = +-1 fixed, |s| <= max_log_scale; `packed` holds L, s and U.
+
+    L and U are in units of 1 / sqrt(columns), so that a change of `packed` by one moves W by about one in norm.
+    """
+
+    square = True
+    options = ("max_log_scale",)
+
+    max_log_scale: float
+    packed: nn.Parameter
+    permutation: Tensor
+    sigma: Tensor
+
+    def __init__(self, owner: str, rows: int, columns: int, max_log_scale: float = 1.0, **factory: Any) -> None:
+        super().__init__(owner, rows, columns)
+        check_positive(owner, "max_log_scale", max_log_scale)
+        self.max_log_scale = max_log_scale
+        self.packed = nn.Parameter(torch.empty(rows, rows, **factory))
+        self.register_buffer("permutation", torch.empty(rows, device=self.packed.device, dtype=torch.long))
+        self.register_buffer("sigma", torch.empty_like(self.packed.detach()[0]))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.packed)
+        self.permutation.copy_(torch.randperm(self.rows, device=self.permutation.device))
+        self.sigma.copy_(torch.randint_like(self.permutation, 2) * 2 - 1)
+
+    def log_scales(self) -> Tensor:
+        """s; of a complex one the phase is free."""
+        log_scale = widen(self.packed).diagonal()
+        return log_scale - log_scale.real + bounded(log_scale.real, self.max_log_scale)
+
+    def factors(self) -> tuple[Tensor, ...]:
+        """L and U + diag(sigma e^s)."""
+        packed = widen(self.packed) * self.rows**-0.5
+        diagonal = self.sigma * self.log_scales().exp()
+        return packed.tril(-1) + identity(packed, self.rows), packed.triu(1) + diagonal.diag_embed()
+
+    def weight(self, *factors: Tensor) -> Tensor:
+        lower, upper = factors
+        return (lower @ upper)[self.permutation]
+
+    def inverse(self, *factors: Tensor) -> Tensor:
+        lower, upper = factors
+        p = identity(lower, self.rows)[self.permutation]
+        z = torch.linalg.solve_triangular(lower, p.mT, upper=False, unitriangular=True)
+        return torch.linalg.solve_triangular(upper, z, upper=True)
+
+
+class Free(Matrix):
+    """W = `entries`, orthogonal at the start and whatever it learns to be later."""
+
+    square = True
+
+    entries: nn.Parameter
+
+    def __init__(self, owner: str, rows: int, columns: int, **factory: Any) -> None:
+        super().__init__(owner, rows, columns)
+        self.entries = nn.Parameter(torch.empty(rows, rows, **factory))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        self.entries.copy_(householder(widen(self.entries.normal_()), self.rows))
+
+    def factors(self) -> tuple[Tensor, ...]:
+        return (widen(self.entries),)
+
+    def weight(self, *factors: Tensor) -> Tensor:
+        return factors[0]
+
+    def inverse(self, *factors: Tensor) -> Tensor:
+        inverse, info = torch.linalg.inv_ex(factors[0])
+        if not (torch.compiler.is_compiling() or inverse.is_meta):
+            self._check_condition(factors[0].detach(), inverse.detach(), info)
+        return inverse
+
+    def _check_condition(self, weight: Tensor, inverse: Tensor, info: Tensor) -> None:
+        condition = torch.linalg.matrix_norm(weight, 1) * torch.linalg.matrix_norm(inverse, 1)
+        limit = 1 / torch.finfo(weight.dtype).eps
+        if not ((info == 0) & (condition < limit)):
+            got = f"{condition:.1e}" if info == 0 else "a singular weight"
+            refuse(self.owner, "weight", f"be invertible, with a condition number below {limit:.1e}", got)
+
+
+MATRICES: dict[str, type[Matrix]] = {
+    "householder": Householder,
+    "cayley": Cayley,
+    "scaled": Scaled,
+    "plu": PLU,
+    "free": Free,
+}

@@ -1,0 +1,299 @@
+"""Layers that put the entries of a dimension into another order."""
+
+import operator
+import reprlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..engine import Tape
+from ..module import InvertibleModule
+from ._checks import check_features, check_positive_int, refuse
+
+__all__ = ["Deinterleave", "Interleave", "Permute", "Reverse", "Shuffle", "Swap"]
+
+Device = torch.device | str | None
+
+
+def _dim_of(owner: InvertibleModule, argument: str, x: Any, dim: int, at_least: int = 0) -> int:
+    """Return `dim` counted from the front, where `x` has it."""
+    if not isinstance(x, Tensor):
+        refuse(owner, argument, "be a Tensor", type(x).__name__, TypeError)
+    if not -x.ndim <= dim < x.ndim:
+        refuse(owner, argument, f"have a dim {dim}", f"shape {tuple(x.shape)}")
+    if x.shape[dim] < at_least:
+        refuse(owner, argument, f"have at least {at_least} entries in dim {dim}", f"shape {tuple(x.shape)}")
+    return dim % x.ndim
+
+
+# No index: it would be saved for backward, whose scatter is slower than the copies that undo a split and a stack.
+
+
+def _interleave(x: Tensor, dim: int) -> Tensor:
+    """[a0 a1 a2 | b0 b1] -> [a0 b0 a1 b1 a2]."""
+    half, odd = divmod(x.shape[dim], 2)
+    a, *last, b = x.split([half, odd, half] if odd else half, dim)
+    pairs = torch.stack((a, b), dim + 1).flatten(dim, dim + 1)
+    return torch.cat((pairs, *last), dim) if odd else pairs
+
+
+def _deinterleave(x: Tensor, dim: int) -> Tensor:
+    """[a0 b0 a1 b1 a2] -> [a0 a1 a2 | b0 b1]."""
+    half, odd = divmod(x.shape[dim], 2)
+    pairs, *last = x.split([2 * half, odd], dim) if odd else (x,)
+    a, b = pairs.unflatten(dim, (half, 2)).unbind(dim + 1)
+    return torch.cat((a, *last, b), dim)
+
+
+class _AlongDim(InvertibleModule):
+    """Another order of the entries of a dimension. Abstract: a subclass adds the two directions."""
+
+    volume_preserving = True
+    exact = True
+
+    def __init__(self, dim: int = 1, **options: Any) -> None:
+        super().__init__(**options)
+        self.dim = dim
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}"
+
+
+class _Reindexing(_AlongDim):
+    """``y[i] = x[permutation[i]]`` along `dim`. Abstract: a subclass fills the buffer.
+
+    The inverse sorts the buffer rather than keep a second one, which a loaded state would leave behind.
+    """
+
+    permutation: Tensor
+
+    def __init__(self, size: int, dim: int, persistent: bool, device: Device, options: dict[str, Any]) -> None:
+        super().__init__(dim, **options)
+        self.register_buffer("permutation", torch.empty(size, dtype=torch.long, device=device), persistent)
+
+    def function(self, x: Tensor) -> Tensor:
+        self._check("x", x)
+        return x.index_select(self.dim, self.permutation)
+
+    def inverse(self, y: Tensor) -> Tensor:
+        self._check("y", y)
+        return y.index_select(self.dim, self.permutation.argsort())
+
+    def replay(self, tape: Tape, *outputs: Any, **side: Any) -> None:
+        x = tape.input(0, self.inverse(*outputs))
+        # Autograd saves the index alone, and does so for an empty input too: no second copy.
+        tape.run(lambda: x.unsqueeze(-1)[..., :0].index_select(self.dim % x.ndim, self.permutation))
+
+    def _check(self, argument: str, x: Tensor) -> None:
+        _dim_of(self, argument, x, self.dim)
+        check_features(self, argument, x, self.dim, len(self.permutation))
+
+
+class Permute(_Reindexing):
+    """Put the entries of a dimension into a given order, ``y[i] = x[permutation[i]]``.
+
+    The order is a part of the architecture, not of the state: it moves with the module but is not in `state_dict`.
+
+    Shapes: ``(..., n, ...) -> (..., n, ...)``, where ``n = len(permutation)``.
+
+    Args:
+        permutation: each of 0, ..., n - 1 once, as a sequence or a tensor.
+        dim: the dimension, which may be negative.
+        device: where the indices are.
+
+    Raises:
+        ValueError: for indices that are no permutation, or an input without ``dim`` or of another size in it.
+        TypeError: for a permutation that is not made of ints.
+
+    Example:
+        >>> layer = iz.Permute([2, 0, 1])
+        >>> layer(torch.tensor([[10, 20, 30]]))
+        tensor([[30, 10, 20]])
+        >>> layer.inverse(torch.tensor([[30, 10, 20]]))
+        tensor([[10, 20, 30]])
+    """
+
+    def __init__(
+        self, permutation: Sequence[int] | Tensor, dim: int = 1, *, device: Device = None, **options: Any
+    ) -> None:
+        order = self._order_of(permutation)
+        super().__init__(len(order), dim, False, device, options)
+        self.order = order
+        self.reset_parameters()
+
+    def _order_of(self, permutation: Any) -> tuple[int, ...]:
+        try:
+            given = permutation.tolist() if isinstance(permutation, Tensor) else [*permutation]
+            order = tuple(map(operator.index, given))
+        except TypeError:
+            refuse(self, "permutation", "be a sequence of ints", reprlib.repr(permutation), TypeError)
+        if sorted(order) != [*range(len(order))]:
+            refuse(self, "permutation", f"hold each of 0, ..., {len(order) - 1} once", reprlib.repr(given))
+        return order
+
+    def reset_parameters(self) -> None:
+        """Write the order into the buffer again, after `to_empty` say."""
+        self.permutation.copy_(torch.tensor(self.order, dtype=torch.long, device="cpu"))
+
+    def extra_repr(self) -> str:
+        return f"{reprlib.repr([*self.order])}, dim={self.dim}"
+
+
+class Shuffle(_Reindexing):
+    """Put the entries of a dimension into a random order, ``y[i] = x[permutation[i]]``.
+
+    The order is drawn when the layer is made, and saved in `state_dict`.
+
+    Shapes: ``(..., features, ...) -> (..., features, ...)``.
+
+    Args:
+        features: the size of the dimension.
+        dim: the dimension, which may be negative.
+        generator: what to draw the order from; the CPU's global generator if None.
+        device: where the indices are.
+
+    Raises:
+        ValueError: for ``features`` below 1, or an input without ``dim`` or of another size in it.
+        TypeError: for ``features`` that are no int.
+
+    Example:
+        >>> layer = iz.Shuffle(4, generator=torch.Generator().manual_seed(0))
+        >>> x = torch.arange(4).unsqueeze(0)
+        >>> torch.equal(layer(x)[0], layer.permutation), torch.equal(layer.inverse(layer(x)), x)
+        (True, True)
+    """
+
+    def __init__(
+        self,
+        features: int,
+        dim: int = 1,
+        *,
+        generator: torch.Generator | None = None,
+        device: Device = None,
+        **options: Any,
+    ) -> None:
+        check_positive_int(self, "features", features)
+        super().__init__(features, dim, True, device, options)
+        self.features = features
+        self.reset_parameters(generator)
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw another order."""
+        device = "cpu" if generator is None else generator.device
+        self.permutation.copy_(torch.randperm(self.features, generator=generator, device=device))
+
+    def extra_repr(self) -> str:
+        return f"{self.features}, dim={self.dim}"
+
+
+class Reverse(_AlongDim):
+    """Reverse the order of the entries of a dimension, ``y[i] = x[n - 1 - i]``: its own inverse.
+
+    Shapes: ``(..., n, ...) -> (..., n, ...)``.
+
+    Args:
+        dim: the dimension, which may be negative.
+
+    Raises:
+        ValueError: for an input without ``dim``.
+
+    Example:
+        >>> iz.Reverse()(torch.tensor([[1, 2, 3]]))
+        tensor([[3, 2, 1]])
+    """
+
+    def function(self, x: Tensor) -> Tensor:
+        return torch.flip(x, (_dim_of(self, "x", x, self.dim),))
+
+    def inverse(self, y: Tensor) -> Tensor:
+        return torch.flip(y, (_dim_of(self, "y", y, self.dim),))
+
+
+class Swap(_AlongDim):
+    """Exchange the halves of a dimension, ``(x1, x2) -> (x2, x1)``.
+
+    The halves of one tensor are those of `torch.chunk`: the first one is larger if the size is odd. Two streams are
+    returned the other way round, without a copy.
+
+    Shapes: ``(..., n, ...) -> (..., n, ...)`` with ``n >= 2``, or two streams of any shapes.
+
+    Args:
+        dim: the dimension, which may be negative.
+
+    Raises:
+        ValueError: for an input without ``dim`` or with fewer than 2 entries in it.
+        TypeError: for more than two inputs, or one that is no tensor.
+
+    Example:
+        >>> iz.Swap()(torch.tensor([[1, 2, 3, 4, 5]]))
+        tensor([[4, 5, 1, 2, 3]])
+        >>> iz.Swap()(torch.zeros(1), torch.ones(2))
+        (tensor([1., 1.]), tensor([0.]))
+    """
+
+    def function(self, *inputs: Tensor) -> Any:
+        return self._swap("x", inputs, 1)
+
+    def inverse(self, *outputs: Tensor) -> Any:
+        return self._swap("y", outputs, 0)
+
+    def _swap(self, argument: str, tensors: tuple[Tensor, ...], extra: int) -> Any:
+        """Exchange two streams, or the parts of one tensor, whose first has the `extra` entry if the size is odd."""
+        if len(tensors) not in (1, 2) or not all(isinstance(t, Tensor) for t in tensors):
+            got = ", ".join(type(t).__name__ for t in tensors)
+            refuse(self, argument, "be one Tensor or two", got or "none", TypeError)
+        if len(tensors) == 2:
+            return tensors[1], tensors[0]
+        dim = _dim_of(self, argument, tensors[0], self.dim, at_least=2)
+        n = tensors[0].shape[dim]
+        first = (n + extra) // 2
+        a, b = tensors[0].split([first, n - first], dim)
+        return torch.cat((b, a), dim)
+
+
+class Interleave(_AlongDim):
+    """Interleave the halves of a dimension, ``[a0 a1 a2 | b0 b1] -> [a0 b0 a1 b1 a2]``: the perfect shuffle.
+
+    Shapes: ``(..., n, ...) -> (..., n, ...)`` with ``n >= 2``; the first half is larger if ``n`` is odd.
+
+    Args:
+        dim: the dimension, which may be negative.
+
+    Raises:
+        ValueError: for an input without ``dim`` or with fewer than 2 entries in it.
+
+    Example:
+        >>> iz.Interleave()(torch.tensor([[1, 2, 3, 10, 20]]))
+        tensor([[ 1, 10,  2, 20,  3]])
+    """
+
+    def function(self, x: Tensor) -> Tensor:
+        return _interleave(x, _dim_of(self, "x", x, self.dim, at_least=2))
+
+    def inverse(self, y: Tensor) -> Tensor:
+        return _deinterleave(y, _dim_of(self, "y", y, self.dim, at_least=2))
+
+
+class Deinterleave(_AlongDim):
+    """Undo :class:`Interleave`: even entries before odd ones, ``[a0 b0 a1 b1 a2] -> [a0 a1 a2 | b0 b1]``.
+
+    Shapes: ``(..., n, ...) -> (..., n, ...)`` with ``n >= 2``.
+
+    Args:
+        dim: the dimension, which may be negative.
+
+    Raises:
+        ValueError: for an input without ``dim`` or with fewer than 2 entries in it.
+
+    Example:
+        >>> iz.Deinterleave()(torch.tensor([[1, 10, 2, 20, 3]]))
+        tensor([[ 1,  2,  3, 10, 20]])
+    """
+
+    def function(self, x: Tensor) -> Tensor:
+        return _deinterleave(x, _dim_of(self, "x", x, self.dim, at_least=2))
+
+    def inverse(self, y: Tensor) -> Tensor:
+        return _interleave(y, _dim_of(self, "y", y, self.dim, at_least=2))

@@ -1,0 +1,150 @@
+"""Splitting a tensor into two streams, and merging two streams into a tensor."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import engine
+from ..engine import Operation, Policy
+from ..module import InvertibleModule
+from ._checks import refuse
+
+__all__ = ["Merge", "Partition", "Split", "SplitSpec", "cut", "join"]
+
+SplitSpec = str | float | tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Partition:
+    """How one tensor is two streams.
+
+    Args:
+        split: ``'half'`` (those of `torch.chunk`), ``'interleave'`` (even and odd positions), the first stream's share
+            of the size (a float between 0 and 1, rounded up), or both sizes.
+        dim: the dimension that is split.
+    """
+
+    split: SplitSpec = "half"
+    dim: int = 1
+
+    def __post_init__(self) -> None:
+        if isinstance(self.split, str):
+            valid = self.split in ("half", "interleave")
+        elif isinstance(self.split, float):
+            valid = 0 < self.split < 1
+        else:
+            valid = len(self.split) == 2 and all(isinstance(n, int) and n > 0 for n in self.split)
+        if not valid:
+            expected = "be 'half', 'interleave', a share between 0 and 1, or two positive sizes"
+            refuse("Split", "split", expected, repr(self.split))
+
+    def sizes(self, n: int) -> tuple[int, int]:
+        """Return the sizes of the streams of ``n`` features."""
+        if isinstance(self.split, tuple):
+            return self.split
+        first = -(-n // 2) if isinstance(self.split, str) else min(n - 1, -int(-n * self.split // 1))
+        return first, n - first
+
+    def cut(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the streams of ``x``, as views."""
+        if not -x.ndim <= self.dim < x.ndim:
+            refuse("Split", "input", f"have a dim {self.dim}", f"shape {tuple(x.shape)}")
+        sizes = self.sizes(x.shape[self.dim])
+        if min(sizes) < 1 or sum(sizes) != x.shape[self.dim]:
+            expected = "have at least 2 features" if isinstance(self.split, str | float) else f"have {sum(sizes)} features"
+            refuse("Split", "input", f"{expected} in dim {self.dim}", f"shape {tuple(x.shape)}")
+        if self.split == "interleave":
+            index = [slice(None)] * (self.dim % x.ndim)
+            return x[(*index, slice(0, None, 2))], x[(*index, slice(1, None, 2))]
+        first, second = x.split(sizes, self.dim)
+        return first, second
+
+    def join(self, x1: Tensor, x2: Tensor) -> Tensor:
+        """Return the tensor whose streams these are."""
+        if self.split != "interleave":
+            return torch.cat((x1, x2), self.dim)
+        dim, n = self.dim % x1.ndim, x2.shape[self.dim]
+        pairs = torch.stack((x1.narrow(dim, 0, n), x2), dim + 1).flatten(dim, dim + 1)
+        return pairs if x1.shape[dim] == n else torch.cat((pairs, x1.narrow(dim, n, 1)), dim)
+
+
+def cut(partition: Partition, x: Tensor, policy: Policy) -> tuple[Tensor, Tensor]:
+    """Split a tensor in a call of its own, so that backward can merge the streams again."""
+    return engine.call(Operation("Split", partition.cut, partition.join, None, (), policy), (x,), {})
+
+
+def join(partition: Partition, streams: tuple[Tensor, Tensor], policy: Policy) -> Tensor:
+    """Merge two streams in a call of its own, so that one activation is held and not two."""
+    return engine.call(Operation("Merge", partition.join, partition.cut, None, (), policy), streams, {})
+
+
+class Split(InvertibleModule):
+    r"""Split a tensor into two streams, ``x -> (x1, x2)``.
+
+    Shapes: ``(..., n, ...) -> (..., n1, ...), (..., n2, ...)`` with ``n1 + n2 = n``.
+
+    Args:
+        dim: the dimension that is split.
+        split: ``'half'`` (those of `torch.chunk`: the first one is larger if ``n`` is odd), ``'interleave'`` (even and
+            odd positions), the first stream's share of ``n`` (a float between 0 and 1, rounded up), or both sizes.
+
+    Raises:
+        ValueError: for another ``split``, or an input that cannot be split so.
+
+    Example:
+        >>> iz.Split()(torch.arange(5.).unsqueeze(0))
+        (tensor([[0., 1., 2.]]), tensor([[3., 4.]]))
+    """
+
+    volume_preserving = True
+    exact = True
+
+    def __init__(self, dim: int = 1, split: SplitSpec = "half", **options: Any) -> None:
+        super().__init__(**options)
+        self.partition = Partition(split, dim)
+
+    def function(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.partition.cut(x)
+
+    def inverse(self, x1: Tensor, x2: Tensor) -> Tensor:
+        return self.partition.join(x1, x2)
+
+    def extra_repr(self) -> str:
+        return f"dim={self.partition.dim}, split={self.partition.split!r}"
+
+
+class Merge(InvertibleModule):
+    """Merge two streams into a tensor, ``(x1, x2) -> x``: the inverse of :class:`Split`.
+
+    Shapes: ``(..., n1, ...), (..., n2, ...) -> (..., n1 + n2, ...)``.
+
+    Args:
+        dim, split: as for :class:`Split`. Streams whose sizes are not what it would give cannot be merged.
+
+    Raises:
+        ValueError: for streams of other sizes.
+
+    Example:
+        >>> iz.Merge(split="interleave")(torch.zeros(1, 2), torch.ones(1, 2))
+        tensor([[0., 1., 0., 1.]])
+    """
+
+    volume_preserving = True
+    exact = True
+
+    def __init__(self, dim: int = 1, split: SplitSpec = "half", **options: Any) -> None:
+        super().__init__(**options)
+        self.partition = Partition(split, dim)
+
+    def function(self, x1: Tensor, x2: Tensor) -> Tensor:
+        sizes = x1.shape[self.partition.dim], x2.shape[self.partition.dim]
+        if (expected := self.partition.sizes(sum(sizes))) != sizes:
+            refuse(self, "inputs", f"have {expected[0]} and {expected[1]} features", f"{sizes[0]} and {sizes[1]}")
+        return self.partition.join(x1, x2)
+
+    def inverse(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.partition.cut(x)
+
+    extra_repr = Split.extra_repr

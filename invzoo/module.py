@@ -1,0 +1,250 @@
+"""The base class of every invertible layer, and a layer with its directions swapped."""
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any, ClassVar, NamedTuple
+
+from torch import nn
+from torch.distributions import constraints
+
+from . import engine
+from .engine import Mode, Operation, Policy, Tape
+
+__all__ = ["Inverse", "InvertibleModule", "SideNames", "mode"]
+
+
+class SideNames(NamedTuple):
+    """The side inputs that a layer takes: their names, and whether it takes any other as well."""
+
+    names: frozenset[str]
+    any: bool
+
+    @classmethod
+    def of(cls, function: Callable[..., Any]) -> "SideNames":
+        """Read them from the signature of a function or of a module's ``forward``."""
+        function = function.forward if isinstance(function, nn.Module) else function
+        return _side_names(getattr(function, "__func__", function))
+
+    @classmethod
+    def union(cls, parts: Iterable["SideNames"]) -> "SideNames":
+        parts = [*parts]
+        return cls(frozenset().union(*(p.names for p in parts)), any(p.any for p in parts))
+
+    def choose(self, side: dict[str, Any]) -> dict[str, Any]:
+        """Return the side inputs among ``side``."""
+        return side if self.any or not side else {k: v for k, v in side.items() if k in self.names}
+
+    def check(self, owner: nn.Module, side: dict[str, Any]) -> None:
+        """Raise if one of ``side`` is none that ``owner`` takes."""
+        if side and not self.any and (unknown := side.keys() - self.names):
+            raise TypeError(
+                f"{type(owner).__name__}: Expected side inputs among {sorted(self.names)}; got {sorted(unknown)}"
+            )
+
+
+@cache
+def _side_names(function: Callable[..., Any]) -> SideNames:
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # builtins without a signature
+        return SideNames(frozenset(), True)
+    named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    return SideNames(frozenset(named - {"self"}), any(p.kind is p.VAR_KEYWORD for p in parameters))
+
+
+def _option(name: str, doc: str, convert: Callable[[Any], Any] = lambda value: value) -> Any:
+    """Make a property of an option in a module's policy; a container has its layers', or None where they differ."""
+
+    def read(self: "InvertibleModule") -> Any:
+        values = {getattr(policy, name) for policy in self._policies()}
+        return values.pop() if len(values) == 1 else None
+
+    def write(self: "InvertibleModule", value: Any) -> None:
+        for policy in self._policies():
+            setattr(policy, name, convert(value))
+
+    return property(read, write, doc=doc)
+
+
+class InvertibleModule(nn.Module):
+    """A layer ``y = function(x)`` that rebuilds what its backward needs with ``x = inverse(y)``.
+
+    A subclass writes :meth:`function` and :meth:`inverse`; ``forward`` belongs to this class. Both directions take one
+    or several tensors and return as many as the other takes. Side inputs (conditions, masks) are keyword arguments of
+    both; they are never freed, and gradients reach them. A ``function`` may return more than callers should see (what
+    its inverse needs besides): override ``forward`` to call ``super().forward`` and hide it.
+
+    Args:
+        mode: ``'store'``, ``'recompute'`` or ``'invert'`` (default).
+        check: compare a replay with its forward on the ``'first'`` call until it was right once, ``'always'``, or
+            ``'never'``.
+        free_input: free the memory of the input, although the caller holds it, until backward.
+        invertible, checkpoint: the mode as two flags: ``checkpoint=False`` stores, ``invertible=False`` recomputes.
+        seed: keep the state of the random number generators on every call; otherwise on calls that use them.
+
+    Raises:
+        TypeError: in mode ``invert``, for a layer that has no inverse.
+
+    Example:
+        >>> class Double(iz.InvertibleModule):
+        ...     def function(self, x): return 2 * x
+        ...     def inverse(self, y): return y / 2
+        >>> Double()(torch.ones(3))
+        tensor([2., 2., 2.])
+    """
+
+    domain: ClassVar[constraints.Constraint] = constraints.real
+    codomain: ClassVar[constraints.Constraint] = constraints.real
+    volume_preserving: ClassVar[bool] = False
+    saturating: ClassVar[bool] = False  # the inverse loses precision: mode invert keeps the input instead
+    exact: ClassVar[bool] = False  # the inverse is exact in floating point
+    composite: ClassVar[bool] = False  # made of layers that are calls of their own
+    streams: Any = None  # how the layer splits one tensor into two streams, if it takes either
+
+    def __init__(
+        self,
+        *,
+        mode: Mode | str | None = None,
+        check: str = "first",
+        free_input: bool = False,
+        invertible: bool = True,
+        checkpoint: bool = True,
+        seed: bool = False,
+    ) -> None:
+        super().__init__()
+        self._policy = Policy(checkpoint, invertible, engine.check_of(check), seed, free_input)
+        if mode is not None:
+            self._policy.mode = mode  # type: ignore[assignment]
+
+    def function(self, *inputs: Any, **side: Any) -> Any:
+        """Map inputs to outputs."""
+        raise NotImplementedError(f"Expected {type(self).__name__} to define function(*inputs, **side)")
+
+    def inverse(self, *outputs: Any, **side: Any) -> Any:
+        """Map outputs back to inputs."""
+        raise NotImplementedError(f"Expected {type(self).__name__} to define inverse(*outputs, **side); got none")
+
+    def replay(self, tape: Tape, *outputs: Any, **side: Any) -> None:
+        """Rebuild the inputs and run the function once more on the tape; override to share work between the two."""
+        tape.run(self.function, *tape.invert(*outputs), **side)
+
+    def forward(self, *inputs: Any, strict_forward: bool = False, **side: Any) -> Any:
+        """Run :meth:`function` so that backward rebuilds what it needs."""
+        if self.composite:
+            return self.function(*inputs, **side)
+        return engine.call(self._operation(), inputs, side)
+
+    def _operation(self) -> Operation:
+        return Operation(
+            name=self._name(),
+            function=self.function,
+            inverse=self.inverse if self._has_inverse() else None,
+            replay=self.replay,
+            roots=(self,),
+            policy=self._policy,
+            saturating=self.saturating,
+            takes_saved="saved" in SideNames.of(self.inverse).names,
+        )
+
+    def _policies(self) -> list[Policy]:
+        return [self._policy]
+
+    def side_names(self) -> SideNames:
+        """Return the names of the side inputs that the layer takes."""
+        return SideNames.of(self.function)
+
+    def takes_streams(self, *streams: Any) -> bool:
+        """Whether the layer does the same to these streams as to the tensor that they make up."""
+        return True
+
+    def _name(self) -> str:
+        return type(self).__name__
+
+    def _has_inverse(self) -> bool:
+        return type(self).inverse is not InvertibleModule.inverse
+
+    @property
+    def inv(self) -> "InvertibleModule":
+        """This layer with its directions swapped, its parameters and mode shared."""
+        return Inverse(self)
+
+    mode = _option("mode", "How the layer keeps what backward needs; a name will do, at any time between calls.")
+    checkpoint = _option("checkpoint", "Whether anything is freed: false in mode ``store``.", bool)
+    invertible = _option("invertible", "Whether inputs are freed too: false in mode ``recompute``.", bool)
+    seed = _option("seed", "Whether the random number generators' state is kept on every call, used or not.", bool)
+    check = _option("check", "When a replay is compared with its forward: first, always or never.", engine.check_of)
+    free_input = _option("free_input", "Whether a call frees the memory of its input until backward.", bool)
+
+
+class Inverse(InvertibleModule):
+    """A layer with its directions swapped: ``y = layer.inverse(x)``, ``x = layer.function(y)``.
+
+    Args:
+        layer: the layer; its parameters, mode and checks are shared.
+
+    Example:
+        >>> layer = iz.Permute([2, 0, 1])
+        >>> x = torch.arange(3.).unsqueeze(0)
+        >>> layer.inv(layer(x))
+        tensor([[0., 1., 2.]])
+        >>> layer.inv.inv is layer
+        True
+    """
+
+    def __init__(self, layer: InvertibleModule) -> None:
+        super().__init__()
+        self.layer = layer
+        self._policy = layer._policy
+
+    function = property(lambda self: self.layer.inverse)  # type: ignore[assignment]
+    inverse = property(lambda self: self.layer.function)  # type: ignore[assignment]
+    domain = property(lambda self: self.layer.codomain)  # type: ignore[assignment]
+    codomain = property(lambda self: self.layer.domain)  # type: ignore[assignment]
+    volume_preserving = property(lambda self: self.layer.volume_preserving)  # type: ignore[assignment]
+    saturating = property(lambda self: self.layer.saturating)  # type: ignore[assignment]
+    exact = property(lambda self: self.layer.exact)  # type: ignore[assignment]
+    composite = property(lambda self: self.layer.composite)  # type: ignore[assignment]
+    streams = property(lambda self: self.layer.streams)  # type: ignore[assignment]
+    inv = property(lambda self: self.layer)  # type: ignore[assignment]
+
+    def side_names(self) -> SideNames:
+        return self.layer.side_names()
+
+    def takes_streams(self, *streams: Any) -> bool:
+        return self.layer.takes_streams(*streams)
+
+    def _policies(self) -> list[Policy]:
+        return self.layer._policies()
+
+    def _name(self) -> str:
+        return f"{self.layer._name()}.inv"
+
+
+@contextmanager
+def mode(module: nn.Module, value: Mode | str) -> Iterator[None]:
+    """Set the mode of every invertible module inside ``module`` for as long as the context lasts.
+
+    Args:
+        module: a module with invertible modules in it, or one itself.
+        value: ``'store'``, ``'recompute'`` or ``'invert'``.
+
+    Raises:
+        ValueError: for another mode.
+
+    Example:
+        >>> layer = iz.InvertibleLeakyReLU()
+        >>> with iz.mode(layer, "store"):
+        ...     print(layer.mode)
+        store
+    """
+    policies = [m._policy for m in module.modules() if isinstance(m, InvertibleModule)]
+    before = [(p, p.checkpoint, p.invertible) for p in policies]
+    for policy in policies:
+        policy.mode = value  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for policy, policy.checkpoint, policy.invertible in before:
+            pass

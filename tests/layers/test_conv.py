@@ -1,0 +1,208 @@
+"""InvertibleConv1x1: InvertibleLinear over dim 1, in any memory format."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+from torch.testing import assert_close
+
+from invzoo.layers.conv import InvertibleConv1x1
+from invzoo.layers.linear import InvertibleLinear
+
+KINDS = ["householder", "cayley", "scaled", "plu", "free"]
+WIDE = ["householder", "cayley", "scaled"]
+
+all_kinds = pytest.mark.parametrize("kind", KINDS)
+directions = pytest.mark.parametrize("direction", ["function", "inverse"])
+
+# Both ways to multiply: images with fewer pixels than channels, and with more.
+SHAPES = [
+    (2, 4, 3),
+    (2, 4, 7),
+    (2, 4, 1, 3),
+    (2, 4, 3, 5),
+    (2, 4, 1, 1, 2),
+    (2, 4, 2, 3, 2),
+    (1, 4, 3, 3),
+    (0, 4, 3, 3),
+]
+shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
+
+
+def pair(*sizes: int, dtype: torch.dtype = torch.float64, **options: Any) -> tuple[InvertibleConv1x1, InvertibleLinear]:
+    """A convolution and a linear layer with the same perturbed weight."""
+    conv, linear = InvertibleConv1x1(*sizes, dtype=dtype, **options), InvertibleLinear(*sizes, dtype=dtype, **options)
+    with torch.no_grad():
+        for p in conv.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    linear.load_state_dict(conv.state_dict())
+    return conv, linear
+
+
+def inputs(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(shape, dtype=dtype, requires_grad=True)
+
+
+@all_kinds
+@shapes
+@directions
+def test_equals_linear_over_dim_1(kind: str, shape: tuple[int, ...], direction: str) -> None:
+    conv, linear = pair(4, kind=kind)
+    x = inputs(*shape)
+    expected = getattr(linear, direction)(x.movedim(1, -1)).movedim(-1, 1)
+    assert_close(getattr(conv, direction)(x), expected)
+
+
+@pytest.mark.parametrize("kind", WIDE)
+@shapes
+def test_wide_equals_linear_over_dim_1(kind: str, shape: tuple[int, ...]) -> None:
+    conv, linear = pair(4, 6, kind=kind)
+    x = inputs(*shape)
+    y = conv(x)
+    assert y.shape == (shape[0], 6, *shape[2:])
+    assert_close(y, linear(x.movedim(1, -1)).movedim(-1, 1))
+    assert_close(conv.inverse(y), x)
+
+
+@given(
+    batch=st.integers(0, 3),
+    channels=st.integers(1, 5),
+    pixels=st.lists(st.integers(0, 4), min_size=1, max_size=3),
+    bias=st.booleans(),
+    kind=st.sampled_from(KINDS),
+)
+def test_round_trip(batch: int, channels: int, pixels: list[int], bias: bool, kind: str) -> None:
+    conv, _ = pair(channels, channels, bias, kind=kind)
+    x = inputs(batch, channels, *pixels)
+    assert_close(conv.inverse(conv(x)), x)
+    assert_close(conv(conv.inverse(x)), x)
+
+
+@pytest.mark.parametrize("size", [2, 5])
+@pytest.mark.parametrize(
+    ("ndim", "memory_format"),
+    [(4, torch.contiguous_format), (4, torch.channels_last), (5, torch.contiguous_format), (5, torch.channels_last_3d)],
+)
+@directions
+def test_memory_format_is_kept(size: int, ndim: int, memory_format: torch.memory_format, direction: str) -> None:
+    conv, _ = pair(8)
+    x = torch.randn(2, 8, *[size] * (ndim - 2), dtype=torch.float64)
+    y = getattr(conv, direction)(x.to(memory_format=memory_format))
+    assert y.is_contiguous(memory_format=memory_format)
+    assert_close(y, getattr(conv, direction)(x))
+
+
+@pytest.mark.parametrize("pixels", [2, 6])
+def test_strided_inputs(pixels: int) -> None:
+    conv, _ = pair(4)
+    x = torch.randn(3, 8, pixels, pixels, dtype=torch.float64)
+    for view in (x[:, ::2], x[:, :4], x.mT[:, 4:], x[:1, :4].expand(3, -1, -1, -1)):
+        assert_close(conv(view), conv(view.contiguous()))
+        assert_close(conv.inverse(conv(view)), view)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("pixels", [1, 2])
+@directions
+def test_gradients(memory_format: torch.memory_format, pixels: int, direction: str) -> None:
+    conv, _ = pair(2)
+    x = torch.randn(2, 2, pixels, pixels, dtype=torch.float64).to(memory_format=memory_format).requires_grad_()
+    apply, leaves = getattr(conv, direction), (x, *conv.parameters())
+    assert gradcheck(lambda x, *_: apply(x), leaves)
+    assert gradgradcheck(lambda x, *_: apply(x), leaves)
+
+
+@all_kinds
+@directions
+def test_gradients_of_every_kind(kind: str, direction: str) -> None:
+    conv, _ = pair(3, kind=kind)
+    leaves = (inputs(2, 3, 4), *conv.parameters())
+    assert gradcheck(lambda x, *_: getattr(conv, direction)(x), leaves)
+
+
+@all_kinds
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_loses_nothing(kind: str, dtype: torch.dtype) -> None:
+    conv, _ = pair(8, kind=kind, dtype=torch.float32)
+    x = torch.randn(2, 8, 4, 4).to(dtype)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = conv(x)
+        back = conv.inverse(y)
+    assert y.dtype == back.dtype == torch.float32
+    assert_close(back, x.float(), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@all_kinds
+def test_half_precision(kind: str, dtype: torch.dtype) -> None:
+    conv, linear = pair(8, kind=kind, dtype=dtype)
+    x = torch.randn(2, 8, 4, 4, dtype=dtype)
+    assert conv(x).dtype == conv.inverse(x).dtype == dtype
+    assert_close(conv(x), linear(x.movedim(1, -1)).movedim(-1, 1))
+
+
+def test_complex() -> None:
+    conv, _ = pair(4, dtype=torch.complex128)
+    x = inputs(2, 4, 3, 3, dtype=torch.complex128)
+    assert_close(torch.linalg.vector_norm(conv(x) - conv.bias[:, None, None]), torch.linalg.vector_norm(x))
+    assert_close(conv.inverse(conv(x)), x)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_input_is_left_alone(memory_format: torch.memory_format) -> None:
+    conv, _ = pair(4)
+    x = torch.randn(2, 4, 3, 3, dtype=torch.float64).to(memory_format=memory_format)
+    before, version = x.clone(), x._version
+    conv(x), conv.inverse(x)
+    assert_close(x, before, rtol=0, atol=0)
+    assert x._version == version
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 3), (2, 4, 3, 3)], ids=str)
+@directions
+def test_compiles_without_a_break(shape: tuple[int, ...], direction: str) -> None:
+    conv, _ = pair(4)
+    x, apply = inputs(*shape), getattr(conv, direction)
+    assert_close(torch.compile(apply, fullgraph=True, backend="aot_eager")(x), apply(x))
+
+
+def test_repr() -> None:
+    expected = "InvertibleConv1x1(\n  channels=4, out_channels=6, bias=False\n  (matrix): Cayley(6, 4)\n)"
+    assert repr(InvertibleConv1x1(4, 6, bias=False, kind="cayley")) == expected
+
+
+@pytest.mark.parametrize(
+    ("shape", "match"),
+    [
+        ((4,), r"to have dims \(batch, channels, ...\) with one to three dims of pixels; got shape \(4,\)"),
+        ((2, 4), r"to have dims \(batch, channels, ...\) with one to three dims of pixels; got shape \(2, 4\)"),
+        ((2, 4, 1, 1, 1, 1), r"to have dims \(batch, channels, ...\) with one to three dims .* got shape \(2, 4, 1"),
+        ((4, 3, 3), r"to have size 4 in dim 1; got shape \(4, 3, 3\)"),
+        ((2, 3, 4, 4), r"to have size 4 in dim 1; got shape \(2, 3, 4, 4\)"),
+    ],
+    ids=str,
+)
+def test_bad_shapes(shape: tuple[int, ...], match: str) -> None:
+    conv = InvertibleConv1x1(4)
+    with pytest.raises(ValueError, match="InvertibleConv1x1: Expected x " + match):
+        conv(torch.zeros(shape))
+    with pytest.raises(ValueError, match="InvertibleConv1x1: Expected y " + match):
+        conv.inverse(torch.zeros(shape))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "match"),
+    [
+        ((0,), {}, "InvertibleConv1x1: Expected channels to be at least 1; got 0"),
+        ((4, 3), {}, "InvertibleConv1x1: Expected out_channels to be at least channels=4; got 3"),
+        ((4, 5), {"kind": "free"}, "Expected out_channels to be channels=4 with kind='free'; got 5"),
+        ((4,), {"kind": "lu"}, "InvertibleConv1x1: Expected kind to be one of 'householder', .*; got 'lu'"),
+    ],
+)
+def test_bad_arguments(arguments: tuple[int, ...], options: dict[str, str], match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        InvertibleConv1x1(*arguments, **options)

@@ -1,0 +1,538 @@
+"""InvertibleLinear: its matrices, its two directions, and what it refuses."""
+
+import copy
+import io
+import math
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.autograd import gradcheck, gradgradcheck
+from torch.testing import assert_close
+
+from invzoo.layers._checks import check_choice, check_positive
+from invzoo.layers.linear import InvertibleLinear, MatrixLayer
+from invzoo.layers.orthogonal import bounded, cayley, householder
+
+KINDS = ["householder", "cayley", "scaled", "plu", "free"]
+ORTHONORMAL = ["householder", "cayley"]
+WIDE = ["householder", "cayley", "scaled"]
+
+all_kinds = pytest.mark.parametrize("kind", KINDS)
+orthonormal_kinds = pytest.mark.parametrize("kind", ORTHONORMAL)
+wide_kinds = pytest.mark.parametrize("kind", WIDE)
+real_and_complex = pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+
+
+def perturbed(layer: MatrixLayer, size: float = 0.1) -> MatrixLayer:
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.add_(size * torch.randn_like(p))
+    return layer
+
+
+def linear(*sizes: int, perturb: float = 0.1, dtype: torch.dtype = torch.float64, **options: Any) -> InvertibleLinear:
+    return perturbed(InvertibleLinear(*sizes, dtype=dtype, **options), perturb)
+
+
+def inputs(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(shape, dtype=dtype, requires_grad=True)
+
+
+def apply_plainly(stack: nn.Sequential, x: Tensor) -> Tensor:
+    for layer in stack:
+        x = layer.function(x)
+    return x
+
+
+def eye_like(w: Tensor) -> Tensor:
+    return torch.eye(w.shape[1], dtype=w.dtype)
+
+
+def product_of_reflections(vectors: Tensor) -> Tensor:
+    q = torch.eye(len(vectors), dtype=vectors.dtype)
+    for v in vectors.mT[vectors.mT.abs().sum(1) > 0]:
+        q = q - 2 * torch.outer(q @ v, v.conj()) / torch.linalg.vector_norm(v) ** 2
+    return q
+
+
+# The matrices
+
+
+@real_and_complex
+@pytest.mark.parametrize("k", [1, 3, 5, 9])
+def test_householder_is_the_product_of_its_reflections(k: int, dtype: torch.dtype) -> None:
+    vectors = torch.randn(5, k, dtype=dtype)
+    assert_close(householder(vectors, 5), product_of_reflections(vectors), rtol=0, atol=1e-13)
+    assert_close(householder(vectors, 3), product_of_reflections(vectors)[:, :3], rtol=0, atol=1e-13)
+
+
+@real_and_complex
+def test_cayley_is_the_transform_of_a_skew_matrix(dtype: torch.dtype) -> None:
+    a = torch.randn(5, 5, dtype=dtype)
+    skew, eye = a - a.mH, torch.eye(5, dtype=dtype)
+    assert_close(cayley(a, 5), (eye - skew) @ torch.linalg.inv(eye + skew), rtol=0, atol=1e-13)
+
+
+@real_and_complex
+@orthonormal_kinds
+@given(columns=st.integers(1, 8), more=st.integers(0, 4), perturb=st.sampled_from([0.0, 0.1, 1.0, 100.0]))
+def test_columns_are_orthonormal(kind: str, dtype: torch.dtype, columns: int, more: int, perturb: float) -> None:
+    w = linear(columns, columns + more, kind=kind, perturb=perturb, dtype=dtype).weight
+    assert_close(w.mH @ w, eye_like(w), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1e-30, 1.0, 1e30, 1e300])
+def test_reflections_do_not_depend_on_the_scale_of_their_vectors(scale: float) -> None:
+    vectors = torch.randn(6, 4, dtype=torch.float64)
+    assert_close(householder(scale * vectors, 6), householder(vectors, 6), rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("columns", [1, 64])
+def test_parallel_reflections_stay_orthogonal(columns: int) -> None:
+    q = householder(torch.ones(64, 64) + 1e-3 * torch.randn(64, 64), columns)
+    assert_close(q.mT @ q, eye_like(q), rtol=0, atol=1e-6)
+
+
+@real_and_complex
+def test_a_zero_vector_is_the_identity_and_has_a_zero_gradient(dtype: torch.dtype) -> None:
+    vectors = torch.randn(4, 3, dtype=dtype)
+    vectors[:, 1] = 0
+    vectors.requires_grad_()
+    q = householder(vectors, 4)
+    (grad,) = torch.autograd.grad(q.abs().pow(3).sum(), vectors, create_graph=True)
+    (second,) = torch.autograd.grad(grad.abs().pow(2).sum(), vectors)
+    assert_close(q, product_of_reflections(vectors.detach()))
+    assert_close(grad[:, 1], torch.zeros_like(grad[:, 1]))
+    assert second.isfinite().all()
+
+
+def test_all_vectors_zero_are_the_identity() -> None:
+    layer = InvertibleLinear(4, dtype=torch.float64)
+    nn.init.zeros_(layer.matrix.vectors)
+    x = inputs(2, 4)
+    layer(x).sum().backward()
+    assert_close(layer.weight, torch.eye(4, dtype=torch.float64))
+    assert_close(layer.matrix.vectors.grad, torch.zeros(4, 4, dtype=torch.float64))
+
+
+@given(
+    bound=st.floats(0.01, 3.0),
+    size=st.sampled_from([0.1, 1.0, 1e3, 1e30]),
+    rows=st.integers(4, 6),
+    dtype=st.sampled_from([torch.float64, torch.complex128]),
+)
+def test_scaled_has_a_bounded_condition_number(bound: float, size: float, rows: int, dtype: torch.dtype) -> None:
+    layer = linear(4, rows, kind="scaled", max_log_scale=bound, perturb=size, dtype=dtype)
+    singular = torch.linalg.svdvals(layer.weight.detach())
+    assert singular.max() / singular.min() <= math.exp(2 * bound) * (1 + 1e-12)
+
+
+def test_scaled_has_the_singular_values_that_it_says() -> None:
+    layer = linear(5, kind="scaled", max_log_scale=0.5)
+    expected = bounded(layer.matrix.log_scale, 0.5).exp().sort(descending=True).values
+    assert_close(torch.linalg.svdvals(layer.weight), expected)
+
+
+@real_and_complex
+def test_plu_is_what_its_name_says(dtype: torch.dtype) -> None:
+    layer = linear(5, kind="plu", max_log_scale=0.5, dtype=dtype)
+    matrix = layer.matrix
+    lu = torch.empty_like(layer.weight)
+    lu[:] = layer.weight[matrix.permutation.argsort()]
+    lower, upper = matrix.factors()
+    assert_close(lower @ upper, lu)
+    assert_close(lower, lower.tril() - lower.tril().diagonal().diag() + eye_like(lower))
+    assert_close(upper, upper.triu())
+    assert_close(upper.diagonal().abs().log(), bounded(matrix.packed.diagonal().real, 0.5))
+
+
+@given(size=st.sampled_from([1.0, 1e3, 1e30]))
+def test_plu_never_becomes_singular(size: float) -> None:
+    layer = InvertibleLinear(6, kind="plu", dtype=torch.float64)
+    with torch.no_grad():
+        layer.matrix.packed.diagonal().copy_(-size * torch.rand(6))
+    assert torch.linalg.cond(layer.weight) <= math.exp(2) + 1e-9
+
+
+@all_kinds
+def test_condition_number_at_the_start_is_one(kind: str) -> None:
+    assert_close(torch.linalg.cond(InvertibleLinear(7, kind=kind, dtype=torch.float64).weight).item(), 1.0)
+
+
+# The two directions
+
+
+@all_kinds
+@given(leading=st.lists(st.integers(0, 3), max_size=3), features=st.integers(1, 6), bias=st.booleans())
+def test_round_trip(kind: str, leading: list[int], features: int, bias: bool) -> None:
+    layer = linear(features, features, bias, kind=kind)
+    x = inputs(*leading, features)
+    assert_close(layer.inverse(layer(x)), x)
+    assert_close(layer(layer.inverse(x)), x)
+
+
+@wide_kinds
+def test_wide_inverse_is_the_left_inverse(kind: str) -> None:
+    layer = linear(3, 5, kind=kind)
+    x = inputs(7, 3)
+    assert layer.matrix.inverse(*layer.matrix.factors()).shape == (3, 5)
+    assert_close(layer(x).shape, torch.Size([7, 5]))
+    assert_close(layer.inverse(layer(x)), x)
+
+
+@wide_kinds
+def test_wide_inverse_projects(kind: str) -> None:
+    layer = linear(3, 5, kind=kind)
+    y = inputs(7, 5)
+    solution = torch.linalg.lstsq(layer.weight, (y - layer.bias).mT).solution.mT
+    assert_close(layer.inverse(y), solution)
+
+
+@orthonormal_kinds
+def test_wide_inverse_is_the_transpose(kind: str) -> None:
+    layer = linear(3, 5, kind=kind)
+    y = inputs(7, 5)
+    assert_close(layer.inverse(y), (y - layer.bias) @ layer.weight)
+
+
+@all_kinds
+@real_and_complex
+def test_function_is_that_of_nn_linear(kind: str, dtype: torch.dtype) -> None:
+    layer = linear(4, kind=kind, dtype=dtype)
+    x = inputs(2, 3, 4, dtype=dtype)
+    assert_close(layer(x), x @ layer.weight.mT + layer.bias)
+    assert_close(layer.inverse(layer(x)), x)
+
+
+@all_kinds
+def test_a_large_bias_does_no_harm(kind: str) -> None:
+    layer = linear(8, kind=kind, dtype=torch.float32)
+    nn.init.constant_(layer.bias, 100.0)
+    x = inputs(16, 8, dtype=torch.float32)
+    assert_close(layer.inverse(layer(x)), x, rtol=0, atol=2e-3)
+
+
+@all_kinds
+@pytest.mark.parametrize("direction", ["function", "inverse"])
+@real_and_complex
+def test_gradients(kind: str, direction: str, dtype: torch.dtype) -> None:
+    layer = linear(3, kind=kind, dtype=dtype)
+    apply, leaves = getattr(layer, direction), (inputs(2, 3, dtype=dtype), *layer.parameters())
+    assert gradcheck(lambda x, *_: apply(x), leaves)
+    assert gradgradcheck(lambda x, *_: apply(x), leaves)
+
+
+@wide_kinds
+@pytest.mark.parametrize(("direction", "size"), [("function", 2), ("inverse", 4)])
+def test_gradients_of_wide(kind: str, direction: str, size: int) -> None:
+    layer = linear(2, 4, kind=kind)
+    apply, leaves = getattr(layer, direction), (inputs(2, size), *layer.parameters())
+    assert gradcheck(lambda x, *_: apply(x), leaves)
+    assert gradgradcheck(lambda x, *_: apply(x), leaves)
+
+
+@all_kinds
+@pytest.mark.parametrize("direction", ["function", "inverse"])
+def test_gradients_reach_every_parameter(kind: str, direction: str) -> None:
+    layer = linear(4, kind=kind)
+    getattr(layer, direction)(inputs(5, 4)).pow(3).sum().backward()
+    assert all(p.grad is not None and p.grad.count_nonzero() > 0 for p in layer.parameters())
+
+
+@all_kinds
+def test_input_is_left_alone_and_the_result_repeats(kind: str) -> None:
+    layer = linear(4, kind=kind)
+    x = torch.randn(3, 4, dtype=torch.float64)
+    before, version = x.clone(), x._version
+    first, back = layer(x), layer.inverse(x)
+    assert_close(layer(x), first, rtol=0, atol=0)
+    assert_close(layer.inverse(x), back, rtol=0, atol=0)
+    assert_close(x, before, rtol=0, atol=0)
+    assert x._version == version
+
+
+@all_kinds
+@pytest.mark.parametrize("mode", ["store", "recompute", "invert"])
+def test_modes_agree(kind: str, mode: str) -> None:
+    stack = nn.Sequential(*(linear(4, kind=kind) for _ in range(3)))
+    x = inputs(5, 4)
+    expected = torch.autograd.grad(apply_plainly(stack, x).pow(3).sum(), (x, *stack.parameters()))
+    for layer in stack:
+        layer.mode = mode
+    assert_close(torch.autograd.grad(stack(x).pow(3).sum(), (x, *stack.parameters())), expected)
+
+
+@all_kinds
+def test_a_replay_builds_the_matrix_once(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, builds = linear(4, kind=kind), []
+    factors = layer.matrix.factors
+    monkeypatch.setattr(layer.matrix, "factors", lambda: builds.append(kind) or factors())
+    y = layer(inputs(2, 4))
+    y.sum().backward()
+    assert len(builds) == 2
+
+
+# Precision
+
+DRIFT = {
+    ("householder", 0.0): 3e-5,
+    ("householder", 0.1): 3e-5,
+    ("cayley", 0.0): 3e-5,
+    ("cayley", 0.1): 3e-5,
+    ("scaled", 0.0): 3e-5,
+    ("scaled", 0.1): 1e-4,
+    ("plu", 0.0): 1e-12,
+    ("plu", 0.1): 1e-4,
+    ("free", 0.0): 1e-4,
+    ("free", 0.001): 1e-4,
+}
+
+
+@pytest.mark.parametrize(("kind", "perturb"), DRIFT)
+def test_drift_of_a_deep_stack_in_float32(kind: str, perturb: float) -> None:
+    layers = [linear(64, kind=kind, perturb=perturb, dtype=torch.float32) for _ in range(64)]
+    x = h = torch.randn(256, 64)
+    with torch.no_grad():
+        for layer in layers:
+            h = layer(h)
+        for layer in reversed(layers):
+            h = layer.inverse(h)
+    assert_close(h, x, rtol=0, atol=DRIFT[kind, perturb])
+
+
+@orthonormal_kinds
+def test_polishing_keeps_float32_at_its_rounding(kind: str) -> None:
+    w = linear(256, kind=kind, perturb=1.0, dtype=torch.float32).weight
+    assert (w.mT @ w - eye_like(w)).square().mean().sqrt() < 3e-8
+
+
+@all_kinds
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_loses_nothing(kind: str, dtype: torch.dtype) -> None:
+    layer = linear(16, kind=kind, dtype=torch.float32)
+    x = torch.randn(32, 16).to(dtype)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(x)
+        back = layer.inverse(y)
+        weight = layer.weight
+    assert (y.dtype, back.dtype, weight.dtype) == (torch.float32,) * 3
+    assert_close(y, layer(x.float()), rtol=0, atol=0)
+    assert_close(weight, layer.weight, rtol=0, atol=0)
+    assert_close(back, x.float(), rtol=0, atol=1e-4)
+    assert_close(back.to(dtype), x, rtol=0, atol=1e-4)
+
+
+@all_kinds
+def test_autocast_gradients_are_those_of_float32(kind: str) -> None:
+    layer = linear(8, kind=kind, dtype=torch.float32)
+    x = inputs(4, 8, dtype=torch.float32)
+    plain = torch.autograd.grad(layer(x).pow(3).sum(), (x, *layer.parameters()))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(x)
+    assert_close(torch.autograd.grad(y.pow(3).sum(), (x, *layer.parameters())), plain)
+
+
+@all_kinds
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_loses_one_rounding(kind: str, dtype: torch.dtype) -> None:
+    layer = linear(16, kind=kind, dtype=dtype)
+    x = torch.randn(32, 16, dtype=dtype, requires_grad=True)
+    y = layer(x)
+    wide = x.float() @ layer.weight.mT + layer.bias.float()
+    y.sum().backward()
+    assert y.dtype == x.grad.dtype == layer.inverse(y).dtype == dtype
+    assert layer.weight.dtype == torch.float32
+    assert_close(y, wide.to(dtype))
+    error = torch.linalg.vector_norm((layer.inverse(y) - x).float()) / torch.linalg.vector_norm(x.float())
+    assert error < 2 * torch.finfo(dtype).eps * torch.linalg.cond(layer.weight)
+
+
+@all_kinds
+def test_a_layer_moved_to_double_is_good_to_double(kind: str) -> None:
+    layer = perturbed(InvertibleLinear(16, kind=kind)).double()
+    x = inputs(8, 16)
+    assert_close(layer.inverse(layer(x)), x, rtol=0, atol=1e-11)
+
+
+# A module like others
+
+
+@all_kinds
+def test_state_dict_round_trip(kind: str) -> None:
+    layer, other = linear(4, kind=kind), linear(4, kind=kind)
+    buffer, x = io.BytesIO(), inputs(2, 4)
+    torch.save(layer.state_dict(), buffer)
+    buffer.seek(0)
+    other.load_state_dict(torch.load(buffer, weights_only=True), strict=True)
+    assert_close(other(x), layer(x), rtol=0, atol=0)
+
+
+@all_kinds
+def test_copies_are_equal(kind: str) -> None:
+    layer, x = linear(4, kind=kind), inputs(2, 4)
+    assert_close(copy.deepcopy(layer)(x), layer(x), rtol=0, atol=0)
+    assert_close(pickle.loads(pickle.dumps(layer))(x), layer(x), rtol=0, atol=0)
+
+
+@all_kinds
+def test_reset_parameters_starts_afresh(kind: str) -> None:
+    layer = InvertibleLinear(4, kind=kind, device="meta", dtype=torch.float64)
+    x = torch.empty(2, 4, device="meta", dtype=torch.float64)
+    assert layer.inverse(layer.function(x)).shape == (2, 4)
+    layer.to_empty(device="cpu")
+    layer.reset_parameters()
+    first = layer.weight.clone()
+    layer.reset_parameters()
+    assert_close(first @ first.mT, eye_like(first))
+    assert (layer.weight - first).abs().max() > 0.01
+    assert_close(layer.bias.detach(), torch.zeros(4, dtype=torch.float64))
+
+
+def test_same_seed_same_layer() -> None:
+    first = [InvertibleLinear(8, kind=kind).weight for kind in KINDS]
+    torch.manual_seed(0)
+    assert_close([InvertibleLinear(8, kind=kind).weight for kind in KINDS], first, rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # torch's own, in jacfwd
+@all_kinds
+def test_transforms_of_torch_func(kind: str) -> None:
+    layer, x = linear(4, kind=kind), torch.randn(5, 4, dtype=torch.float64)
+    assert_close(torch.func.vmap(layer.function)(x), layer.function(x))
+    assert_close(torch.func.vmap(layer.inverse)(x), layer.inverse(x))
+    assert_close(torch.func.jacrev(layer.function)(x[0]), layer.weight)
+    assert_close(torch.func.jacfwd(layer.inverse)(x[0]), torch.linalg.inv(layer.weight))
+
+
+@all_kinds
+@pytest.mark.parametrize("direction", ["function", "inverse"])
+def test_compiles_without_a_break(kind: str, direction: str) -> None:
+    layer, x = linear(4, kind=kind), inputs(2, 4)
+    apply = getattr(layer, direction)
+    assert_close(torch.compile(apply, fullgraph=True, backend="aot_eager")(x), apply(x))
+
+
+def test_volume_preserving_is_said_of_square_orthonormal_weights_only() -> None:
+    assert {kind for kind in KINDS if InvertibleLinear(4, kind=kind).volume_preserving} == set(ORTHONORMAL)
+    assert not any(InvertibleLinear(4, 5, kind=kind).volume_preserving for kind in WIDE)
+    assert not InvertibleLinear.volume_preserving
+
+
+@pytest.mark.parametrize(
+    ("options", "matrix"),
+    [
+        ({}, "Householder(4, 4, reflections=4)"),
+        ({"reflections": 2}, "Householder(4, 4, reflections=2)"),
+        ({"kind": "cayley"}, "Cayley(4, 4)"),
+        ({"kind": "scaled"}, "Scaled(4, 4, reflections=4, max_log_scale=1.0)"),
+        ({"kind": "plu", "max_log_scale": 0.5}, "PLU(4, 4, max_log_scale=0.5)"),
+        ({"kind": "free"}, "Free(4, 4)"),
+    ],
+)
+def test_repr(options: dict[str, Any], matrix: str) -> None:
+    expected = f"InvertibleLinear(\n  in_features=4, out_features=4, bias=True\n  (matrix): {matrix}\n)"
+    assert repr(InvertibleLinear(4, **options)) == expected
+
+
+def test_no_bias_no_parameter() -> None:
+    layer = InvertibleLinear(4, 4, bias=False)
+    assert [name for name, _ in layer.named_parameters()] == ["matrix.vectors"]
+    assert "bias=False" in repr(layer)
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "match"),
+    [
+        ((0,), {}, ValueError, "InvertibleLinear: Expected in_features to be at least 1; got 0"),
+        ((2.0,), {}, TypeError, "InvertibleLinear: Expected in_features to be an int; got 2.0"),
+        ((True,), {}, TypeError, "InvertibleLinear: Expected in_features to be an int; got True"),
+        ((4, 0), {}, ValueError, "InvertibleLinear: Expected out_features to be at least 1; got 0"),
+        ((4, 3), {}, ValueError, "InvertibleLinear: Expected out_features to be at least in_features=4; got 3"),
+        ((4, 5), {"kind": "plu"}, ValueError, "Expected out_features to be in_features=4 with kind='plu'; got 5"),
+        ((4, 5), {"kind": "free"}, ValueError, "Expected out_features to be in_features=4 with kind='free'; got 5"),
+        ((4,), {"kind": "qr"}, ValueError, "Expected kind to be one of 'householder', 'cayley', 'scaled', .*got 'qr'"),
+        ((4,), {"reflections": 0}, ValueError, "InvertibleLinear: Expected reflections to be at least 1; got 0"),
+        ((4,), {"kind": "scaled", "reflections": 0}, ValueError, "Expected reflections to be at least 1; got 0"),
+        ((4,), {"kind": "cayley", "reflections": 2}, ValueError, "Expected reflections to be None with kind='cayley'"),
+        (
+            (4,),
+            {"max_log_scale": 1.0},
+            ValueError,
+            "max_log_scale to be None with kind='householder'; got 1.0",
+        ),
+        ((4,), {"kind": "scaled", "max_log_scale": 0}, ValueError, "Expected max_log_scale to be positive .*got 0"),
+        (
+            (4,),
+            {"kind": "plu", "max_log_scale": math.inf},
+            ValueError,
+            "to be positive and finite; got inf",
+        ),
+        ((4,), {"kind": "plu", "max_log_scale": "1"}, TypeError, "Expected max_log_scale to be a number; got '1'"),
+    ],
+)
+def test_bad_arguments(arguments: tuple[Any], options: dict[str, Any], error: type[Exception], match: str) -> None:
+    with pytest.raises(error, match=match):
+        InvertibleLinear(*arguments, **options)
+
+
+BAD_INPUTS = {
+    "size": (torch.zeros(2, 3), ValueError, r"to have size {size} in dim -1; got shape \(2, 3\)"),
+    "scalar": (torch.zeros(()), ValueError, r"to have dims \(..., features\); got shape \(\)"),
+    "list": ([1.0], TypeError, "to be a Tensor; got list"),
+    "integer": (torch.zeros(2, 4, dtype=torch.long), TypeError, "to be floating point or complex; got torch.int64"),
+    "dtype": (torch.zeros(2, 4).double(), TypeError, "to be of the layer's dtype torch.float32; got torch.float64"),
+    "device": (torch.zeros(2, 4, device="meta"), ValueError, "to be on the layer's device cpu; got meta"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUTS)
+def test_bad_inputs(case: str) -> None:
+    layer, (x, error, match) = InvertibleLinear(4, 5), BAD_INPUTS[case]
+    with pytest.raises(error, match="InvertibleLinear: Expected x " + match.format(size=4)):
+        layer.function(x)
+    with pytest.raises(error, match="InvertibleLinear: Expected y " + match.format(size=5)):
+        layer.inverse(x)
+
+
+@pytest.mark.parametrize(
+    ("entries", "got"),
+    [
+        (torch.zeros(4, 4), "a singular weight"),
+        (torch.ones(4, 4), "a singular weight"),
+        (torch.tensor([1.0, 1.0, 1.0, 1e-17]).diag(), r"1.0e\+17"),
+        (torch.full((4, 4), math.nan), "nan"),
+    ],
+    ids=["zeros", "ones", "nearly singular", "nan"],
+)
+def test_a_singular_free_weight_is_refused(entries: Tensor, got: str) -> None:
+    layer = InvertibleLinear(4, kind="free", dtype=torch.float64)
+    with torch.no_grad():
+        layer.matrix.entries.copy_(entries)
+    match = r"InvertibleLinear: Expected weight to be invertible, with a condition number below 4.5e\+15; got " + got
+    with pytest.raises(ValueError, match=match):
+        layer.inverse(inputs(2, 4))
+
+
+def test_the_name_in_an_error_is_that_of_the_subclass() -> None:
+    class Mixer(InvertibleLinear):
+        pass
+
+    with pytest.raises(ValueError, match="^Mixer: Expected reflections"):
+        Mixer(4, reflections=0)
+    with pytest.raises(ValueError, match="^Mixer: Expected x"):
+        Mixer(4)(torch.zeros(3))
+
+
+def test_checks_take_a_name_for_the_owner() -> None:
+    with pytest.raises(ValueError, match="^Spline: Expected tails to be one of 'linear', 'circular'; got 'flat'$"):
+        check_choice("Spline", "tails", "flat", ("linear", "circular"))
+    with pytest.raises(TypeError, match="^Spline: Expected bound to be a number; got True$"):
+        check_positive("Spline", "bound", True)

@@ -1,0 +1,428 @@
+"""Permutations: against indices by hand, and equal, not close."""
+
+import copy
+import io
+import pickle
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.autograd import gradcheck, gradgradcheck
+
+from invzoo.layers.permutation import Deinterleave, Interleave, Permute, Reverse, Shuffle, Swap
+from invzoo.module import InvertibleModule, mode
+
+
+def order_of(layer: InvertibleModule, n: int) -> list[int]:
+    """Return where each entry of the output comes from, by the definition."""
+    half = (n + 1) // 2
+    match layer:
+        case Permute() | Shuffle():
+            return layer.permutation.tolist()
+        case Reverse():
+            return [*range(n)][::-1]
+        case Swap():
+            return [*range(half, n), *range(half)]
+        case Interleave():
+            return [half * (i % 2) + i // 2 for i in range(n)]
+        case Deinterleave():
+            return [*range(0, n, 2), *range(1, n, 2)]
+    raise TypeError(layer)
+
+
+MAKE: dict[str, Callable[..., InvertibleModule]] = {
+    "permute": lambda n, dim=1, **options: Permute(torch.randperm(n), dim, **options),
+    "shuffle": Shuffle,
+    "reverse": lambda n, dim=1, **options: Reverse(dim, **options),
+    "swap": lambda n, dim=1, **options: Swap(dim, **options),
+    "interleave": lambda n, dim=1, **options: Interleave(dim, **options),
+    "deinterleave": lambda n, dim=1, **options: Deinterleave(dim, **options),
+}
+HALVES = {"swap": Swap, "interleave": Interleave, "deinterleave": Deinterleave}
+WITHOUT_SIZE = {"reverse": Reverse, **HALVES}
+
+every = pytest.mark.parametrize("name", MAKE)
+halves = pytest.mark.parametrize("name", HALVES)
+directions = pytest.mark.parametrize("direction", ["function", "inverse"])
+
+
+def same(x: Tensor, y: Tensor) -> bool:
+    """Equal with dtype and shape, and to the sign of 0 and with NaN at the same places."""
+    return x.dtype == y.dtype and x.shape == y.shape and x.detach().numpy().tobytes() == y.detach().numpy().tobytes()
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> tuple[Tensor, int]:
+    """Draw a tensor, of which any dim but the one permuted may be empty, and that dim, counted from either end."""
+    shape = draw(st.lists(st.integers(0, 3), min_size=1, max_size=4))
+    dim = draw(st.integers(-len(shape), len(shape) - 1))
+    shape[dim] = draw(st.integers(2, 9))
+    dtype = draw(st.sampled_from([torch.float64, torch.float16, torch.complex64, torch.int64, torch.bool]))
+    return torch.randn(shape).mul(10).to(dtype), dim
+
+
+# ---- every permutation ----------------------------------------------------------------------------------------------
+
+
+@every
+@given(case=cases())
+def test_by_the_definition(name: str, case: tuple[Tensor, int]) -> None:
+    x, dim = case
+    layer = MAKE[name](x.shape[dim], dim)
+    index = torch.tensor(order_of(layer, x.shape[dim]))
+    before = x.clone()
+    y = layer(x)
+    assert same(y, x.index_select(dim, index))
+    assert same(layer.inverse(y), x)
+    assert same(layer(layer.inverse(x)), x)
+    assert same(x, before)
+
+
+@every
+@directions
+def test_any_bits_are_moved_as_they_are(name: str, direction: str) -> None:
+    x = torch.tensor([[-0.0, 0.0, torch.nan, torch.inf, 1e-45]])
+    layer = MAKE[name](5)
+    y = getattr(layer, direction)(x)
+    assert sorted(y.view(torch.int32)[0].tolist()) == sorted(x.view(torch.int32)[0].tolist())
+    assert same(getattr(layer, {"function": "inverse", "inverse": "function"}[direction])(y), x)
+
+
+@every
+@directions
+@pytest.mark.parametrize("n", [2, 5, 6])
+def test_derivatives(name: str, direction: str, n: int) -> None:
+    f, x = getattr(MAKE[name](n), direction), torch.randn(2, n, 2, dtype=torch.float64, requires_grad=True)
+    assert gradcheck(f, x, check_forward_ad=True, check_batched_grad=True)
+    assert gradgradcheck(f, x)
+
+
+@every
+@pytest.mark.parametrize("dim", [1, -2])
+@pytest.mark.parametrize("n", [2, 5, 6])
+@pytest.mark.parametrize("kind", ["store", "recompute", "invert"])
+@pytest.mark.parametrize("inverted", [False, True])
+def test_gradients_in_each_mode(name: str, dim: int, n: int, kind: str, inverted: bool) -> None:
+    layer = MAKE[name](n, dim, mode=kind, check="always")
+    layer = layer.inv if inverted else layer
+    x = torch.randn(3, n, 4, dtype=torch.float64, requires_grad=True)
+    net = nn.Sequential(layer, Square(), layer)
+    expected = layer.function(layer.function(x) ** 2)
+    cotangent = torch.randn_like(expected)
+    y = net(x)
+    assert same(y, expected)
+    assert same(*(torch.autograd.grad(out, x, cotangent)[0] for out in (y, expected)))
+
+
+class Square(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x**2
+
+
+@pytest.mark.parametrize("make", [lambda: Permute([1, 0, 2]), lambda: Shuffle(3)], ids=["permute", "shuffle"])
+@pytest.mark.parametrize("again", [False, True])
+def test_a_replay_reindexes_once(make: Callable, again: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, sizes = make(), []
+    index_select = Tensor.index_select
+
+    def counted(self: Tensor, *args: Any) -> Tensor:
+        sizes.append(self.numel())
+        return index_select(self, *args)
+
+    x = torch.randn(2, 3, requires_grad=True)
+    y = layer(x)
+    monkeypatch.setattr(Tensor, "index_select", counted)
+    (gradient,) = torch.autograd.grad(y, x, torch.arange(6.0).reshape(2, 3), create_graph=again)
+    assert sizes == [6, 0]
+    monkeypatch.undo()
+    assert same(gradient, layer.inverse(torch.arange(6.0).reshape(2, 3)))
+
+
+@pytest.mark.parametrize("name", WITHOUT_SIZE)
+@pytest.mark.parametrize("n", [5, 6])
+def test_nothing_is_saved_for_backward(name: str, n: int) -> None:
+    saved: list[Tensor] = []
+    layer = MAKE[name](n, mode="store")
+    with torch.autograd.graph.saved_tensors_hooks(saved.append, lambda _: None):
+        layer(torch.randn(2, n, requires_grad=True))
+    assert saved == []
+
+
+@every
+@directions
+@pytest.mark.parametrize("n", [2, 3, 4])
+def test_the_output_is_no_view_of_the_input(name: str, direction: str, n: int) -> None:
+    x = torch.randn(3, n)
+    y = getattr(MAKE[name](n), direction)(x)
+    before = x.clone()
+    y.zero_()
+    assert same(x, before)
+
+
+@every
+@directions
+@pytest.mark.parametrize("n", [4, 5])
+def test_compiles_and_maps(name: str, direction: str, n: int) -> None:
+    f, x = getattr(MAKE[name](n), direction), torch.randn(3, 2, n)
+    torch.compiler.reset()
+    expected = torch.stack([f(row) for row in x])
+    assert same(torch.func.vmap(f)(x), expected)
+    assert same(torch.compile(torch.func.vmap(f), backend="eager", fullgraph=True)(x), expected)
+
+
+@every
+def test_channels_last_and_other_strides(name: str) -> None:
+    layer, x = MAKE[name](5), torch.randn(2, 5, 3, 4)
+    for strided in (x.to(memory_format=torch.channels_last), x.mT.contiguous().mT, x[:, :, :1].expand_as(x)):
+        y = layer(strided)
+        assert torch.equal(y, layer(strided.contiguous()))
+        assert torch.equal(layer.inverse(y), strided)
+
+
+@every
+def test_class_data_and_dtypes_of_the_module(name: str) -> None:
+    layer = MAKE[name](5).half().double().to(torch.bfloat16)
+    assert layer.exact
+    assert layer.volume_preserving
+    assert not layer.saturating
+    x = torch.randn(2, 5)
+    assert same(layer.inverse(layer(x)), x)
+
+
+@every
+def test_copies_reindex_alike(name: str) -> None:
+    layer, x = MAKE[name](5), torch.randn(2, 5)
+    file = io.BytesIO()
+    torch.save(layer, file)
+    file.seek(0)
+    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), torch.load(file, weights_only=False)):
+        assert same(twin(x), layer(x))
+        assert same(twin.inverse(x), layer.inverse(x))
+
+
+@every
+def test_runs_on_the_meta_device(name: str) -> None:
+    layer, x = MAKE[name](5).to("meta"), torch.empty(2, 5, device="meta")
+    assert layer.inverse(layer(x)).shape == (2, 5)
+
+
+@every
+@directions
+def test_what_is_no_tensor_is_refused(name: str, direction: str) -> None:
+    with pytest.raises(TypeError, match=rf"^{name.capitalize()}: Expected [xy] to be (a|one) Tensor.*; got list$"):
+        getattr(MAKE[name](2), direction)([[1, 2]])
+
+
+@every
+@pytest.mark.parametrize(("dim", "shape"), [(2, (3, 4)), (-3, (3, 4)), (0, ()), (1, (4,))])
+@pytest.mark.parametrize(("direction", "argument"), [("function", "x"), ("inverse", "y")])
+def test_a_dim_out_of_range_is_refused(
+    name: str, dim: int, shape: tuple[int, ...], direction: str, argument: str
+) -> None:
+    message = f"{name.capitalize()}: Expected {argument} to have a dim {dim}; got shape {shape}"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        getattr(MAKE[name](4, dim), direction)(torch.ones(shape))
+
+
+@halves
+@pytest.mark.parametrize("n", [0, 1])
+@pytest.mark.parametrize(("direction", "argument"), [("function", "x"), ("inverse", "y")])
+def test_fewer_than_two_entries_are_refused(name: str, n: int, direction: str, argument: str) -> None:
+    message = f"{name.capitalize()}: Expected {argument} to have at least 2 entries in dim -1; got shape (3, {n})"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        getattr(MAKE[name](n, -1), direction)(torch.ones(3, n))
+
+
+@pytest.mark.parametrize("n", [0, 1])
+def test_one_entry_can_be_reversed_and_permuted(n: int) -> None:
+    x = torch.randn(3, n)
+    for layer in (Reverse(), Permute(range(n))):
+        assert same(layer(x), x)
+        assert same(layer.inverse(x), x)
+
+
+@pytest.mark.parametrize("name", ["permute", "shuffle"])
+@pytest.mark.parametrize(("direction", "argument"), [("function", "x"), ("inverse", "y")])
+def test_another_size_is_refused(name: str, direction: str, argument: str) -> None:
+    message = f"{name.capitalize()}: Expected {argument} to have size 3 in dim 1; got shape (2, 4)"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        getattr(MAKE[name](3), direction)(torch.ones(2, 4))
+
+
+# ---- Permute --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "permutation",
+    [[2, 0, 1], (2, 0, 1), torch.tensor([2, 0, 1]), torch.tensor([2, 0, 1], dtype=torch.uint8)],
+    ids=["list", "tuple", "long", "byte"],
+)
+def test_permute_takes_sequences_and_tensors(permutation: Any) -> None:
+    layer, x = Permute(permutation), torch.tensor([[10, 20, 30]])
+    assert layer(x).tolist() == [[30, 10, 20]]
+    assert layer.inverse(x).tolist() == [[20, 30, 10]]
+
+
+def test_permute_keeps_a_copy_of_the_order() -> None:
+    given = torch.tensor([2, 0, 1])
+    layer = Permute(given)
+    given.zero_()
+    assert layer.permutation.tolist() == [2, 0, 1]
+
+
+def test_the_order_of_permute_is_no_state() -> None:
+    layer = Permute([1, 0])
+    assert layer.state_dict() == {}
+    layer.load_state_dict({})
+
+
+def test_permute_survives_a_start_on_the_meta_device() -> None:
+    with torch.device("meta"):
+        layer = Permute([2, 0, 1])
+    assert layer.permutation.is_meta
+    layer.to_empty(device="cpu").permutation.zero_()
+    layer.reset_parameters()
+    assert layer.permutation.tolist() == [2, 0, 1]
+
+
+def test_indices_take_a_device() -> None:
+    assert Permute([1, 0], device="meta").permutation.is_meta
+    assert Shuffle(3, device="meta").permutation.is_meta
+
+
+@pytest.mark.parametrize(
+    ("permutation", "got"),
+    [
+        ([0, 0], "[0, 0]"),
+        ([1, 2], "[1, 2]"),
+        ([-1, 0], "[-1, 0]"),
+        (torch.tensor([0, 2]), "[0, 2]"),
+        ([0, 1, 2, 3, 4, 5, 6, 6], "[0, 1, 2, 3, 4, 5, ...]"),
+    ],
+)
+def test_what_is_no_permutation_is_refused(permutation: Any, got: str) -> None:
+    message = f"Permute: Expected permutation to hold each of 0, ..., {len(permutation) - 1} once; got {got}"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        Permute(permutation)
+
+
+@pytest.mark.parametrize(
+    "permutation", [3, "10", [0.0, 1.0], [[1, 0]], torch.tensor([1.0, 0.0]), torch.tensor(0), torch.tensor([[1, 0]])]
+)
+def test_what_is_not_made_of_ints_is_refused(permutation: Any) -> None:
+    with pytest.raises(TypeError, match=r"^Permute: Expected permutation to be a sequence of ints; got "):
+        Permute(permutation)
+
+
+# ---- Shuffle --------------------------------------------------------------------------------------------------------
+
+
+def test_shuffle_draws_from_its_generator() -> None:
+    draws = [Shuffle(50, generator=torch.Generator().manual_seed(seed)).permutation for seed in (1, 1, 2)]
+    assert torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], draws[2])
+    state = torch.get_rng_state()
+    Shuffle(50, generator=torch.Generator())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_shuffle_draws_from_the_global_generator() -> None:
+    torch.manual_seed(7)
+    drawn = Shuffle(50).permutation
+    torch.manual_seed(7)
+    assert torch.equal(drawn, torch.randperm(50))
+
+
+def test_shuffle_is_a_state_and_loads_in_both_directions() -> None:
+    layer, other, x = Shuffle(50), Shuffle(50), torch.randn(2, 50)
+    assert [*layer.state_dict()] == ["permutation"]
+    assert not torch.equal(layer(x), other(x))
+    other.load_state_dict(layer.state_dict())
+    assert same(other(x), layer(x))
+    assert same(other.inverse(layer(x)), x)
+
+
+def test_shuffle_draws_anew_on_request() -> None:
+    layer = Shuffle(50)
+    before = layer.permutation.clone()
+    layer.reset_parameters()
+    assert not torch.equal(layer.permutation, before)
+    assert sorted(layer.permutation.tolist()) == [*range(50)]
+
+
+def test_shuffle_refuses_its_features() -> None:
+    with pytest.raises(ValueError, match=r"^Shuffle: Expected features to be at least 1; got 0$"):
+        Shuffle(0)
+    with pytest.raises(TypeError, match=r"^Shuffle: Expected features to be an int; got 2.0$"):
+        Shuffle(2.0)
+
+
+# ---- Swap -----------------------------------------------------------------------------------------------------------
+
+
+@given(n=st.integers(2, 12))
+def test_the_halves_are_those_of_chunk(n: int) -> None:
+    x = torch.randn(2, n)
+    a, b = x.chunk(2, 1)
+    assert same(Swap()(x), torch.cat((b, a), 1))
+    assert same(Interleave()(x)[:, ::2], a.contiguous())
+    assert same(Interleave()(x)[:, 1::2], b.contiguous())
+    assert same(Deinterleave().inverse(x), Interleave()(x))
+
+
+@directions
+def test_swap_returns_two_streams_themselves(direction: str) -> None:
+    a, b = torch.randn(2, 3), torch.randn(4)
+    first, second = getattr(Swap(), direction)(a, b)
+    assert first is b
+    assert second is a
+
+
+@pytest.mark.parametrize("kind", ["store", "recompute", "invert"])
+def test_swap_of_streams_is_differentiable_and_copies_nothing(kind: str) -> None:
+    a, b = torch.randn(2, 3, requires_grad=True), torch.randn(2, 4, requires_grad=True)
+    layer = Swap(mode=kind)
+    first, second = layer(*layer(*layer(a, b)))
+    assert (first.data_ptr(), second.data_ptr()) == (b.data_ptr(), a.data_ptr())
+    (first.sum() + 2 * second.sum()).backward()
+    assert a.grad.unique().tolist() == [2]
+    assert b.grad.unique().tolist() == [1]
+
+
+@pytest.mark.parametrize(
+    ("inputs", "got"), [((), "none"), ((1, 2), "int, int"), ((torch.ones(2, 2),) * 3, "Tensor, Tensor, Tensor")]
+)
+@pytest.mark.parametrize(("direction", "argument"), [("function", "x"), ("inverse", "y")])
+def test_swap_refuses_other_inputs(inputs: Any, got: str, direction: str, argument: str) -> None:
+    with pytest.raises(TypeError, match=f"^Swap: Expected {argument} to be one Tensor or two; got {got}$"):
+        getattr(Swap(), direction)(*inputs)
+
+
+# ---- words ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("layer", "expected"),
+    [
+        (Permute([2, 0, 1], -1), "Permute([2, 0, 1], dim=-1)"),
+        (Permute(range(9)), "Permute([0, 1, 2, 3, 4, 5, ...], dim=1)"),
+        (Shuffle(4, 2), "Shuffle(4, dim=2)"),
+        *((cls(-1), f"{cls.__name__}(dim=-1)") for cls in WITHOUT_SIZE.values()),
+    ],
+    ids=str,
+)
+def test_repr(layer: InvertibleModule, expected: str) -> None:
+    assert repr(layer) == expected
+
+
+@every
+def test_options_are_those_of_every_layer(name: str) -> None:
+    layer = MAKE[name](4, mode="store")
+    assert layer.mode == "store"
+    with mode(layer, "invert"):
+        assert layer.mode == "invert"
