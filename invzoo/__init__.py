@@ -1,7 +1,8 @@
 """InvZoo: invertible PyTorch modules that free their activations and rebuild them with the inverse in backward."""
 
 from .containers import InvertibleSequential
-from .engine import Mode
+from .contract import requires_grad
+from .engine import Mode, checkpoint
 from .layers.activation import (
     Identity,
     InvertibleAtanh,
@@ -40,5 +41,7 @@ __all__ = [
     "Shuffle",
     "Split",
     "Swap",
+    "checkpoint",
     "mode",
+    "requires_grad",
 ]

@@ -7,9 +7,9 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 
 from . import engine
-from .engine import Policy
+from .engine import Policy, SideNames
 from .layers.split import Partition, cut, join
-from .module import InvertibleModule, SideNames
+from .module import InvertibleModule
 
 __all__ = ["InvertibleSequential"]
 

@@ -1,57 +1,17 @@
 """The base class of every invertible layer, and a layer with its directions swapped."""
 
-import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 from torch import nn
 from torch.distributions import constraints
 
 from . import engine
-from .engine import Mode, Operation, Policy, Tape
+from .contract import Finding, check_function, check_inverse
+from .engine import Mode, Operation, Policy, SideNames, Tape
 
-__all__ = ["Inverse", "InvertibleModule", "SideNames", "mode"]
-
-
-class SideNames(NamedTuple):
-    """The side inputs that a layer takes: their names, and whether it takes any other as well."""
-
-    names: frozenset[str]
-    any: bool
-
-    @classmethod
-    def of(cls, function: Callable[..., Any]) -> "SideNames":
-        """Read them from the signature of a function or of a module's ``forward``."""
-        function = function.forward if isinstance(function, nn.Module) else function
-        return _side_names(getattr(function, "__func__", function))
-
-    @classmethod
-    def union(cls, parts: Iterable["SideNames"]) -> "SideNames":
-        parts = [*parts]
-        return cls(frozenset().union(*(p.names for p in parts)), any(p.any for p in parts))
-
-    def choose(self, side: dict[str, Any]) -> dict[str, Any]:
-        """Return the side inputs among ``side``."""
-        return side if self.any or not side else {k: v for k, v in side.items() if k in self.names}
-
-    def check(self, owner: nn.Module, side: dict[str, Any]) -> None:
-        """Raise if one of ``side`` is none that ``owner`` takes."""
-        if side and not self.any and (unknown := side.keys() - self.names):
-            raise TypeError(
-                f"{type(owner).__name__}: Expected side inputs among {sorted(self.names)}; got {sorted(unknown)}"
-            )
-
-
-@cache
-def _side_names(function: Callable[..., Any]) -> SideNames:
-    try:
-        parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):  # builtins without a signature
-        return SideNames(frozenset(), True)
-    named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-    return SideNames(frozenset(named - {"self"}), any(p.kind is p.VAR_KEYWORD for p in parameters))
+__all__ = ["Inverse", "InvertibleModule", "mode"]
 
 
 def _option(name: str, doc: str, convert: Callable[[Any], Any] = lambda value: value) -> Any:
@@ -132,9 +92,27 @@ class InvertibleModule(nn.Module):
 
     def forward(self, *inputs: Any, strict_forward: bool = False, **side: Any) -> Any:
         """Run :meth:`function` so that backward rebuilds what it needs."""
+        if self._policy.free_input:
+            with engine.freeing(self._name(), inputs):
+                return self._forward(*inputs, **side)
+        return self._forward(*inputs, **side)
+
+    def _forward(self, *inputs: Any, **side: Any) -> Any:
         if self.composite:
             return self.function(*inputs, **side)
         return engine.call(self._operation(), inputs, side)
+
+    def check_function(self, *inputs: Any, **side: Any) -> Finding:
+        """Say whether :meth:`function` keeps its contract on these inputs; true or false, and printed, why.
+
+        It must give the same values twice from the same random state, leave its inputs as they are, return tensors or a
+        tuple, and, if it has the argument ``strict_forward``, set ``requires_grad`` of its outputs as autograd would.
+        """
+        return check_function(self, inputs, side)
+
+    def check_inverse(self, *inputs: Any, **side: Any) -> Finding:
+        """Say whether :meth:`inverse` rebuilds these inputs from their outputs; true or false, and printed, why."""
+        return check_inverse(self, inputs, side)
 
     def _operation(self) -> Operation:
         return Operation(

@@ -1,7 +1,27 @@
 """The engine: frees what backward needs after forward, and rebuilds it. It knows callables and tensors, no layers."""
 
 from .call import Operation, Tape, call, place, steps_aside, tuple_of
-from .callables import modules_of
+from .callables import SideNames, modules_of
+from .checkpoint import checkpoint
+from .fingerprint import tolerance
+from .freeing import freeing
 from .mode import Mode, Policy, check_of
+from .surroundings import map_tensors
 
-__all__ = ["Mode", "Operation", "Policy", "Tape", "call", "check_of", "modules_of", "place", "steps_aside", "tuple_of"]
+__all__ = [
+    "Mode",
+    "Operation",
+    "Policy",
+    "SideNames",
+    "Tape",
+    "call",
+    "check_of",
+    "checkpoint",
+    "freeing",
+    "map_tensors",
+    "modules_of",
+    "place",
+    "steps_aside",
+    "tolerance",
+    "tuple_of",
+]

@@ -365,6 +365,8 @@ class Call:
             linked = slot is not None and i not in self.passed and slot.consumer in (None, self)
             if linked:
                 slot.consume(self)
+                if slot.freed is not None:
+                    self._give_back(slot, outputs)
             self.sources.append(weakref.ref(slot) if linked else _none)
         for y, key in zip(outputs, keys_out, strict=True):
             slot = None if key is None else slot_of(y, key)
@@ -372,6 +374,18 @@ class Call:
                 slot = Slot(y, key)
                 self.produced.append(slot)
             self.outputs.append(y if slot is None else slot)
+
+    def _give_back(self, slot: Slot, outputs: tuple[Any, ...]) -> None:
+        """See to it that a backward through this call restores a freed input, even if nothing asks for it."""
+
+        def restore() -> None:
+            if slot.value is None:
+                self._pull()
+                self._restore()
+
+        for y in outputs:
+            if isinstance(y, Tensor) and y.grad_fn is not None:
+                y.grad_fn.register_prehook(lambda _: at_end_of_backward(restore))
 
     def pack(self, tensor: Tensor) -> Handle:
         handle = Handle(tensor.detach())

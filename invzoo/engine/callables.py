@@ -1,13 +1,13 @@
-"""The modules behind a callable, so that a replay can find their parameters, buffers and flags as they were."""
+"""What can be read off a callable: the modules behind it, and the keyword arguments that it takes."""
 
 import functools
 import inspect
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 from torch import nn
 
-__all__ = ["modules_of"]
+__all__ = ["SideNames", "modules_of"]
 
 
 def modules_of(*callables: Callable[..., Any] | None) -> list[nn.Module]:
@@ -34,3 +34,42 @@ def modules_of(*callables: Callable[..., Any] | None) -> list[nn.Module]:
         elif isinstance(value, dict):
             todo += value.values()
     return list(found.values())
+
+
+class SideNames(NamedTuple):
+    """The side inputs that a layer takes: their names, and whether it takes any other as well."""
+
+    names: frozenset[str]
+    any: bool
+
+    @classmethod
+    def of(cls, function: Callable[..., Any]) -> "SideNames":
+        """Read them from the signature of a function or of a module's ``forward``."""
+        function = function.forward if isinstance(function, nn.Module) else function
+        return _side_names(getattr(function, "__func__", function))
+
+    @classmethod
+    def union(cls, parts: Iterable["SideNames"]) -> "SideNames":
+        parts = [*parts]
+        return cls(frozenset().union(*(p.names for p in parts)), any(p.any for p in parts))
+
+    def choose(self, side: dict[str, Any]) -> dict[str, Any]:
+        """Return the side inputs among ``side``."""
+        return side if self.any or not side else {k: v for k, v in side.items() if k in self.names}
+
+    def check(self, owner: nn.Module, side: dict[str, Any]) -> None:
+        """Raise if one of ``side`` is none that ``owner`` takes."""
+        if side and not self.any and (unknown := side.keys() - self.names):
+            raise TypeError(
+                f"{type(owner).__name__}: Expected side inputs among {sorted(self.names)}; got {sorted(unknown)}"
+            )
+
+
+@functools.cache
+def _side_names(function: Callable[..., Any]) -> SideNames:
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # builtins without a signature
+        return SideNames(frozenset(), True)
+    named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    return SideNames(frozenset(named - {"self"}), any(p.kind is p.VAR_KEYWORD for p in parameters))

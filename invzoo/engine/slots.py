@@ -10,6 +10,7 @@ from ._torch import storage_key, version_of
 
 if TYPE_CHECKING:
     from .call import Call
+    from .freeing import Freed
 
 __all__ = ["Slot", "key_of", "slot_of"]
 
@@ -36,18 +37,19 @@ class Slot:
     A rebuilt value stands beside the consumer for a while, so that the next call need not rebuild it.
     """
 
-    __slots__ = ("__weakref__", "consumer", "key", "value", "version")
+    __slots__ = ("__weakref__", "consumer", "freed", "key", "value", "version")
 
     def __init__(self, tensor: Tensor, key: tuple[Any, ...]):
         self.key = key
         self.consumer: Call | None = None
+        self.freed: Freed | None = None  # the caller's tensor, where this value is to come back to it too
         self.put(tensor)
         if key[0] is not None:
             _live.slots[key] = self
 
     def put(self, value: Tensor) -> None:
         """Hold ``value``, which must not be changed in place from here on."""
-        self.value: Tensor | None = value.detach()
+        self.value: Tensor | None = (value if self.freed is None else self.freed.restore(value)).detach()
         self.version = version_of(self.value)
 
     def consume(self, call: "Call") -> None:

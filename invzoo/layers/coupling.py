@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import engine
-from ..engine import Operation, Tape
-from ..module import InvertibleModule, SideNames
+from ..engine import Operation, SideNames, Tape
+from ..module import InvertibleModule
 from ._checks import check_choice, check_positive, refuse
 from .split import Partition, SplitSpec, cut, join
 

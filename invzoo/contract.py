@@ -1,0 +1,144 @@
+"""Whether a layer keeps its contract on some inputs, and if not, what fails and where."""
+
+import copy
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .engine import SideNames, map_tensors, tolerance, tuple_of
+
+if TYPE_CHECKING:
+    from .module import InvertibleModule
+
+__all__ = ["Finding", "check_function", "check_inverse", "requires_grad"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The outcome of a check: true if nothing was found; printed, what was found.
+
+    Example:
+        >>> layer = iz.InvertibleLeakyReLU()
+        >>> print(layer.check_inverse(torch.randn(3)))
+        True
+    """
+
+    problems: tuple[str, ...] = ()
+
+    def __bool__(self) -> bool:
+        return not self.problems
+
+    def __str__(self) -> str:
+        return f"False: {'; '.join(self.problems)}" if self.problems else "True"
+
+
+def requires_grad(
+    inputs: Any = None, *, any: Iterable[Any] | None = None, all: Iterable[Any] | None = None
+) -> bool:
+    """Say whether a tensor requires gradients, or set it by whether any or all of others do.
+
+    Args:
+        inputs: the tensor that is asked about, or set.
+        any: values of which one at least must require gradients.
+        all: values that all must.
+
+    Returns:
+        Whether ``inputs`` requires gradients, then.
+
+    Example:
+        >>> y = torch.zeros(2)
+        >>> iz.requires_grad(y, any=(torch.ones(1), nn.Parameter(torch.ones(1))))
+        True
+    """
+    if any is None and all is None:
+        return isinstance(inputs, Tensor) and inputs.requires_grad
+    required = (any is None or _some(any)) and (all is None or _every(all))
+    if inputs is not None and inputs.requires_grad != required:
+        inputs.requires_grad_(required)
+    return required
+
+
+def _some(values: Iterable[Any]) -> bool:
+    return any(map(requires_grad, values))
+
+
+def _every(values: Iterable[Any]) -> bool:
+    return all(map(requires_grad, values))
+
+
+@contextmanager
+def _same_random_numbers() -> Any:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield
+
+
+def _run(function: Callable[..., Any], inputs: Sequence[Any], side: dict[str, Any]) -> tuple[Any, ...]:
+    with _same_random_numbers():
+        return tuple_of(function(*inputs, **side))
+
+
+def _clone(values: Sequence[Any]) -> list[Any]:
+    return [map_tensors(lambda t: t.detach().clone().requires_grad_(t.requires_grad), v) for v in values]
+
+
+def _differences(what: str, expected: Sequence[Any], got: Sequence[Any], exact: bool) -> Iterable[str]:
+    if len(expected) != len(got):
+        yield f"Expected {len(expected)} {what}s; got {len(got)}"
+    for i, (a, b) in enumerate(zip(expected, got, strict=False)):
+        if not isinstance(a, Tensor):
+            continue
+        if not isinstance(b, Tensor) or a.shape != b.shape or a.dtype != b.dtype:
+            yield f"Expected {what} {i} to be {_describe(a)}; got {_describe(b)}"
+        elif not (error := _error(a, b)) <= (0 if exact else tolerance(a.dtype)):
+            yield f"Expected {what} {i} to come back the same; got a relative error of {error:.1e}"
+
+
+def _describe(value: Any) -> str:
+    return f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+
+
+def _error(a: Tensor, b: Tensor) -> float:
+    if a.numel() == 0 or torch.equal(a, b):
+        return 0.0
+    kind = torch.complex128 if a.is_complex() else torch.float64
+    a, b = a.detach().to(kind), b.detach().to(kind)
+    return (torch.linalg.vector_norm(a - b) / torch.linalg.vector_norm(a).clamp_min(1e-300)).item()
+
+
+def check_function(layer: "InvertibleModule", inputs: Sequence[Any], side: dict[str, Any]) -> Finding:
+    """Check that the function is deterministic, leaves its inputs alone and returns tensors."""
+    given, problems = _clone(inputs), []
+    with torch.enable_grad():
+        outputs = _run(copy.deepcopy(layer).function, given, side)
+        problems += _differences("input", inputs, given, exact=True)
+        again = _run(copy.deepcopy(layer).function, _clone(inputs), side)
+    problems += _differences("output of a second run", outputs, again, exact=True)
+    if not any(isinstance(y, Tensor) for y in outputs):
+        problems.append(f"Expected function to return tensors; got {_describe(outputs[0])}")
+    if "strict_forward" in SideNames.of(layer.function).names:
+        with torch.no_grad():
+            strict = _run(copy.deepcopy(layer).function, _clone(inputs), {**side, "strict_forward": True})
+        for i, (a, b) in enumerate(zip(outputs, strict, strict=True)):
+            if requires_grad(a) != requires_grad(b):
+                problems.append(f"Expected strict_forward to set requires_grad of output {i} to {requires_grad(a)}")
+    return Finding(tuple(problems))
+
+
+@torch.no_grad()
+def check_inverse(layer: "InvertibleModule", inputs: Sequence[Any], side: dict[str, Any]) -> Finding:
+    """Check that the inverse rebuilds the inputs, and, with ``saved``, those of them that are asked for."""
+    layer = copy.deepcopy(layer)
+    outputs = _run(layer.function, _clone(inputs), side)
+    back = _run(layer.inverse, _clone(outputs), side)
+    problems = [*_differences("input", inputs, back, exact=False)]
+    if "saved" in SideNames.of(layer.inverse).names:
+        for position in range(len(inputs)):
+            some = _run(layer.inverse, _clone(outputs), {**side, "saved": {position}})
+            rest = [(a, b) for i, (a, b) in enumerate(zip(inputs, some, strict=False)) if i != position]
+            problems += _differences(f"input (saved={position})", *(zip(*rest, strict=True) if rest else ((), ())), False)
+    return Finding(tuple(problems))

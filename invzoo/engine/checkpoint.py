@@ -1,0 +1,67 @@
+"""The engine for plain callables."""
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from .call import Operation, call
+from .callables import SideNames, modules_of
+from .freeing import freeing
+from .mode import Policy, check_of
+
+__all__ = ["checkpoint"]
+
+_verified: weakref.WeakKeyDictionary[Any, set[str]] = weakref.WeakKeyDictionary()
+
+
+def checkpoint(
+    function: Callable[..., Any],
+    *args: Any,
+    inverse: Callable[..., Any] | None = None,
+    enabled: bool = True,
+    seed: bool = False,
+    check: str = "first",
+    free_input: bool = False,
+    **side: Any,
+) -> Any:
+    """Return ``function(*args, **side)``, without keeping what its backward needs.
+
+    With an ``inverse``, backward rebuilds the inputs from the outputs; without one, the inputs are kept. Either way the
+    function runs once more in backward.
+
+    Args:
+        function: maps one or several tensors to one or several. Modules are found if it is one, is bound to one or
+            closes over some.
+        args: its inputs.
+        inverse: ``inverse(*outputs, **side) -> inputs``.
+        enabled: whether anything is freed at all.
+        seed, check, free_input: as for :class:`InvertibleModule`.
+        side: keyword arguments of both; never freed.
+
+    Raises:
+        ValueError: for another ``check``, or an input that cannot be freed.
+
+    Example:
+        >>> x = torch.ones(3, requires_grad=True)
+        >>> y = iz.checkpoint(torch.exp, x, inverse=torch.log)
+        >>> y.sum().backward()
+        >>> x.grad
+        tensor([2.7183, 2.7183, 2.7183])
+    """
+    policy = Policy(enabled, inverse is not None, check_of(check), seed, free_input, _verified_of(function))
+    name = getattr(function, "__qualname__", type(function).__name__)
+    saved = inverse is not None and "saved" in SideNames.of(inverse).names
+    roots = modules_of(function, inverse)
+    operation = Operation(name, function, inverse, None, roots, policy, takes_saved=saved)
+    if free_input and enabled:
+        with freeing(name, args):
+            return call(operation, args, side)
+    return call(operation, args, side)
+
+
+def _verified_of(function: Callable[..., Any]) -> set[str]:
+    owner = getattr(function, "__self__", function)  # a bound method is made anew each time
+    try:
+        return _verified.setdefault(owner, set())
+    except TypeError:  # builtins cannot be referred to weakly
+        return set()

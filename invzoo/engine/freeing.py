@@ -1,0 +1,136 @@
+"""Freeing the memory of a tensor that the caller still holds, guarded: reading it says who freed it.
+
+The storage is resized to zero, and the tensor's class becomes `FreedTensor`, whose `__torch_function__` refuses everything
+but metadata; torch swaps classes likewise for `UninitializedParameter`. The rebuilt value is copied back into the same
+storage, so the caller's tensor is the same object as before, with the same version.
+"""
+
+import contextlib
+import weakref
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._torch import allow_data, deny_data, preserve_version, storage_owners
+from .call import steps_aside
+from .slots import Slot, key_of, slot_of
+
+__all__ = ["FreedTensor", "freeing"]
+
+_METADATA = frozenset(
+    "_base _version device dim dtype element_size get_device grad grad_fn is_complex is_contiguous is_cpu is_cuda "
+    "is_floating_point is_inference is_leaf is_meta is_sparse itemsize layout names nbytes ndim ndimension nelement "
+    "numel output_nr register_hook requires_grad retain_grad retains_grad shape size storage storage_offset stride "
+    "untyped_storage _is_view is_conj is_neg __hash__ __len__".split()
+)
+
+
+class FreedTensor(Tensor):
+    """A tensor whose memory an invertible call freed, until backward rebuilds it."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        name = getattr(func.__self__, "__name__", name) if name == "__get__" else name
+        if name in _METADATA:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        raise RuntimeError(_message(args, kwargs or {}))
+
+
+def _message(*values: Any) -> str:
+    todo = [*values]
+    while todo:
+        value = todo.pop()
+        if isinstance(value, FreedTensor):
+            return value._freed
+        if isinstance(value, tuple | list):
+            todo += value
+        elif isinstance(value, dict):
+            todo += value.values()
+    return "Expected a tensor with memory; got one that an invertible call freed"
+
+
+class Freed:
+    """The caller's tensor behind a slot: freed, and given back when the slot gets its value."""
+
+    __slots__ = ("nbytes", "tensor", "type")
+
+    def __init__(self, tensor: Tensor):
+        self.tensor = weakref.ref(tensor)
+        self.type: type[Tensor] | None = None  # that the tensor had before it was freed
+        self.nbytes = tensor.untyped_storage().nbytes()
+
+    def free(self, name: str) -> None:
+        tensor = self.tensor()
+        if tensor is None:
+            return
+        tensor._freed = (  # type: ignore[attr-defined]
+            f"Expected the input of {name} not to be read before backward; it was freed, since free_input=True. "
+            "Backward rebuilds it; pass a clone to read it earlier"
+        )
+        tensor.untyped_storage().resize_(0)
+        deny_data(tensor, tensor._freed)
+        self.type, tensor.__class__ = type(tensor), FreedTensor
+
+    def restore(self, value: Tensor) -> Tensor:
+        """Give the caller's tensor its value back, and return what holds the value now."""
+        tensor = self.tensor()
+        if tensor is None or self.type is None:
+            return value
+        tensor.__class__, self.type = self.type, None
+        del tensor._freed
+        allow_data(tensor)
+        tensor.untyped_storage().resize_(self.nbytes)
+        with torch.no_grad(), preserve_version(tensor):
+            tensor.copy_(value)
+        return tensor.detach()
+
+
+def _refusal(tensor: Tensor) -> str | None:
+    """Say why this tensor cannot be freed safely, if so."""
+    if torch.compiler.is_compiling():
+        return "a compiled call"
+    if tensor.requires_grad and tensor.is_leaf:
+        return "a leaf that needs its gradient"
+    if tensor._is_view():
+        return "a view"
+    if tensor.layout is not torch.strided or type(tensor) is not Tensor:
+        return f"a {type(tensor).__name__} with layout {tensor.layout}"
+    return None
+
+
+@contextlib.contextmanager
+def freeing(name: str, inputs: Sequence[Any]) -> Iterator[None]:
+    """Free the inputs of the calls made inside, if one of them consumed them and can rebuild them.
+
+    Raises:
+        ValueError: for an input that cannot be freed safely: a leaf that needs its gradient, a view, or a tensor whose
+            memory others use too (views of it, or what autograd saved of it).
+    """
+    tensors = [x for x in inputs if isinstance(x, Tensor)]
+    if not torch.compiler.is_compiling() and steps_aside():
+        yield
+        return
+    for x in tensors:
+        if isinstance(x, FreedTensor):
+            raise RuntimeError(_message(x))
+        if reason := _refusal(x):
+            raise ValueError(f"{name}: Expected free_input=True for a tensor that can be freed; got {reason}")
+    slots = []
+    for x in tensors:
+        key = key_of(x)
+        slots.append(slot_of(x, key) or Slot(x, key))
+        slots[-1].freed = Freed(x)
+    yield
+    consumed = [(x, slot) for x, slot in zip(tensors, slots, strict=True) if slot.consumer is not None]
+    for x, _ in consumed:
+        if storage_owners(x) != 1:
+            raise ValueError(
+                f"{name}: Expected free_input=True for a tensor that can be freed; got one whose memory is in use "
+                "elsewhere (a view of it, or autograd saved it for backward). Pass a clone"
+            )
+    for _, slot in consumed:
+        slot.freed.free(name)
