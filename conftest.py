@@ -1,5 +1,7 @@
 """What every test and every doctest starts from: seeded, with the names that the examples in docstrings use."""
 
+import os
+
 import pytest
 import torch
 from hypothesis import settings
@@ -11,7 +13,10 @@ __all__ = ["names_for_doctests", "seeded"]
 settings.register_profile("default", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True)
 settings.register_profile("fuzz", deadline=None, max_examples=2000)
-settings.load_profile("default")
+settings.load_profile("ci" if "CI" in os.environ else "default")
+
+# Tests run in one process per core (`pytest -n auto`), where threads would only get in each other's way.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

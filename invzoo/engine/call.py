@@ -43,7 +43,7 @@ from ._torch import (
 )
 from .fingerprint import Fingerprint, distance, fingerprint, tolerance
 from .mode import Mode, Policy
-from .slots import Slot, key_of, slot_of
+from .slots import Slot, anything_freed, key_of, slot_of
 from .surroundings import Surroundings, map_tensors
 
 __all__ = ["Operation", "Tape", "call", "place", "steps_aside", "tuple_of"]
@@ -186,12 +186,21 @@ class Input:
         stride = tensor.stride() if tensor.layout is torch.strided else ()
         return cls(tensor.requires_grad, tensor.dtype, tensor.shape, stride)
 
-    def conform(self, value: Tensor) -> Tensor:
-        """Return ``value`` as a leaf in this dtype and, where it was dense, this memory format."""
-        value = value.detach().to(self.dtype)
+    def accept(self, value: Any, name: str, position: int) -> Tensor:
+        """Return ``value`` in this dtype, if it can be the input at all."""
+        if not isinstance(value, Tensor) or value.shape != self.shape:
+            got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise RuntimeError(
+                f"Expected the inverse of {name} to return a tensor of shape {tuple(self.shape)} for input {position}; "
+                f"got {got}"
+            )
+        return value.detach().to(self.dtype)
+
+    def leaf(self, value: Tensor) -> Tensor:
+        """Return ``value`` as a function must get it: in the memory format that it had, if dense, for its views."""
         if value.layout is torch.strided and value.stride() != self.stride and _is_dense(self.shape, self.stride):
             value = torch.empty_strided(value.shape, self.stride, dtype=value.dtype, device=value.device).copy_(value)
-        return value.requires_grad_(self.requires_grad)
+        return value.detach().requires_grad_(self.requires_grad)
 
 
 def _is_dense(shape: torch.Size, stride: tuple[int, ...]) -> bool:
@@ -228,13 +237,7 @@ class Tape:
         """Take ``value`` as the input at ``position``, and return it as :meth:`run` must get it."""
         spec = self._call.inputs[position]
         if isinstance(spec, Input):
-            if not isinstance(value, Tensor) or value.shape != spec.shape:
-                got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-                raise RuntimeError(
-                    f"Expected the inverse of {self._call.operation.name} to return a tensor of shape "
-                    f"{tuple(spec.shape)} for input {position}; got {got}"
-                )
-            self.inputs[position] = spec.conform(value)
+            self.inputs[position] = spec.leaf(spec.accept(value, self._call.operation.name, position))
         return self.inputs[position]
 
     def invert(self, *outputs: Any) -> list[Any]:
@@ -337,7 +340,7 @@ class Call:
                 "place. Use out-of-place operations, or mode 'store'"
             )
         outputs = tuple_of(result)
-        if any(isinstance(y, Tensor) and y.requires_grad for y in outputs):
+        if any(isinstance(y, Tensor) and y.requires_grad for y in outputs) or _frees(inputs):
             self._close(inputs, outputs)
         return result
 
@@ -365,8 +368,6 @@ class Call:
             linked = slot is not None and i not in self.passed and slot.consumer in (None, self)
             if linked:
                 slot.consume(self)
-                if slot.freed is not None:
-                    self._give_back(slot, outputs)
             self.sources.append(weakref.ref(slot) if linked else _none)
         for y, key in zip(outputs, keys_out, strict=True):
             slot = None if key is None else slot_of(y, key)
@@ -374,18 +375,25 @@ class Call:
                 slot = Slot(y, key)
                 self.produced.append(slot)
             self.outputs.append(y if slot is None else slot)
+        for head in _heads(slots_in):
+            self._give_back(head, outputs)
 
-    def _give_back(self, slot: Slot, outputs: tuple[Any, ...]) -> None:
-        """See to it that a backward through this call restores a freed input, even if nothing asks for it."""
+    def _give_back(self, head: Slot, outputs: tuple[Any, ...]) -> None:
+        """See to it that a backward through this call restores the freed input of its chain, even if nothing asks."""
 
         def restore() -> None:
-            if slot.value is None:
-                self._pull()
-                self._restore()
+            if head.value is None:
+                head.consumer._pull()
+                head.consumer._restore()
 
-        for y in outputs:
-            if isinstance(y, Tensor) and y.grad_fn is not None:
-                y.grad_fn.register_prehook(lambda _: at_end_of_backward(restore))
+        nodes = [y.grad_fn for y in outputs if isinstance(y, Tensor) and y.grad_fn is not None]
+        for node in nodes:
+            node.register_prehook(lambda _: at_end_of_backward(restore))
+        if nodes:
+            head.freed.promised = True
+        else:  # nothing needs a gradient yet: the next call sees to it
+            for slot in self.produced:
+                slot.head = weakref.ref(head)
 
     def pack(self, tensor: Tensor) -> Handle:
         handle = Handle(tensor.detach())
@@ -474,13 +482,15 @@ class Call:
 
     def _restore(self) -> list[Slot]:
         """Rebuild the inputs alone, for an earlier call."""
-        tape = Tape(self)
         with self._as_it_was():
-            tape.invert(*self._values())
-            self._verify(tape.inputs)
+            inputs = self.invert(self._values())
+            name = self.operation.name
+            specs = enumerate(zip(self.inputs, inputs, strict=True))
+            inputs = [s.accept(x, name, i) if isinstance(s, Input) else x for i, (s, x) in specs]
+            self._verify(inputs)
         # Where the later calls are done with and no graph waits for this one, it is done with as well.
         done = not keeps_graph() and not self._awaited() and all(slot.consumer is None for slot in self._slots())
-        self._put(tape.inputs, keep=not done)
+        self._put(inputs, keep=not done)
         self._drop()
         return [slot for ref in self.sources if (slot := ref()) is not None]
 
@@ -542,6 +552,16 @@ class Call:
         finally:
             set_grad_enabled(grad)
             _state.depth -= 1
+
+
+def _heads(slots: Sequence[Slot | None]) -> list[Slot]:
+    """Find the inputs to be freed behind these slots."""
+    return list({id(head): head for s in slots if s is not None and (head := s.head()) is not None}.values())
+
+
+def _frees(inputs: tuple[Any, ...]) -> bool:
+    """Whether these inputs are to be freed, so that a call must be able to rebuild them though nothing needs it."""
+    return anything_freed() and bool(_heads([slot_of(x, key_of(x)) for x in inputs if isinstance(x, Tensor)]))
 
 
 def _none() -> None:

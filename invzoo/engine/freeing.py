@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ._torch import allow_data, deny_data, preserve_version, storage_owners
 from .call import steps_aside
-from .slots import Slot, key_of, slot_of
+from .slots import Slot, key_of, marked, slot_of
 
 __all__ = ["FreedTensor", "freeing"]
 
@@ -56,11 +56,12 @@ def _message(*values: Any) -> str:
 class Freed:
     """The caller's tensor behind a slot: freed, and given back when the slot gets its value."""
 
-    __slots__ = ("nbytes", "tensor", "type")
+    __slots__ = ("nbytes", "promised", "tensor", "type")
 
     def __init__(self, tensor: Tensor):
         self.tensor = weakref.ref(tensor)
         self.type: type[Tensor] | None = None  # that the tensor had before it was freed
+        self.promised = False  # a backward will restore it
         self.nbytes = tensor.untyped_storage().nbytes()
 
     def free(self, name: str) -> None:
@@ -123,9 +124,10 @@ def freeing(name: str, inputs: Sequence[Any]) -> Iterator[None]:
     for x in tensors:
         key = key_of(x)
         slots.append(slot_of(x, key) or Slot(x, key))
-        slots[-1].freed = Freed(x)
-    yield
-    consumed = [(x, slot) for x, slot in zip(tensors, slots, strict=True) if slot.consumer is not None]
+        slots[-1].freed, slots[-1].head = Freed(x), weakref.ref(slots[-1])
+    with marked():
+        yield
+    consumed = [(x, slot) for x, slot in zip(tensors, slots, strict=True) if slot.freed.promised]
     for x, _ in consumed:
         if storage_owners(x) != 1:
             raise ValueError(

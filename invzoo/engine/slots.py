@@ -1,7 +1,9 @@
 """Activations between calls: where they are, and who can rebuild them."""
 
+import contextlib
 import threading
 import weakref
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -12,7 +14,7 @@ if TYPE_CHECKING:
     from .call import Call
     from .freeing import Freed
 
-__all__ = ["Slot", "key_of", "slot_of"]
+__all__ = ["Slot", "anything_freed", "key_of", "marked", "slot_of"]
 
 
 def key_of(tensor: Tensor) -> tuple[Any, ...]:
@@ -37,12 +39,13 @@ class Slot:
     A rebuilt value stands beside the consumer for a while, so that the next call need not rebuild it.
     """
 
-    __slots__ = ("__weakref__", "consumer", "freed", "key", "value", "version")
+    __slots__ = ("__weakref__", "consumer", "freed", "head", "key", "value", "version")
 
     def __init__(self, tensor: Tensor, key: tuple[Any, ...]):
         self.key = key
         self.consumer: Call | None = None
         self.freed: Freed | None = None  # the caller's tensor, where this value is to come back to it too
+        self.head: Callable[[], Slot | None] = _none  # the freed input of the chain, for slots that lead back to it
         self.put(tensor)
         if key[0] is not None:
             _live.slots[key] = self
@@ -69,12 +72,32 @@ class Slot:
         return self.value is not None and version_of(self.value) != self.version
 
 
+def _none() -> None:
+    return None
+
+
 class _Live(threading.local):
     def __init__(self) -> None:
+        self.freeing = 0
         self.slots: weakref.WeakValueDictionary[tuple[Any, ...], Slot] = weakref.WeakValueDictionary()
 
 
 _live = _Live()
+
+
+@contextlib.contextmanager
+def marked() -> Iterator[None]:
+    """Say that calls made inside are to free an input."""
+    _live.freeing += 1
+    try:
+        yield
+    finally:
+        _live.freeing -= 1
+
+
+def anything_freed() -> bool:
+    """Whether a call is to free an input right now."""
+    return _live.freeing > 0
 
 
 def slot_of(tensor: Any, key: tuple[Any, ...]) -> Slot | None:

@@ -20,7 +20,7 @@ __all__ = [
 
 
 def refuse(owner: object, argument: str, expected: str, got: object, error: type[Exception] = ValueError) -> NoReturn:
-    """Raise `error` with the one message that all checks share; `owner` is a layer or its name."""
+    """Raise ``error`` with the one message that all checks share; ``owner`` is a layer or its name."""
     name = owner if isinstance(owner, str) else type(owner).__name__
     raise error(f"{name}: Expected {argument} to {expected}; got {got}")
 
@@ -53,13 +53,13 @@ def check_floating(owner: object, argument: str, x: Any) -> None:
 
 
 def check_dims(owner: object, argument: str, x: Tensor, dims: Collection[int], layout: str) -> None:
-    """The number of dims is one of `dims`; `layout` says in words what they mean."""
+    """The number of dims is one of ``dims``; ``layout`` says in words what they mean."""
     if x.ndim not in dims:
         refuse(owner, argument, f"have dims {layout}", f"shape {tuple(x.shape)}")
 
 
 def check_features(owner: object, argument: str, x: Tensor, dim: int, size: int) -> None:
-    """`x` has `size` features in `dim`."""
+    """``x`` has ``size`` features in ``dim``."""
     if not -x.ndim <= dim < x.ndim or x.shape[dim] != size:
         refuse(owner, argument, f"have size {size} in dim {dim}", f"shape {tuple(x.shape)}")
 
@@ -70,7 +70,7 @@ def autocast_enabled(x: Tensor) -> bool:
 
 
 def check_like(owner: object, argument: str, x: Tensor, parameter: Tensor) -> None:
-    """`x` is where the layer's `parameter` is, and of its dtype unless autocast rules over dtypes."""
+    """``x`` is where the layer's ``parameter`` is, and of its dtype unless autocast rules over dtypes."""
     if x.device != parameter.device:
         refuse(owner, argument, f"be on the layer's device {parameter.device}", x.device)
     if x.dtype != parameter.dtype and not autocast_enabled(x):

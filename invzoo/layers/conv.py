@@ -12,7 +12,7 @@ __all__ = ["InvertibleConv1x1"]
 
 
 def mix_channels(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """`weight` x + `bias` along dim 1, in the memory format of x.
+    """``weight`` x + ``bias`` along dim 1, in the memory format of x.
 
     Not F.conv, whose float32 products are TF32 on CUDA by default, good to 1e-3 only.
     """
@@ -32,24 +32,24 @@ class InvertibleConv1x1(MatrixLayer):
 
     .. math:: x = W^{-1} (y - b)
 
-    `InvertibleLinear` over dim 1: the kinds of W, what they guarantee, and every other option are described there.
+    :class:`InvertibleLinear` over dim 1, which describes the kinds of W, what they guarantee, and every option.
 
     Shapes: x (B, channels, ...), y (B, out_channels, ...) with one to three dims of pixels, of any size.
 
     Args:
-        channels: Size of dim 1 of x.
-        out_channels: Size of dim 1 of y, at least `channels`; `channels` if None.
-        bias: Whether b is learned; zero otherwise.
+        channels: size of dim 1 of x.
+        out_channels: size of dim 1 of y, at least ``channels``; ``channels`` if None.
+        bias: whether b is learned; zero otherwise.
         kind: "householder", "cayley", "scaled", "plu" or "free".
-        reflections: How many, for "householder" and "scaled"; `channels` if None.
-        max_log_scale: Bound on the log-scale in nats, for "scaled" and "plu"; 1.0 if None.
-        device: Of the parameters.
-        dtype: Of the parameters and, without autocast, of x and y.
-        options: Those of `InvertibleModule`.
+        reflections: how many, for "householder" and "scaled"; ``channels`` if None.
+        max_log_scale: bound on the log-scale in nats, for "scaled" and "plu"; 1.0 if None.
+        device: of the parameters.
+        dtype: of the parameters and, without autocast, of x and y.
+        options: those of :class:`InvertibleModule`.
 
     Raises:
-        ValueError: If sizes, options, shapes or devices do not fit, or a "free" W is singular.
-        TypeError: If an input is no floating point or complex tensor, or not of the layer's dtype.
+        ValueError: if sizes, options, shapes or devices do not fit, or a "free" W is singular.
+        TypeError: if an input is no floating point or complex tensor, or not of the layer's dtype.
 
     Reference:
         "Glow: Generative Flow with Invertible 1x1 Convolutions", Kingma and Dhariwal, 2018.

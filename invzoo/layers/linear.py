@@ -25,7 +25,7 @@ __all__ = ["InvertibleLinear", "MatrixLayer"]
 
 
 class MatrixLayer(InvertibleModule):
-    """x -> W x + b along `dim`, and back with the left inverse of W. Abstract: a subclass adds the product.
+    """x -> W x + b along ``dim``, and back with the left inverse of W. Abstract: a subclass adds the product.
 
     Everything is computed in at least float32, under autocast too: a bfloat16 product could not be undone. The output
     has the promoted dtype of input and parameters, which without autocast is the dtype of both.
@@ -66,8 +66,9 @@ class MatrixLayer(InvertibleModule):
             refuse(self, wide, f"be at least {narrow}={columns}", rows)
         if rows > columns and MATRICES[kind].square:
             refuse(self, wide, f"be {narrow}={columns} with kind={kind!r}", rows)
-        for name in settings.keys() - set(MATRICES[kind].options):
-            refuse(self, name, f"be None with kind={kind!r}", settings[name])
+        for name, value in settings.items():
+            if name not in MATRICES[kind].options:
+                refuse(self, name, f"be None with kind={kind!r}", value)
 
     def reset_parameters(self) -> None:
         self.matrix.reset_parameters()
@@ -97,7 +98,7 @@ class MatrixLayer(InvertibleModule):
 
     @staticmethod
     def affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """`weight` x + `bias` along `dim`, all of one dtype."""
+        """``weight`` x + ``bias`` along ``dim``, all of one dtype."""
         raise NotImplementedError
 
     @property
@@ -150,23 +151,26 @@ class InvertibleLinear(MatrixLayer):
 
     With out_features > in_features the layer is injective, and its inverse the left one (of the first two kinds, W^H):
     it maps what lies outside the range of W to the nearest point of it. Complex dtypes make W unitary.
+    A "plu" starts as a permutation with random signs, P and sigma, which stay; L and U are learned in units of
+    1 / sqrt(in_features). Deep stacks of "free" layers do not stay invertible in float32 once they are far from their
+    start.
 
     Shapes: x (..., in_features), y (..., out_features).
 
     Args:
-        in_features: Size of the last dim of x.
-        out_features: Size of the last dim of y, `in_features` if None.
-        bias: Whether b is learned; zero otherwise.
-        kind: How W is parametrised, as in the table.
-        reflections: k, for "householder" and "scaled"; `in_features` if None, which reaches every direction.
-        max_log_scale: Bound on abs(s) in nats, for "scaled" and "plu"; 1.0 if None.
-        device: Of the parameters.
-        dtype: Of the parameters and, without autocast, of x and y.
-        options: Those of `InvertibleModule`.
+        in_features: size of the last dim of x.
+        out_features: size of the last dim of y, ``in_features`` if None.
+        bias: whether b is learned; zero otherwise.
+        kind: how W is parametrised, as in the table.
+        reflections: k, for "householder" and "scaled"; ``in_features`` if None.
+        max_log_scale: bound on abs(s) in nats, for "scaled" and "plu"; 1.0 if None.
+        device: of the parameters.
+        dtype: of the parameters and, without autocast, of x and y.
+        options: those of :class:`InvertibleModule`.
 
     Raises:
-        ValueError: If sizes, options, shapes or devices do not fit, or a "free" W is singular.
-        TypeError: If an input is no floating point or complex tensor, or not of the layer's dtype.
+        ValueError: if sizes, options, shapes or devices do not fit, or a "free" W is singular.
+        TypeError: if an input is no floating point or complex tensor, or not of the layer's dtype.
 
     References:
         "Improving Variational Auto-Encoders using Householder Flow", Tomczak and Welling, 2016.

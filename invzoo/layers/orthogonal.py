@@ -22,12 +22,12 @@ __all__ = ["MATRICES", "Matrix", "bounded", "cayley", "full_precision", "househo
 
 
 def widen(x: Tensor) -> Tensor:
-    """`x` in at least float32."""
+    """``x`` in at least float32."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def full_precision(x: Tensor) -> AbstractContextManager[Any]:
-    """A context without autocast on the device of `x`."""
+    """A context without autocast on the device of ``x``."""
     return torch.autocast(x.device.type, enabled=False) if autocast_enabled(x) else nullcontext()
 
 
@@ -37,7 +37,7 @@ def bounded(x: Tensor, bound: float) -> Tensor:
 
 
 def identity(like: Tensor, columns: int) -> Tensor:
-    """The first `columns` of the identity with the rows, device and dtype of `like`."""
+    """The first ``columns`` of the identity with the rows, device and dtype of ``like``."""
     return torch.eye(len(like), columns, device=like.device, dtype=like.dtype)
 
 
@@ -52,7 +52,7 @@ def polish(q: Tensor) -> Tensor:
 
 
 def householder(vectors: Tensor, columns: int) -> Tensor:
-    """The first `columns` of H_1 ... H_k, where H_i = I - 2 v v^H / v^H v and v = `vectors[:, i]`, or I for v = 0."""
+    """The first ``columns`` of H_1 ... H_k, H_i = I - 2 v v^H / v^H v with v = ``vectors[:, i]``, or I where v = 0."""
     # H does not depend on the scale of v, so the scale may be detached at every order of differentiation.
     scale = vectors.detach().abs().amax(0)
     u = vectors / torch.where(scale > 0, scale, 1)
@@ -63,7 +63,7 @@ def householder(vectors: Tensor, columns: int) -> Tensor:
 
 
 def cayley(generator: Tensor, columns: int) -> Tensor:
-    """The first `columns` of (I + A)^-1 (I - A), where A = `generator` - `generator`^H is skew."""
+    """The first ``columns`` of (I + A)^-1 (I - A), where A = ``generator`` - ``generator``^H is skew."""
     skew, eye = generator - generator.mH, identity(generator, len(generator))
     return polish(torch.linalg.solve(eye + skew, (eye - skew)[:, :columns]))
 
@@ -71,8 +71,8 @@ def cayley(generator: Tensor, columns: int) -> Tensor:
 class Matrix(nn.Module):
     """A learned matrix W of shape (rows, columns), rows >= columns, and its left inverse. Abstract.
 
-    `factors` does what W and its inverse have in common, in at least float32, whatever the parameters' dtype; the other
-    two are cheap and take what it returns. The first parameter has the layer's dtype.
+    ``factors`` does what W and its inverse have in common, in at least float32, whatever the parameters' dtype; both
+    take what it returns. The first parameter has the layer's dtype.
     """
 
     square: ClassVar[bool] = False
@@ -203,9 +203,9 @@ class Scaled(Matrix):
 
 
 class PLU(Matrix):
-    """W = P L (U + diag(sigma e^s)), P and sigma = +-1 fixed, |s| <= max_log_scale; `packed` holds L, s and U.
+    """W = P L (U + diag(sigma e^s)), P and sigma = +-1 fixed, |s| <= max_log_scale; ``packed`` holds L, s and U.
 
-    L and U are in units of 1 / sqrt(columns), so that a change of `packed` by one moves W by about one in norm.
+    L and U are in units of 1 / sqrt(columns), so that a change of ``packed`` by one moves W by about one in norm.
     """
 
     square = True
@@ -253,7 +253,7 @@ class PLU(Matrix):
 
 
 class Free(Matrix):
-    """W = `entries`, orthogonal at the start and whatever it learns to be later."""
+    """W = ``entries``, orthogonal at the start and whatever it learns to be later."""
 
     square = True
 

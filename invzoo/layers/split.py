@@ -77,16 +77,7 @@ def cut(partition: Partition, x: Tensor, policy: Policy) -> tuple[Tensor, Tensor
 
 def join(partition: Partition, streams: tuple[Tensor, Tensor], policy: Policy) -> Tensor:
     """Merge two streams in a call of its own, so that one activation is held and not two."""
-    for stream in streams:
-        if stream.requires_grad and not stream.is_leaf and not engine.steps_aside():
-            stream.register_hook(_own_memory)
     return engine.call(Operation("Merge", partition.join, partition.cut, None, (), policy), streams, {})
-
-
-def _own_memory(gradient: Tensor) -> Tensor | None:
-    """Copy a gradient that is a part of a larger one, which would stay in memory with it for another layer's backward."""
-    whole = gradient.untyped_storage().nbytes()
-    return gradient.clone() if whole > gradient.numel() * gradient.element_size() else None
 
 
 class Split(InvertibleModule):

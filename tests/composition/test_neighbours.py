@@ -1,0 +1,343 @@
+"""Checkpoints, offloading, anomaly mode, and stacks in stacks: everybody who hooks into what autograd saves."""
+
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    checkpoint_sequential,
+    create_selective_checkpoint_contexts,
+)
+from torch.utils.flop_counter import FlopCounterMode
+
+import invzoo as iz
+from invzoo.engine.memory import track_memory
+from tests.composition.cases import (
+    WIDTH,
+    Case,
+    PlainAdditive,
+    PlainAffine,
+    assert_same,
+    assert_same_step,
+    gradients,
+    make,
+    subnet,
+    train_step,
+)
+
+MATMULS = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
+
+
+def reentrant(net: Callable, *args: Tensor) -> Tensor:
+    return checkpoint(net, *args, use_reentrant=True)
+
+
+def nonreentrant(net: Callable, *args: Tensor) -> Tensor:
+    return checkpoint(net, *args, use_reentrant=False)
+
+
+def selective(net: Callable, *args: Tensor) -> Tensor:
+    return checkpoint(
+        net, *args, use_reentrant=False, context_fn=partial(create_selective_checkpoint_contexts, MATMULS)
+    )
+
+
+def prefer(ctx, op, *args, **kwargs) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op in (*MATMULS, torch.ops.aten.tanh.default) else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def by_policy(net: Callable, *args: Tensor) -> Tensor:
+    return checkpoint(net, *args, use_reentrant=False, context_fn=partial(create_selective_checkpoint_contexts, prefer))
+
+
+CHECKPOINTS = [reentrant, nonreentrant, selective, by_policy]
+
+
+class Checkpointed(nn.Module):
+    """A subnet that checkpoints itself."""
+
+    def __init__(self, net: nn.Module, how: Callable) -> None:
+        super().__init__()
+        self.net, self.how = net, how
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.how(self.net, x)
+
+
+# ---- checkpoint -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", CHECKPOINTS)
+def test_inside_checkpoint(case: Case, how: Callable):
+    assert_same_step(case, lambda net, x: how(net, x))
+
+
+@pytest.mark.parametrize("how", CHECKPOINTS)
+def test_inside_checkpoint_with_neighbours(case: Case, how: Callable):
+    head = nn.Linear(WIDTH, WIDTH)
+    assert_same_step(case, lambda net, x: how(lambda v: head(net(v.exp())).sigmoid(), x))
+
+
+@pytest.mark.parametrize("how", CHECKPOINTS)
+def test_checkpointed_output_is_all_that_the_loss_sees(case: Case, how: Callable):
+    """No op after the stack saves anything, so the stack's own handles are the first to be unpacked."""
+
+    def step(net: nn.Module) -> list[Tensor | None]:
+        net.zero_grad()
+        x = case.x.clone().requires_grad_()
+        how(net, x).sum().backward()
+        return gradients(net, x)
+
+    for _ in range(2):
+        assert_same(step(case.net), step(case.plain))
+
+
+@pytest.mark.parametrize("how", CHECKPOINTS)
+@pytest.mark.parametrize("name", ["layer", "sequential", "invertible_sequential", "streams"])
+def test_checkpoint_inside_subnets(name: str, mode: str, how: Callable):
+    case = make(name, lambda n: Checkpointed(subnet(n), how))
+    with iz.mode(case.net, mode):
+        assert_same_step(case)
+
+
+@pytest.mark.parametrize("how", CHECKPOINTS)
+def test_checkpoint_of_checkpointed_subnets_with_dropout(mode: str, how: Callable):
+    case = make("invertible_sequential", lambda n: Checkpointed(subnet(n, middle=nn.Dropout(0.5)), nonreentrant))
+    with iz.mode(case.net, mode):
+        for seed in range(2):
+            torch.manual_seed(seed)
+            actual = train_step(case.net, case.x, how)
+            after = torch.rand(3)
+            torch.manual_seed(seed)
+            assert_same(actual, train_step(case.plain, case.x, how))
+            assert_same([after], [torch.rand(3)])
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpoint_sequential(mode: str, use_reentrant: bool):
+    case = make("sequential")
+    with iz.mode(case.net, mode):
+        assert_same_step(case, lambda net, x: checkpoint_sequential(net, 2, x, use_reentrant=use_reentrant))
+
+
+@pytest.mark.parametrize("how", [reentrant, nonreentrant])
+def test_batch_norm_in_a_checkpointed_stack_moves_as_often_as_plain(mode: str, how: Callable):
+    case = make("invertible_sequential", lambda n: subnet(n, middle=nn.BatchNorm1d(5)))
+    with iz.mode(case.net, mode):
+        assert_same_step(case, how)
+    assert_same([b.double() for b in case.net.buffers()], [b.double() for b in case.plain.buffers()])
+
+
+def test_checkpointed_subnets_hold_nothing():
+    """What a non-reentrant checkpoint saves of its input goes through the stack's hooks as well."""
+
+    def held(depth: int) -> int:
+        nets = [Checkpointed(subnet(3), nonreentrant) for _ in range(2 * depth)]
+        net = iz.InvertibleSequential(*(iz.AdditiveCoupling(f, g, check="never") for f, g in zip(*[iter(nets)] * 2)))
+        x = torch.randn(64, WIDTH)
+        with track_memory() as memory:
+            y = net(x)
+            current = memory.current
+        del y
+        return current
+
+    held(1)
+    assert held(8) == held(2)
+
+
+# ---- saved-tensor hooks around the step -----------------------------------------------------------------------------
+
+
+def test_save_on_cpu_around_forward(case: Case):
+    def call(net: nn.Module, x: Tensor) -> Tensor:
+        with save_on_cpu():
+            return net(x)
+
+    assert_same_step(case, call)
+
+
+@pytest.mark.parametrize("pin", [False])
+def test_save_on_cpu_around_the_step(case: Case, pin: bool):
+    for _ in range(2):
+        with save_on_cpu(pin_memory=pin):
+            actual = train_step(case.net, case.x)
+            expected = train_step(case.plain, case.x)
+        assert_same(actual, expected)
+
+
+def test_save_on_cpu_inside_subnets(case: Case):
+    class Offloaded(nn.Module):
+        def __init__(self, net: nn.Module) -> None:
+            super().__init__()
+            self.net = net
+
+        def forward(self, x: Tensor) -> Tensor:
+            with save_on_cpu():
+                return self.net(x)
+
+    made = make(case.name, lambda n: Offloaded(subnet(n)))
+    with iz.mode(made.net, case.net[0].mode if isinstance(case.net, nn.Sequential) else "invert"):
+        assert_same_step(made)
+
+
+def test_hooks_that_change_what_is_saved_around_the_step(case: Case):
+    """Hooks around a stack see what is saved outside calls; they must give it back to the right place."""
+    for _ in range(2):
+        with saved_tensors_hooks(lambda t: t.clone().numpy(), torch.from_numpy):
+            actual, expected = train_step(case.net, case.x), train_step(case.plain, case.x)
+        assert_same(actual, expected)
+
+
+def test_anomaly_mode(case: Case):
+    torch.autograd.set_detect_anomaly(True)
+    try:
+        assert_same_step(case)
+        x = case.x.clone().requires_grad_()
+        (grad,) = torch.autograd.grad(case.net(x).square().sum(), x, create_graph=True)
+        grad.square().sum().backward()
+    finally:
+        torch.autograd.set_detect_anomaly(False)
+
+
+def test_anomaly_mode_names_the_function_that_made_a_nan(mode: str):
+    class Bad(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return (x * 0).sqrt()
+
+    net = iz.AdditiveCoupling(Bad())
+    torch.autograd.set_detect_anomaly(True)
+    try:
+        with iz.mode(net, mode), pytest.warns(UserWarning, match="SqrtBackward0"):
+            y = net(torch.randn(4, WIDTH, requires_grad=True))
+            with pytest.raises(RuntimeError, match="returned nan values in its 0th output"):
+                y.sum().backward()
+    finally:
+        torch.autograd.set_detect_anomaly(False)
+
+
+# ---- dispatch modes -------------------------------------------------------------------------------------------------
+
+
+def test_fake_tensors(case: Case):
+    """A step under fake tensors, as memory planners run it; values are never looked at."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        grads = train_step(case.net, torch.randn(4, WIDTH))
+    assert [g.shape for g in grads] == [g.shape for g in train_step(case.plain, case.x)]
+
+
+def test_fake_tensors_leave_real_steps_alone(case: Case):
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        case.net(torch.randn(4, WIDTH, requires_grad=True)).sum().backward()
+    case.net.zero_grad()
+    assert_same_step(case)
+
+
+def test_meta_tensors(case: Case):
+    grads = train_step(case.net.to("meta"), case.x.to("meta"))
+    assert all(g.is_meta for g in grads)
+    assert [g.shape for g in grads] == [g.shape for g in train_step(case.plain, case.x)]
+
+
+def test_flops_of_forward_are_those_of_a_plain_net(case: Case):
+    with FlopCounterMode(display=False) as ours:
+        case.net(case.x)
+    with FlopCounterMode(display=False) as theirs:
+        case.plain(case.x)
+    assert ours.get_total_flops() == theirs.get_total_flops()
+
+
+# ---- stacks in stacks -----------------------------------------------------------------------------------------------
+
+
+def inner_stack(plain: bool, features: int, depth: int = 2) -> nn.Module:
+    layer = PlainAdditive if plain else iz.AdditiveCoupling
+    nets = [layer(nn.Linear(features // 2, features // 2), nn.Linear(features // 2, features // 2)) for _ in range(depth)]
+    return (nn.Sequential if plain else iz.InvertibleSequential)(*nets)
+
+
+def outer_stack(plain: bool, features: int, depth: int = 3) -> nn.Module:
+    def block() -> nn.Module:
+        return nn.Sequential(inner_stack(plain, features // 2), nn.Tanh())
+
+    layer = PlainAdditive if plain else iz.AdditiveCoupling
+    return (nn.Sequential if plain else iz.InvertibleSequential)(*(layer(block(), block()) for _ in range(depth)))
+
+
+@pytest.mark.parametrize("inner", ["store", "recompute", "invert"])
+def test_stack_in_a_block(mode: str, inner: str):
+    net, plain = outer_stack(False, 8), outer_stack(True, 8)
+    plain.load_state_dict(net.state_dict())
+    net.mode = mode
+    for layer in net:
+        layer.f[0].mode = layer.g[0].mode = inner
+    assert_same_step(Case(net, plain, torch.randn(4, 8)))
+
+
+def test_stack_in_a_block_holds_one_activation_of_the_outer_stack():
+    def held(depth: int) -> int:
+        net = outer_stack(False, 8, depth)
+        net.check = "never"
+        x = torch.randn(64, 8)
+        with track_memory() as memory:
+            y = net(x)
+            assert memory.current == x.nbytes  # the merged output and nothing else
+            current = memory.current
+        del y
+        return current
+
+    held(1)
+    assert held(2) == held(5)
+
+
+def test_peak_of_a_stack_in_a_block_does_not_grow_with_depth():
+    def peak(depth: int) -> int:
+        net = outer_stack(False, 32, depth)
+        net.check = "never"
+        for p in net.parameters():
+            p.grad = torch.zeros_like(p)
+        x = torch.randn(256, 32)
+        with track_memory() as memory:
+            loss = net(x).sum()
+            memory.reset_peak()
+            loss.backward()
+        return memory.peak
+
+    peak(1)
+    assert peak(6) == peak(3)
+
+
+def test_a_stack_as_a_layer_of_a_stack(mode: str):
+    def build(plain: bool) -> nn.Module:
+        seq = nn.Sequential if plain else iz.InvertibleSequential
+        affine = PlainAffine if plain else iz.AffineCoupling
+        return seq(inner_stack(plain, WIDTH), affine(subnet(6), subnet(6)), seq(inner_stack(plain, WIDTH)))
+
+    net, plain = build(False), build(True)
+    plain.load_state_dict(net.state_dict())
+    with iz.mode(net, mode):
+        assert_same_step(Case(net, plain, torch.randn(4, WIDTH)))
+
+
+def test_a_checkpointed_stack_in_a_block_of_a_checkpointed_stack(mode: str):
+    class Block(nn.Module):
+        def __init__(self, plain: bool) -> None:
+            super().__init__()
+            self.stack = inner_stack(plain, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return nonreentrant(lambda v: nonreentrant(self.stack, v.sigmoid()).sin(), x)
+
+    def build(plain: bool) -> nn.Module:
+        layer = PlainAdditive if plain else iz.AdditiveCoupling
+        return (nn.Sequential if plain else iz.InvertibleSequential)(*(layer(Block(plain), Block(plain)) for _ in "ab"))
+
+    net, plain = build(False), build(True)
+    plain.load_state_dict(net.state_dict())
+    with iz.mode(net, mode):
+        assert_same_step(Case(net, plain, torch.randn(4, 8)), nonreentrant)

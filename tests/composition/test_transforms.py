@@ -1,0 +1,464 @@
+"""Functional calls, torch.func, higher derivatives, autocast, tracing: other ways to run a step."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.autograd.graph import disable_saved_tensors_hooks
+from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vjp, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import invzoo as iz
+from tests.composition.cases import (
+    WIDTH,
+    Case,
+    assert_same,
+    assert_same_step,
+    gradients,
+    make,
+    subnet,
+    train_step,
+)
+
+# ---- functional_call ------------------------------------------------------------------------------------------------
+
+
+def other_parameters(net: nn.Module, kind: str) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """Return parameters for a functional call, and the leaves that get the gradients."""
+    generator = torch.Generator().manual_seed(1)
+    leaves = [torch.randn(p.shape, generator=generator).requires_grad_() for p in net.parameters()]
+    if kind == "leaf":
+        values = leaves
+    elif kind == "parameter":
+        values = leaves = [nn.Parameter(v.detach()) for v in leaves]
+    elif kind == "non_leaf":
+        values = [(v * 0.5).tanh() for v in leaves]
+    elif kind == "view":
+        flat = torch.cat([v.detach().flatten() for v in leaves]).requires_grad_()
+        leaves = [flat]
+        values = [p.reshape(q.shape) for p, q in zip(flat.split([q.numel() for q in net.parameters()]), net.parameters())]
+    else:
+        values = [v.detach() for v in leaves]
+    return dict(zip([n for n, _ in net.named_parameters()], values, strict=True)), leaves
+
+
+@pytest.mark.parametrize("kind", ["leaf", "parameter", "non_leaf", "view", "constant"])
+def test_functional_call(case: Case, kind: str):
+    def step(net: nn.Module) -> list[Tensor | None]:
+        values, leaves = other_parameters(net, kind)
+        x = case.x.clone().requires_grad_()
+        functional_call(net, values, (x.sigmoid(),)).square().sum().backward()
+        assert all(p.grad is None for p in net.parameters())
+        return [x.grad, *(v.grad for v in leaves)]
+
+    for _ in range(2):
+        assert_same(step(case.net), step(case.plain))
+    assert_same_step(case)
+
+
+def test_functional_call_with_some_parameters(case: Case):
+    def step(net: nn.Module) -> list[Tensor | None]:
+        net.zero_grad()
+        name, parameter = next(iter(net.named_parameters()))
+        leaf = torch.full_like(parameter, 0.3, requires_grad=True)
+        x = case.x.clone().requires_grad_()
+        functional_call(net, {name: leaf * 2}, (x.exp(),)).square().sum().backward()
+        return [leaf.grad, *gradients(net, x)]
+
+    assert_same(step(case.net), step(case.plain))
+
+
+def test_two_functional_calls_in_flight(case: Case):
+    def step(net: nn.Module) -> list[Tensor | None]:
+        net.zero_grad()
+        values, leaves = other_parameters(net, "non_leaf")
+        x = case.x.clone().requires_grad_()
+        first = functional_call(net, values, (x,)).square().sum()
+        second = net(x.exp()).square().sum()
+        first.backward()
+        second.backward()
+        return [*gradients(net, x), *(v.grad for v in leaves)]
+
+    assert_same(step(case.net), step(case.plain))
+
+
+@pytest.mark.parametrize("kind", ["leaf", "non_leaf"])
+def test_a_parameter_of_a_functional_call_changed_before_backward_is_an_error(case: Case, kind: str):
+    values, _ = other_parameters(case.net, kind)
+    y = functional_call(case.net, values, (case.x,))
+    with torch.no_grad():
+        for value in values.values():
+            value.mul_(2)
+    with pytest.raises(RuntimeError, match="in.?place|stay as they were"):
+        y.square().sum().backward()
+
+
+def test_inner_loop_of_maml(case: Case):
+    """Differentiate through steps of gradient descent, each a functional call with the result of the one before."""
+
+    def step(net: nn.Module) -> list[Tensor | None]:
+        net.zero_grad()
+        values = dict(net.named_parameters())
+        for _ in range(2):
+            loss = functional_call(net, values, (case.x,)).square().mean()
+            grads = torch.autograd.grad(loss, [*values.values()], create_graph=True)
+            values = {n: v - 0.1 * g for (n, v), g in zip(values.items(), grads, strict=True)}
+        functional_call(net, values, (case.x,)).sin().sum().backward()
+        return gradients(net)
+
+    for _ in range(2):
+        assert_same(step(case.net), step(case.plain))
+
+
+# ---- torch.func -----------------------------------------------------------------------------------------------------
+
+
+def loss_of(net: nn.Module) -> Callable[[dict[str, Tensor], Tensor], Tensor]:
+    return lambda values, x: functional_call(net, values, (x.sigmoid(),)).square().sum()
+
+
+TRANSFORMS: dict[str, Callable[[nn.Module, dict[str, Tensor], Tensor], object]] = {
+    "grad": lambda net, p, x: [*grad(loss_of(net))(p, x).values()],
+    "grad_of_input": lambda net, p, x: [grad(loss_of(net), argnums=1)(p, x)],
+    "grad_of_module": lambda net, p, x: [grad(lambda v: net(v).square().sum())(x)],
+    "grad_of_grad": lambda net, p, x: [grad(lambda v: grad(loss_of(net), argnums=1)(p, v).sin().sum())(x)],
+    "vjp": lambda net, p, x: [vjp(net, x)[1](torch.ones_like(x))[0]],
+    "vmap": lambda net, p, x: [vmap(net)(x.unsqueeze(1)).squeeze(1)],
+    "per_sample_grads": lambda net, p, x: [*vmap(grad(loss_of(net)), in_dims=(None, 0))(p, x.unsqueeze(1)).values()],
+    "jacrev": lambda net, p, x: [jacrev(net)(x)],
+    "jacfwd": lambda net, p, x: [jacfwd(net)(x)],
+    "hessian": lambda net, p, x: [hessian(lambda v: net(v).square().sum())(x)],
+    "jvp": lambda net, p, x: [*jvp(net, (x,), (x.cos(),))],
+    "hvp": lambda net, p, x: [jvp(grad(lambda v: net(v).square().sum()), (x,), (x.cos(),))[1]],
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_torch_func(case: Case, name: str):
+    results = [
+        TRANSFORMS[name](net, {n: p.detach() for n, p in net.named_parameters()}, case.x) for net in (case.net, case.plain)
+    ]
+    assert_same(*results)
+    assert_same_step(case)
+
+
+def test_vmap_over_an_ensemble(case: Case):
+    def step(net: nn.Module) -> list[Tensor]:
+        nets = [net, copy.deepcopy(net).requires_grad_(False)]
+        values, buffers = stack_module_state([copy.deepcopy(net) for net in nets])
+        values = {n: v.detach().requires_grad_() for n, v in values.items()}
+        y = vmap(lambda v, b, x: functional_call(net, (v, b), (x,)), in_dims=(0, 0, None))(values, buffers, case.x)
+        y.square().sum().backward()
+        return [y.detach(), *(v.grad for v in values.values())]
+
+    assert_same(step(case.net), step(case.plain))
+
+
+def test_vmap_inside_subnets(mode: str):
+    class Mapped(nn.Module):
+        def __init__(self, net: nn.Module) -> None:
+            super().__init__()
+            self.net = net
+
+        def forward(self, x: Tensor) -> Tensor:
+            return vmap(self.net)(x)
+
+    case = make("invertible_sequential", lambda n: Mapped(subnet(n)))
+    with iz.mode(case.net, mode):
+        assert_same_step(case)
+
+
+def test_forward_mode_by_hand(case: Case):
+    def tangent(net: nn.Module) -> list[Tensor]:
+        with forward_ad.dual_level():
+            return [*forward_ad.unpack_dual(net(forward_ad.make_dual(case.x, case.x.cos())))]
+
+    assert_same(tangent(case.net), tangent(case.plain))
+
+
+def test_forward_over_reverse_by_hand(case: Case):
+    def tangent(net: nn.Module) -> list[Tensor]:
+        x = case.x.clone().requires_grad_()
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(x, case.x.cos())
+            (g,) = torch.autograd.grad(net(dual).square().sum(), x, create_graph=True)
+            return [t.detach() for t in forward_ad.unpack_dual(g)]
+
+    assert_same(tangent(case.net), tangent(case.plain))
+
+
+def test_backward_under_a_dual_level(case: Case):
+    """The forward is an ordinary one; its backward carries tangents."""
+
+    def tangent(net: nn.Module) -> list[Tensor]:
+        x = case.x.clone().requires_grad_()
+        y = net(x)
+        with forward_ad.dual_level():
+            v = forward_ad.make_dual(torch.ones_like(y), y.detach().cos())
+            (g,) = torch.autograd.grad(y, x, v)
+            return [t.detach() for t in forward_ad.unpack_dual(g)]
+
+    assert_same(tangent(case.net), tangent(case.plain))
+
+
+# ---- batched gradients ----------------------------------------------------------------------------------------------
+
+
+def test_batched_gradients(case: Case):
+    def jacobian(net: nn.Module) -> list[Tensor]:
+        x = case.x.clone().requires_grad_()
+        y = net(x.sigmoid())
+        basis = torch.eye(y.numel()).reshape(-1, *y.shape)
+        return [*torch.autograd.grad(y, [x, *net.parameters()], basis, is_grads_batched=True)]
+
+    for _ in range(2):
+        assert_same(jacobian(case.net), jacobian(case.plain))
+
+
+def test_batched_gradients_with_dropout(mode: str):
+    case = make("invertible_sequential", lambda n: subnet(n, middle=nn.Dropout(0.5)))
+
+    def jacobian(net: nn.Module) -> list[Tensor]:
+        torch.manual_seed(3)
+        x = case.x.clone().requires_grad_()
+        y = net(x)
+        basis = torch.eye(y.numel()).reshape(-1, *y.shape)
+        return [*torch.autograd.grad(y, [x, *net.parameters()], basis, is_grads_batched=True)]
+
+    with iz.mode(case.net, mode):
+        for _ in range(2):
+            assert_same(jacobian(case.net), jacobian(case.plain))
+
+
+def test_batch_norm_under_batched_gradients(mode: str):
+    case = make("invertible_sequential", lambda n: subnet(n, middle=nn.BatchNorm1d(5)))
+
+    def jacobian(net: nn.Module) -> list[Tensor]:
+        x = case.x.clone().requires_grad_()
+        y = net(x)
+        return [*torch.autograd.grad(y, x, torch.stack([y.detach(), y.detach().cos()]), is_grads_batched=True)]
+
+    with iz.mode(case.net, mode):
+        assert_same(jacobian(case.net), jacobian(case.plain))
+
+
+@pytest.mark.parametrize("vectorize", [False, True])
+def test_functional_jacobian_and_hessian(case: Case, vectorize: bool):
+    def both(net: nn.Module) -> list[Tensor]:
+        return [
+            torch.autograd.functional.jacobian(net, case.x, vectorize=vectorize),
+            torch.autograd.functional.hessian(lambda v: net(v).square().sum(), case.x, vectorize=vectorize),
+        ]
+
+    assert_same(both(case.net), both(case.plain))
+
+
+def test_vmap_over_backward(case: Case):
+    def jacobian(net: nn.Module) -> list[Tensor]:
+        x = case.x.clone().requires_grad_()
+        y = net(x)
+        return [vmap(lambda v: torch.autograd.grad(y, x, v, retain_graph=True)[0])(torch.stack([y, y.cos()]).detach())]
+
+    for _ in range(2):
+        assert_same(jacobian(case.net), jacobian(case.plain))
+
+
+# ---- higher derivatives ---------------------------------------------------------------------------------------------
+
+
+def test_gradient_penalty(case: Case):
+    def step(net: nn.Module) -> list[Tensor | None]:
+        net.zero_grad()
+        x = case.x.clone().requires_grad_()
+        y = net(x.sigmoid())
+        (g,) = torch.autograd.grad(y.sin().sum(), x, create_graph=True)
+        (y.square().sum() + g.square().sum()).backward()
+        return gradients(net, x)
+
+    for _ in range(2):
+        assert_same(step(case.net), step(case.plain))
+
+
+def test_third_derivative(case: Case):
+    def derivatives(net: nn.Module) -> list[Tensor]:
+        x = case.x.clone().requires_grad_()
+        value, found = net(x).sin().sum(), []
+        for _ in range(3):
+            (g,) = torch.autograd.grad(value, x, create_graph=True)
+            found.append(g.detach())
+            value = g.square().sum()
+        return found
+
+    assert_same(derivatives(case.net), derivatives(case.plain))
+
+
+def test_gradcheck_and_gradgradcheck(case: Case):
+    x = case.x[:2].clone().requires_grad_()
+    options = {"check_batched_grad": True, "fast_mode": True}
+    assert torch.autograd.gradcheck(case.net, x, check_forward_ad=True, check_batched_forward_grad=True, **options)
+    assert torch.autograd.gradgradcheck(case.net, x, **options)
+    names = [n for n, _ in case.net.named_parameters()]
+
+    def of_parameters(*values: Tensor) -> Tensor:
+        return functional_call(case.net, dict(zip(names, values, strict=True)), (x.detach(),))
+
+    values = [p.detach().clone().requires_grad_() for p in case.net.parameters()]
+    assert torch.autograd.gradcheck(of_parameters, values, **options)
+    assert torch.autograd.gradgradcheck(of_parameters, values, **options)
+
+
+def test_gradcheck_in_slow_mode(mode: str):
+    case = make("streams")
+    with iz.mode(case.net, mode):
+        x = case.x[:2].clone().requires_grad_()
+        assert torch.autograd.gradcheck(case.net, x)
+        assert torch.autograd.gradgradcheck(case.net, x)
+
+
+# ---- hooks disabled -------------------------------------------------------------------------------------------------
+
+
+def test_steps_aside_where_hooks_are_disabled(case: Case):
+    with disable_saved_tensors_hooks("hooks are disabled here"):
+        assert_same_step(case)
+    assert_same_step(case)
+
+
+def test_backward_where_hooks_are_disabled(case: Case):
+    """Only a graph is walked there; that it is replayed is no affair of the caller's."""
+
+    def step(net: nn.Module) -> list[Tensor | None]:
+        net.zero_grad()
+        x = case.x.clone().requires_grad_()
+        loss = net(x.sigmoid()).square().sum()
+        with disable_saved_tensors_hooks("hooks are disabled here"):
+            loss.backward()
+        return gradients(net, x)
+
+    assert_same(step(case.net), step(case.plain))
+
+
+# ---- autocast and scalers -------------------------------------------------------------------------------------------
+
+
+def in_float32(case: Case) -> Case:
+    return Case(case.net.float(), case.plain.float(), case.x.float(), case.name)
+
+
+@pytest.mark.parametrize("where", ["forward", "step", "both_apart"])
+def test_autocast(case: Case, where: str):
+    case = in_float32(case)
+
+    def step(net: nn.Module) -> list[Tensor | None]:
+        net.zero_grad()
+        x = case.x.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = net(x).float().square().sum()
+            if where == "step":
+                loss.backward()
+        if where == "forward":
+            loss.backward()
+        if where == "both_apart":
+            with torch.autocast("cpu", torch.float16):
+                loss.backward()
+        return [loss.detach(), *gradients(net, x)]
+
+    for _ in range(2):
+        # The rebuilt float32 stream is rounded to bfloat16 as the first one was, but for a last bit in rare cases.
+        assert_same(step(case.net), step(case.plain), rtol=1e-4)
+
+
+def test_backward_alone_under_autocast(case: Case):
+    """The replay runs without autocast; what backward itself does under it is as with a plain net."""
+    case = in_float32(case)
+
+    def step(net: nn.Module) -> list[Tensor | None]:
+        net.zero_grad()
+        x = case.x.clone().requires_grad_()
+        loss = net(x.sigmoid()).square().sum()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss.backward()
+        return gradients(net, x)
+
+    for _ in range(2):
+        assert_same(step(case.net), step(case.plain), rtol=1e-5)
+
+
+def test_autocast_of_a_tied_block_inside_and_outside(mode: str):
+    """Autocast caches the weight's cast where it is first used, outside the stack or in it."""
+
+    def build(plain: bool) -> nn.Module:
+        case = make("invertible_sequential")
+        return case.plain if plain else case.net
+
+    net, plain = build(False).float(), build(True).float()
+    plain.load_state_dict(net.state_dict())
+    x = torch.randn(4, WIDTH, dtype=torch.float32)
+
+    def step(net: nn.Module) -> list[Tensor | None]:
+        net.zero_grad()
+        v = x.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            y = net(net(v).float())
+            y = y + net[0].f(y.chunk(2, 1)[0]).float().mean()
+        y.float().square().sum().backward()
+        return gradients(net, v)
+
+    with iz.mode(net, mode):
+        for _ in range(2):
+            assert_same(step(net), step(plain), rtol=1e-3)
+
+
+def test_grad_scaler(case: Case):
+    case = in_float32(case)
+
+    def train(net: nn.Module) -> list[Tensor | None]:
+        net = copy.deepcopy(net)
+        optimizer, scaler = torch.optim.SGD(net.parameters(), 0.1), torch.amp.GradScaler("cpu", init_scale=2.0**8)
+        for _ in range(3):
+            optimizer.zero_grad()
+            scaler.scale(net(case.x).square().mean()).backward()
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+            scaler.step(optimizer)
+            scaler.update()
+        return [*net.parameters(), torch.tensor(scaler.get_scale())]
+
+    assert_same(train(case.net), train(case.plain), rtol=1e-5)
+
+
+# ---- tracing --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_jit_trace(case: Case):
+    traced = torch.jit.trace(case.net, case.x)
+    fresh = torch.randn(4, WIDTH)
+    assert_same([traced(fresh)], [case.plain(fresh)])
+    assert_same(train_step(traced, fresh), train_step(case.plain, fresh))
+    assert_same_step(case)
+
+
+def test_export(case: Case):
+    exported = torch.export.export(case.net, (case.x,)).module()
+    fresh = torch.randn(4, WIDTH)
+    assert_same([exported(fresh)], [case.plain(fresh)])
+    assert_same_step(case)
+
+
+@pytest.mark.parametrize("tracing_mode", ["real", "fake"])
+def test_make_fx_of_a_step(case: Case, tracing_mode: str):
+    def step(net: nn.Module) -> Callable[[Tensor], Tensor]:
+        def run(x: Tensor) -> Tensor:
+            x = x.detach().requires_grad_()
+            return torch.autograd.grad(net(x.sigmoid()).square().sum(), x)[0]
+
+        return run
+
+    traced = make_fx(step(case.net), tracing_mode=tracing_mode, _allow_non_fake_inputs=True)(case.x)
+    fresh = torch.randn(4, WIDTH)
+    assert_same([traced(fresh)], [step(case.plain)(fresh)])
+    assert_same_step(case)
