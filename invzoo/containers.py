@@ -75,18 +75,27 @@ class InvertibleSequential(InvertibleModule, nn.Sequential):
 
     def _chain(self, layers: list[tuple[str, InvertibleModule]], values: tuple[Any, ...], side: dict[str, Any]) -> Any:
         self.side_names().check(self, side)
-        partition: Partition | None = None  # by which the values are the streams of one tensor
+        streams: Partition | None = None  # by which the values are the streams of one tensor
         for name, layer in layers:
             with engine.place(f"layer {name} ({layer._name()})"):
-                wanted = None if _has_hooks(layer) else layer.streams
-                if partition is not None and not (wanted == partition and layer.takes_streams(*values)):
-                    values, partition = (join(partition, values, layer._policy),), None
-                if partition is None and wanted is not None and len(values) == 1:
-                    values, partition = cut(wanted, values[0], layer._policy), wanted
+                wanted = _streams(layer, values, streams)
+                if streams is not None and wanted != streams:
+                    values, streams = (join(streams, values, layer._policy),), None
+                if streams is None and wanted is not None:
+                    values, streams = cut(wanted, values[0], layer._policy), wanted
                 values = engine.tuple_of(layer(*values, **layer.side_names().choose(side)))
-        if partition is not None:
-            values = (join(partition, values, layer._policy),)
+        if streams is not None:
+            values = (join(streams, values, layer._policy),)
         return values[0] if len(values) == 1 else tuple(values)
+
+
+def _streams(layer: InvertibleModule, values: tuple[Any, ...], streams: Partition | None) -> Partition | None:
+    """Return how the layer wants one tensor (or its ``streams``) to be split, if it does."""
+    wanted = layer.streams
+    if wanted is None or _has_hooks(layer) or (streams is None and len(values) != 1):
+        return None
+    n = sum(value.shape[wanted.dim] for value in values)
+    return wanted if layer.takes_streams(*wanted.sizes(n)) else None
 
 
 def _has_hooks(layer: nn.Module) -> bool:

@@ -133,8 +133,8 @@ class InvertibleModule(nn.Module):
         """Return the names of the side inputs that the layer takes."""
         return SideNames.of(self.function)
 
-    def takes_streams(self, *streams: Any) -> bool:
-        """Whether the layer does the same to these streams as to the tensor that they make up."""
+    def takes_streams(self, first: int, second: int) -> bool:
+        """Whether the layer does the same to streams of these sizes as to the tensor that they make up."""
         return True
 
     def _name(self) -> str:
@@ -190,8 +190,8 @@ class Inverse(InvertibleModule):
     def side_names(self) -> SideNames:
         return self.layer.side_names()
 
-    def takes_streams(self, *streams: Any) -> bool:
-        return self.layer.takes_streams(*streams)
+    def takes_streams(self, first: int, second: int) -> bool:
+        return self.layer.takes_streams(first, second)
 
     def _policies(self) -> list[Policy]:
         return self.layer._policies()

@@ -21,6 +21,8 @@ def _signs(rows: int, columns: int, dtype: torch.dtype, device: torch.device) ->
 @torch.no_grad()
 def fingerprint(tensor: Tensor) -> Fingerprint:
     """Project a tensor on four random rank-one sign matrices: an error of relative size e moves each by about e."""
+    if tensor.is_meta:
+        return [math.nan]
     with torch.autocast(tensor.device.type, enabled=False):
         return _project(tensor)
 

@@ -19,7 +19,7 @@ from ._checks import (
     check_positive_int,
     refuse,
 )
-from .orthogonal import MATRICES, Matrix, full_precision, widen
+from .matrix import MATRICES, Matrix, full_precision, widen
 
 __all__ = ["InvertibleLinear", "MatrixLayer"]
 

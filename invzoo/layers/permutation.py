@@ -11,6 +11,7 @@ from torch import Tensor
 from ..engine import Tape
 from ..module import InvertibleModule
 from ._checks import check_features, check_positive_int, refuse
+from .split import Partition
 
 __all__ = ["Deinterleave", "Interleave", "Permute", "Reverse", "Shuffle", "Swap"]
 
@@ -232,6 +233,13 @@ class Swap(_AlongDim):
         >>> iz.Swap()(torch.zeros(1), torch.ones(2))
         (tensor([1., 1.]), tensor([0.]))
     """
+
+    @property
+    def streams(self) -> Partition:  # type: ignore[override]
+        return Partition("half", self.dim)
+
+    def takes_streams(self, first: int, second: int) -> bool:
+        return first == second  # or the halves of the swapped tensor would be others than the swapped halves
 
     def function(self, *inputs: Tensor) -> Any:
         return self._swap("x", inputs, 1)

@@ -119,6 +119,24 @@ def test_checkpoint_of_checkpointed_subnets_with_dropout(mode: str, how: Callabl
             assert_same([after], [torch.rand(3)])
 
 
+@pytest.mark.parametrize("how", [nonreentrant, selective, by_policy])
+def test_two_checkpointed_forwards_in_flight(case: Case, how: Callable):
+    """The second backward recomputes after the first one has verified the replay: its recomputation must not differ."""
+    head = nn.Linear(WIDTH, WIDTH)
+
+    def step(net: nn.Module) -> list[Tensor | None]:
+        net.zero_grad()
+        x = case.x.clone().requires_grad_()
+        first = how(lambda v: head(net(v.exp())).sin(), x).square().sum()
+        second = how(lambda v: head(net(v.cos())).sin(), x).square().sum()
+        second.backward()
+        first.backward()
+        return gradients(net, x)
+
+    for _ in range(2):
+        assert_same(step(case.net), step(case.plain))
+
+
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_checkpoint_sequential(mode: str, use_reentrant: bool):
     case = make("sequential")

@@ -16,7 +16,7 @@ from torch.testing import assert_close
 
 from invzoo.layers._checks import check_choice, check_positive
 from invzoo.layers.linear import InvertibleLinear, MatrixLayer
-from invzoo.layers.orthogonal import bounded, cayley, householder
+from invzoo.layers.matrix import bounded, cayley, householder
 
 KINDS = ["householder", "cayley", "scaled", "plu", "free"]
 ORTHONORMAL = ["householder", "cayley"]

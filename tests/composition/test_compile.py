@@ -1,0 +1,227 @@
+"""torch.compile of a net with invertible layers, and of the subnets alone."""
+
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+
+import pytest
+import torch
+import torch._dynamo
+from torch import Tensor, nn
+
+import invzoo as iz
+from invzoo.engine.memory import track_memory
+from tests.composition.cases import MODES, WIDTH, Case, assert_same, assert_same_step, gradients, make, subnet, train_step
+
+# Dynamo looks at `.grad` of every input, inductor imports scripted functions: torch's own business, with any net.
+# The warning about cached functions has a test of its own.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
+    pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning"),
+]
+
+BACKENDS = ["eager", "aot_eager"]
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def compiled(case: Case, backend: str) -> Case:
+    return Case(torch.compile(case.net, backend=backend), case.plain, case.x, case.name)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compiled_net(case: Case, backend: str):
+    assert_same_step(compiled(case, backend), steps=3)
+    assert_same_step(case)
+
+
+@pytest.mark.filterwarnings("error:Dynamo detected a call to a `functools.lru_cache`:UserWarning")
+def test_compiling_warns_of_nothing(mode: str):
+    case = make("invertible_sequential")
+    with iz.mode(case.net, mode):
+        assert_same([torch.compile(case.net, backend="eager")(case.x)], [case.plain(case.x)])
+
+
+def test_compiled_net_inductor(mode: str):
+    case = make("invertible_sequential")
+    with iz.mode(case.net, mode):
+        assert_same_step(compiled(case, "inductor"))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compiled_step(case: Case, backend: str):
+    """The loss, too, is inside the compiled function."""
+
+    @torch.compile(backend=backend)
+    def loss(x: Tensor) -> Tensor:
+        return case.net(x.sigmoid()).square().sum()
+
+    for _ in range(2):
+        case.net.zero_grad()
+        case.plain.zero_grad()
+        x, z = (case.x.clone().requires_grad_() for _ in range(2))
+        loss(x).backward()
+        case.plain(z.sigmoid()).square().sum().backward()
+        assert_same(gradients(case.net, x), gradients(case.plain, z))
+
+
+def test_mode_set_after_compiling(mode: str):
+    case = make("invertible_sequential")
+    net = torch.compile(case.net, backend="aot_eager")
+    for value in (*MODES, mode):
+        with iz.mode(case.net, value):
+            assert_same_step(Case(net, case.plain, case.x), steps=1)
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compiled_net_with_other_batch_sizes(mode: str, dynamic: bool | None):
+    case = make("invertible_sequential")
+    net = torch.compile(case.net, backend="aot_eager", dynamic=dynamic)
+    with iz.mode(case.net, mode):
+        for batch in (4, 7, 3):
+            assert_same_step(Case(net, case.plain, torch.randn(batch, WIDTH)), steps=1)
+
+
+def test_compiled_eval_and_no_grad(case: Case):
+    net = torch.compile(case.net, backend="aot_eager")
+    for context in (torch.no_grad(), torch.inference_mode(), nullcontext()):
+        with context:
+            assert_same([net(case.x)], [case.plain(case.x)])
+    assert_same_step(Case(net, case.plain, case.x))
+
+
+def subnet_compiled(backend: str) -> Callable[[int], nn.Module]:
+    def net(outputs: int) -> nn.Module:
+        made = subnet(outputs)
+        made.compile(backend=backend)
+        return made
+
+    return net
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["layer", "sequential", "invertible_sequential", "streams"])
+def test_compiled_subnets(name: str, mode: str, backend: str):
+    case = make(name, subnet_compiled(backend))
+    case = Case(case.net, make(name).plain, case.x)
+    case.plain.load_state_dict(case.net.state_dict())
+    with iz.mode(case.net, mode):
+        assert_same_step(case, steps=3)
+
+
+def test_compiled_subnets_inductor(mode: str):
+    case = make("sequential", subnet_compiled("inductor"))
+    case = Case(case.net, make("sequential").plain, case.x)
+    case.plain.load_state_dict(case.net.state_dict())
+    with iz.mode(case.net, mode):
+        assert_same_step(case)
+        net, x = case.net, case.x.clone().requires_grad_()
+        for _ in range(2):  # two forwards in flight
+            net.zero_grad()
+            case.plain.zero_grad()
+            losses = [net(x * k).square().sum() for k in (1, 2)]
+            sum(losses).backward()
+            sum(case.plain(case.x * k).square().sum() for k in (1, 2)).backward()
+            assert_same(gradients(net), gradients(case.plain))
+
+
+def test_compiled_subnets_as_wrapped_modules_keep_their_parameters_checked(mode: str):
+    """``torch.compile(net)`` wraps a module; the engine must still find what is inside it."""
+    case = make("invertible_sequential", lambda n: torch.compile(subnet(n), backend="aot_eager"))
+    plain = make("invertible_sequential").plain
+    plain.load_state_dict({k.replace("_orig_mod.", ""): v for k, v in case.net.state_dict().items()})
+    with iz.mode(case.net, mode):
+        assert_same_step(Case(case.net, plain, case.x))
+        loss = case.net(case.x).square().sum()
+        with torch.no_grad():
+            for p in case.net.parameters():
+                p.add_(1)
+        with pytest.raises(RuntimeError, match="stay as they were|inplace operation"):
+            loss.backward()
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_subnets_save_memory(backend: str):
+    def held(depth: int) -> int:
+        make_net = subnet_compiled(backend)
+        net = iz.InvertibleSequential(*(iz.AdditiveCoupling(make_net(3), check="never") for _ in range(depth)))
+        x = torch.randn(64, WIDTH)
+        net(x).sum().backward()  # compiles
+        packed: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t.nbytes) or t, lambda t: t):
+            net(x)
+        return sum(packed)
+
+    assert held(1) == held(3) == 0
+
+
+def test_compiled_dropout_subnets(mode: str):
+    """Compiled random operators draw what eager ones draw, in the replay as in the forward."""
+
+    def net(outputs: int) -> nn.Module:
+        made = subnet(outputs, middle=nn.Dropout(0.5))
+        made.compile(backend="aot_eager")
+        return made
+
+    case = make("invertible_sequential", net)
+    plain = make("invertible_sequential", lambda n: subnet(n, middle=nn.Dropout(0.5))).plain
+    plain.load_state_dict(case.net.state_dict())
+    with iz.mode(case.net, mode):
+        for seed in range(2):
+            torch.manual_seed(seed)
+            actual = train_step(case.net, case.x)
+            torch.manual_seed(seed)
+            assert_same(actual, train_step(plain, case.x))
+
+
+def test_subnets_compiled_in_eval_and_train(mode: str):
+    case = make("invertible_sequential", subnet_compiled("aot_eager"))
+    plain = make("invertible_sequential").plain
+    plain.load_state_dict(case.net.state_dict())
+    with iz.mode(case.net, mode):
+        for train in (True, False, True):
+            assert_same_step(Case(case.net.train(train), plain, case.x), steps=1)
+
+
+def test_compiled_autograd(case: Case):
+    """The backward is traced: what the engine cannot do there it must refuse."""
+    x, z = (case.x.clone().requires_grad_() for _ in range(2))
+    expected = torch.autograd.grad(case.plain(z.sigmoid()).square().sum(), [z, *case.plain.parameters()])
+    for _ in range(2):
+        y = case.net(x.sigmoid()).square().sum()
+        with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
+            found = torch.autograd.grad(y, [x, *case.net.parameters()])
+        assert_same(found, expected)
+
+
+def test_graph_breaks_around_a_net(case: Case):
+    """Eager code in a compiled function: an invertible net behind a graph break runs as it does eagerly."""
+    net = torch._dynamo.disable(case.net)
+
+    @torch.compile(backend="aot_eager")
+    def loss(x: Tensor) -> Tensor:
+        return net(x.sigmoid()).sin().square().sum()
+
+    for _ in range(2):
+        case.net.zero_grad()
+        case.plain.zero_grad()
+        x, z = (case.x.clone().requires_grad_() for _ in range(2))
+        loss(x).backward()
+        case.plain(z.sigmoid()).sin().square().sum().backward()
+        assert_same(gradients(case.net, x), gradients(case.plain, z))
+
+
+def test_an_eager_step_inside_the_tracker_after_compiling(mode: str):
+    case = make("invertible_sequential")
+    net = torch.compile(case.net, backend="aot_eager")
+    with iz.mode(case.net, mode):
+        net(case.x)
+        with track_memory() as memory:
+            grads = train_step(case.net, case.x)
+        assert memory.peak > 0
+        assert_same(grads, train_step(case.plain, case.x))

@@ -1,0 +1,44 @@
+"""Random nets under random training programs: every number is that of the plain maths.
+
+A failing case prints as an expression; append it to `FOUND` to keep it.
+"""
+
+import contextlib
+import os
+
+import pytest
+from hypothesis import HealthCheck, given, note, reject, seed, settings
+
+from .programs import Unfit, check
+from .specs import Case, cases
+
+FOUND: list[Case] = []
+
+
+@pytest.mark.parametrize("case", FOUND, ids=range(len(FOUND)))
+def test_cases_that_went_wrong_once(case: Case) -> None:
+    check(case)
+
+
+def test_random_programs(shard: int, request: pytest.FixtureRequest) -> None:
+    option = request.config.getoption
+    start, shards = option("--fuzz-seed", None), option("--fuzz-shards", 1)
+    fixed = start is None and shards == 1
+
+    @settings(
+        max_examples=-(-option("--fuzz-examples", 100) // shards),
+        deadline=None,
+        derandomize=fixed,
+        database=None,
+        print_blob=not fixed,
+        suppress_health_check=[*HealthCheck],
+    )
+    @given(cases())
+    def compare(case: Case) -> None:
+        try:
+            check(case)
+        except Unfit:
+            reject()
+
+    compare = compare if fixed else seed((start or 0) * 1000 + shard)(compare)
+    compare()

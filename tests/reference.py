@@ -1,0 +1,208 @@
+"""The same maths as the library's, done plainly: what the behaviour tests compare with."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import invzoo as iz
+
+__all__ = ["FEATURES", "FORMS", "HALF", "MODES", "Subject", "assert_near", "assert_same_run", "mlp", "run"]
+
+MODES = ("store", "recompute", "invert")
+FEATURES, HALF = 6, 3  # the width of what a net maps, and of what a subnet does
+
+Block = Callable[[int, int], nn.Module]  # makes a subnet from so many features to so many
+
+
+def mlp(inputs: int, outputs: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(inputs, inputs + 1), nn.Tanh(), nn.Linear(inputs + 1, outputs))
+
+
+# ---- plain layers ---------------------------------------------------------------------------------------------------
+
+
+class PlainAdditive(nn.Module):
+    """``y1 = x1 + f(x2)``, ``y2 = x2 + g(y1)``, on one tensor or on two."""
+
+    def __init__(self, f: nn.Module, g: nn.Module | None = None, *, swap: bool = False) -> None:
+        super().__init__()
+        self.f, self.g, self.swap = f, g, swap
+
+    def forward(self, *x: Tensor, **side: Any) -> Any:
+        if len(x) == 1:
+            return torch.cat(self(*x[0].chunk(2, 1), **side), 1)
+        a, b = x[::-1] if self.swap else x
+        a = self.couple(a, self.f(b, **side))
+        if self.g is not None:
+            b = self.couple(b, self.g(a, **side))
+        return (b, a) if self.swap else (a, b)
+
+    def couple(self, x: Tensor, h: Tensor) -> Tensor:
+        return x + h
+
+
+class PlainAffine(PlainAdditive):
+    """``y1 = x1 exp(2 tanh(h / 20)) + t`` with ``h, t = f(x2)``."""
+
+    def couple(self, x: Tensor, h: Tensor) -> Tensor:
+        log_scale, shift = h.chunk(2, 1)
+        return x * torch.exp(2 * torch.tanh(log_scale / 20)) + shift
+
+
+class UserLayer(iz.InvertibleModule):
+    """What a user writes: a function and an inverse, nothing else."""
+
+    def __init__(self, f: nn.Module, **options: Any) -> None:
+        super().__init__(**options)
+        self.f = f
+
+    def function(self, *x: Tensor, **side: Any) -> Any:
+        return self._move(torch.add, *x, **side)
+
+    def inverse(self, *y: Tensor, **side: Any) -> Any:
+        return self._move(torch.sub, *y, **side)
+
+    def _move(self, step: Callable, *x: Tensor, **side: Any) -> Any:
+        if len(x) == 1:
+            return torch.cat(self._move(step, *x[0].chunk(2, 1), **side), 1)
+        return step(x[0], self.f(x[1], **side)), x[1]
+
+
+class Chain(nn.Sequential):
+    """`nn.Sequential`, and side inputs for every layer if there are any."""
+
+    def forward(self, x: Tensor, **side: Any) -> Tensor:
+        if not side:
+            return super().forward(x)
+        for layer in self:
+            x = layer(x, **side)
+        return x
+
+
+class Streams(nn.Sequential):
+    """Layers on two streams, split once and merged once."""
+
+    def forward(self, x: Tensor, **side: Any) -> Tensor:
+        streams = x.chunk(2, 1)
+        for layer in self:
+            streams = layer(*streams, **side)
+        return torch.cat(streams, 1)
+
+
+# ---- subjects -------------------------------------------------------------------------------------------------------
+
+
+def _additive(block: Block, ours: bool, swap: bool = False) -> nn.Module:
+    subnets = block(HALF, HALF), block(HALF, HALF)
+    return (iz.AdditiveCoupling if ours else PlainAdditive)(*subnets, swap=swap)
+
+
+def _affine(block: Block, ours: bool, swap: bool = False) -> nn.Module:
+    return (iz.AffineCoupling if ours else PlainAffine)(block(HALF, 2 * HALF), swap=swap)
+
+
+def _user(block: Block, ours: bool) -> nn.Module:
+    return (UserLayer if ours else PlainAdditive)(block(HALF, HALF))
+
+
+def _layers(block: Block, ours: bool, depth: int) -> list[nn.Module]:
+    kinds = (
+        _user,
+        _additive,
+        lambda *how: _affine(*how, swap=True),
+        lambda *how: _additive(*how, swap=True),
+    )
+    return [kinds[i % len(kinds)](block, ours) for i in range(depth)]
+
+
+FORMS: dict[str, Callable[[Block, bool, int], nn.Module]] = {
+    "additive": lambda block, ours, depth: _additive(block, ours),
+    "affine": lambda block, ours, depth: _affine(block, ours),
+    "user": lambda block, ours, depth: _user(block, ours),
+    "sequential": lambda block, ours, depth: Chain(*_layers(block, ours, depth)),
+    "stack": lambda block, ours, depth: (iz.InvertibleSequential if ours else Chain)(*_layers(block, ours, depth)),
+    "streams": lambda block, ours, depth: Streams(*_layers(block, ours, depth)),
+}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One form of net in one mode, beside the plain net with the same weights."""
+
+    form: str
+    mode: str
+
+    def pair(self, block: Block = mlp, depth: int = 4, **options: Any) -> tuple[nn.Module, nn.Module]:
+        """Return the plain net and ours."""
+        plain, ours = FORMS[self.form](block, False, depth), FORMS[self.form](block, True, depth)
+        ours.load_state_dict(plain.state_dict())
+        for layer in ours.modules():
+            if isinstance(layer, iz.InvertibleModule) and not isinstance(layer, iz.InvertibleSequential):
+                layer.mode = self.mode
+                for name, value in options.items():
+                    setattr(layer, name, value)
+        return plain, ours
+
+    def holds(self, program: Callable[[nn.Module], Any], block: Block = mlp, **how: Any) -> None:
+        """Assert that the program does the same with the plain net and with ours, twice over."""
+        plain, ours = self.pair(block, **how)
+        for _ in range(2):  # the engine looks closer at a layer's first call
+            assert_same_run(program, plain, ours)
+
+
+# ---- comparisons ----------------------------------------------------------------------------------------------------
+
+
+def run(program: Callable[[nn.Module], Any], net: nn.Module, seed: int = 1) -> dict[str, Any]:
+    """Run a program from a fixed random state; return its result and all its side effects."""
+    torch.manual_seed(seed)
+    net.zero_grad()
+    result = program(net)
+    return {
+        "result": result,
+        "grads": {name: p.grad for name, p in net.named_parameters()},
+        "parameters": {name: p.detach().clone() for name, p in net.named_parameters()},
+        "buffers": {name: b.clone() for name, b in net.named_buffers()},
+        "random state": torch.get_rng_state(),
+    }
+
+
+def assert_near(actual: Any, expected: Any, tolerance: float = 1e-9) -> None:
+    """Assert equal structure, types and shapes, and a relative error in the largest element below ``tolerance``."""
+    if isinstance(expected, Tensor):
+        assert isinstance(actual, Tensor), f"a Tensor, not {actual!r}"
+        assert actual.requires_grad == expected.requires_grad
+        largest = expected.detach().abs().max().item() if expected.numel() and expected.dtype.is_floating_point else 0
+        largest = largest if largest < float("inf") else 0  # and not NaN
+        exact = not (expected.dtype.is_floating_point or expected.dtype.is_complex)
+        torch.testing.assert_close(
+            actual.detach(),
+            expected.detach(),
+            rtol=0 if exact else tolerance,
+            atol=0 if exact else tolerance * (largest + 1e-3),
+            equal_nan=True,
+        )
+    elif isinstance(expected, dict):
+        assert actual.keys() == expected.keys()
+        for key, value in expected.items():
+            try:
+                assert_near(actual[key], value, tolerance)
+            except AssertionError as error:
+                error.add_note(f"in {key!r}")
+                raise
+    elif isinstance(expected, tuple | list):
+        assert len(actual) == len(expected)
+        for a, e in zip(actual, expected, strict=True):
+            assert_near(a, e, tolerance)
+    else:
+        assert actual == expected
+
+
+def assert_same_run(
+    program: Callable[[nn.Module], Any], plain: nn.Module, ours: nn.Module, tolerance: float = 1e-9
+) -> None:
+    """Assert that a program has the same result, gradients, buffers and random state with either net."""
+    assert_near(run(program, ours), run(program, plain), tolerance)
