@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from . import engine
@@ -94,6 +94,8 @@ def _streams(layer: InvertibleModule, values: tuple[Any, ...], streams: Partitio
     wanted = layer.streams
     if wanted is None or _has_hooks(layer) or (streams is None and len(values) != 1):
         return None
+    if not all(isinstance(value, Tensor) and -value.ndim <= wanted.dim < value.ndim for value in values):
+        return None  # the layer says what is wrong
     n = sum(value.shape[wanted.dim] for value in values)
     return wanted if layer.takes_streams(*wanted.sizes(n)) else None
 

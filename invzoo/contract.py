@@ -113,16 +113,19 @@ def _error(a: Tensor, b: Tensor) -> float:
 def check_function(layer: "InvertibleModule", inputs: Sequence[Any], side: dict[str, Any]) -> Finding:
     """Check that the function is deterministic, leaves its inputs alone and returns tensors."""
     given, problems = _clone(inputs), []
+    layer = copy.deepcopy(layer)
+    state = copy.deepcopy(layer.state_dict())
     with torch.enable_grad():
-        outputs = _run(copy.deepcopy(layer).function, given, side)
+        outputs = _run(layer.function, given, side)
         problems += _differences("input", inputs, given, exact=True)
-        again = _run(copy.deepcopy(layer).function, _clone(inputs), side)
+        layer.load_state_dict(state)  # a replay finds the buffers as they were, too
+        again = _run(layer.function, _clone(inputs), side)
     problems += _differences("output of a second run", outputs, again, exact=True)
     if not any(isinstance(y, Tensor) for y in outputs):
         problems.append(f"Expected function to return tensors; got {_describe(outputs[0])}")
     if "strict_forward" in SideNames.of(layer.function).names:
         with torch.no_grad():
-            strict = _run(copy.deepcopy(layer).function, _clone(inputs), {**side, "strict_forward": True})
+            strict = _run(layer.function, _clone(inputs), {**side, "strict_forward": True})
         for i, (a, b) in enumerate(zip(outputs, strict, strict=True)):
             if requires_grad(a) != requires_grad(b):
                 problems.append(f"Expected strict_forward to set requires_grad of output {i} to {requires_grad(a)}")

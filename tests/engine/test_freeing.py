@@ -1,0 +1,149 @@
+"""`free_input=True`: the caller's input is freed until backward, and reading it meanwhile says who freed it."""
+
+import copy
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+import invzoo as iz
+
+READS = {
+    "arithmetic": lambda x: x + 1,
+    "reflected": lambda x: 1 - x,
+    "matmul": lambda x: x @ x.T,
+    "in place": lambda x: x.add_(1),
+    "cat": lambda x: torch.cat([x, x]),
+    "conv": lambda x: nn.functional.conv1d(x[None], torch.ones(1, x.shape[0], 1)),
+    "index": lambda x: x[0],
+    "assign": lambda x: x.__setitem__(0, 1.0),
+    "iterate": lambda x: list(x),
+    "numpy": lambda x: x.numpy(),
+    "asarray": lambda x: np.asarray(x),
+    "dlpack": lambda x: x.__dlpack__(),
+    "print": lambda x: str(x),
+    "repr": lambda x: repr(x),
+    "format": lambda x: f"{x}",
+    "item": lambda x: x.sum().item(),
+    "tolist": lambda x: x.tolist(),
+    "detach": lambda x: x.detach(),
+    "data": lambda x: x.data,
+    "view": lambda x: x.view(-1),
+    "clone": lambda x: x.clone(),
+    "to": lambda x: x.to(torch.float32),
+    "deepcopy": copy.deepcopy,
+    "pickle": pickle.dumps,
+    "module": lambda x: nn.Linear(4, 4, dtype=x.dtype)(x),
+    "operator": lambda x: torch.ops.aten.add(x, x),
+    "out": lambda x: torch.add(torch.ones(3, 4), 1, out=x),
+    "another call": lambda x: iz.InvertibleLeakyReLU()(x),
+}
+
+
+def stack(**options):
+    couplings = [iz.AdditiveCoupling(nn.Linear(2, 2, dtype=torch.float64), swap=i % 2 == 1) for i in range(3)]
+    return iz.InvertibleSequential(*couplings, **options)
+
+
+@pytest.fixture
+def freed():
+    x = torch.randn(3, 4, dtype=torch.float64)
+    was = x.clone()
+    y = stack(free_input=True)(x)
+    assert x.untyped_storage().size() == 0
+    yield x
+    y.sum().backward()
+    assert_close(x, was)
+
+
+@pytest.mark.parametrize("read", READS.values(), ids=READS)
+def test_every_read_says_who_freed_it(freed, read):
+    with pytest.raises(RuntimeError, match="input of InvertibleSequential not to be read before backward; it was freed"):
+        read(freed)
+
+
+def test_metadata_can_be_read(freed):
+    assert (freed.shape, freed.dtype, freed.ndim, len(freed)) == ((3, 4), torch.float64, 2, 3)
+    assert not freed.requires_grad
+    assert freed.grad_fn is None
+
+
+@pytest.mark.parametrize("leaf", [True, False])
+@pytest.mark.parametrize("first", [iz.Reverse, iz.Identity, iz.Interleave])
+def test_restored_though_nothing_in_backward_needs_it(first, leaf):
+    source = torch.randn(3, 4, dtype=torch.float64, requires_grad=not leaf)
+    x = source * 1
+    was, version = x.detach().clone(), x._version
+    y = iz.InvertibleSequential(first(), *stack(), free_input=True)(x)
+    assert x.untyped_storage().size() == (0 if first is not iz.Identity else x.untyped_storage().size())
+    y.square().sum().backward()
+    assert type(x) is torch.Tensor
+    assert x._version == version
+    assert_close(x.detach(), was)
+
+
+def test_gradients_are_those_of_a_plain_stack():
+    net, source = stack(free_input=True), torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    wanted = torch.autograd.grad(stack_plain(net, source * 2).square().sum(), [source, *net.parameters()])
+    got = torch.autograd.grad(net(source * 2).square().sum(), [source, *net.parameters()])
+    assert_close(got, wanted)
+
+
+def stack_plain(net, x):
+    with iz.mode(net, "store"):
+        return net(x)
+
+
+def test_a_single_layer_frees_and_restores():
+    layer, x = iz.InvertibleLinear(4, 4, dtype=torch.float64, free_input=True), torch.randn(3, 4, dtype=torch.float64)
+    was = x.clone()
+    y = layer(x)
+    assert x.untyped_storage().size() == 0
+    y.sum().backward()
+    assert_close(x, was)
+
+
+def test_dropping_the_graph_leaves_the_guard():
+    x = torch.randn(3, 4, dtype=torch.float64)
+    y = stack(free_input=True)(x)
+    del y
+    with pytest.raises(RuntimeError, match="freed"):
+        x + 1
+
+
+@pytest.mark.parametrize("setting", ["no_grad", "store", "recompute", "frozen"])
+def test_nothing_is_freed_where_nothing_is_rebuilt(setting):
+    net, x = stack(free_input=True), torch.randn(3, 4, dtype=torch.float64)
+    if setting in ("store", "recompute"):
+        net.mode = setting
+    net.requires_grad_(setting != "frozen")
+    with torch.set_grad_enabled(setting != "no_grad"):
+        net(x)
+    x + 1
+
+
+REFUSED = {
+    "a leaf that needs its gradient": lambda: torch.randn(3, 4, dtype=torch.float64, requires_grad=True),
+    "a view": lambda: torch.randn(6, 4, dtype=torch.float64)[:3],
+    "memory is in use elsewhere": lambda: torch.randn(3, 4, dtype=torch.float64, requires_grad=True).exp(),
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_refused_where_it_is_not_safe(reason):
+    x = REFUSED[reason]()
+    was = x.detach().clone()
+    with pytest.raises(ValueError, match=f"InvertibleSequential: Expected free_input=True for a tensor .*{reason}"):
+        stack(free_input=True)(x)
+    assert_close(x.detach(), was)
+
+
+def test_refused_while_a_view_of_it_is_held():
+    x = torch.randn(3, 4, dtype=torch.float64)
+    view = x[0]
+    with pytest.raises(ValueError, match="a view of it"):
+        stack(free_input=True)(x)
+    view + 1
