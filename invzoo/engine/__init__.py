@@ -1,12 +1,14 @@
 """The engine: frees what backward needs after forward, and rebuilds it. It knows callables and tensors, no layers."""
 
-from .call import Operation, Tape, call, place, steps_aside, tuple_of
+from .call import Operation, call
 from .callables import SideNames, modules_of
 from .checkpoint import checkpoint
 from .fingerprint import tolerance
 from .freeing import freeing
 from .mode import Mode, Policy, check_of
+from .state import place, steps_aside
 from .surroundings import map_tensors
+from .tape import Tape, tuple_of
 
 __all__ = [
     "Mode",

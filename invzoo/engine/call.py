@@ -30,23 +30,15 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from ._torch import (
-    at_end_of_backward,
-    backward_id,
-    forward_ad_active,
-    functorch_active,
-    hooks_enabled,
-    keeps_graph,
-    set_grad_enabled,
-    tracing,
-    version_of,
-)
+from ._torch import at_end_of_backward, backward_id, keeps_graph, set_grad_enabled, version_of
 from .fingerprint import Fingerprint, distance, fingerprint, tolerance
 from .mode import Mode, Policy
 from .slots import Slot, anything_freed, key_of, slot_of
+from .state import note, state, steps_aside
 from .surroundings import Surroundings, map_tensors
+from .tape import Input, Meta, Tape, tuple_of
 
-__all__ = ["Operation", "Tape", "call", "place", "steps_aside", "tuple_of"]
+__all__ = ["Operation", "call"]
 
 
 @dataclass(slots=True)
@@ -75,81 +67,6 @@ class Operation:
     takes_saved: bool = False
 
 
-class _State(threading.local):
-    """What one thread is doing."""
-
-    def __init__(self) -> None:
-        self.depth = 0  # of calls that run right now: those inside another are part of it
-        self.place: list[str] = []  # where in its containers the running layer stands, for errors
-        self.kept = _Kept()
-
-
-class _Kept:
-    """What backwards through a kept graph rebuilt and have not dropped yet (rule 4)."""
-
-    def __init__(self) -> None:
-        self.task = -1
-        self.last: Callable[[], Call | None] = lambda: None
-        self.slots: list[weakref.ref[Slot]] = []
-
-    def begin(self, call: "Call") -> None:
-        last, self.last = self.last(), weakref.ref(call)
-        if last is not None and last is not call:
-            last.release()
-        task = backward_id()
-        if task not in (-1, self.task):
-            self.task = task
-            at_end_of_backward(self.end)
-
-    def end(self) -> None:
-        if (last := self.last()) is not None:
-            last.release()
-        for ref in self.slots:
-            if (slot := ref()) is not None:
-                slot.drop()
-        self.slots.clear()
-
-
-_state = _State()
-
-
-@contextlib.contextmanager
-def place(name: str) -> Iterator[None]:
-    """Say where the layers that run inside stand: errors, those of their replays too, carry it as a note."""
-    _state.place.append(name)
-    try:
-        yield
-    except Exception as error:
-        _note(error, _state.place)
-        raise
-    finally:
-        _state.place.pop()
-
-
-def _note(error: Exception, where: Sequence[str]) -> None:
-    note = "in " + " of ".join(reversed(where))
-    if where and not any(n.endswith(note) for n in getattr(error, "__notes__", ())):
-        error.add_note(note)
-
-
-def tuple_of(value: Any) -> tuple[Any, ...]:
-    """Return several values as they are, and one as a tuple of one."""
-    return tuple(value) if isinstance(value, tuple | list) else (value,)
-
-
-def steps_aside() -> bool:
-    """Whether calls made now run as plain functions: nothing to save, or somebody else decides what is saved."""
-    return (
-        not torch.is_grad_enabled()
-        or _state.depth > 0
-        or torch.compiler.is_compiling()
-        or functorch_active()
-        or forward_ad_active()
-        or not hooks_enabled()
-        or tracing() is not None
-    )
-
-
 def call(operation: Operation, inputs: tuple[Any, ...], side: dict[str, Any]) -> Any:
     """Run ``operation`` so that backward rebuilds what it needs, as the operation's policy says."""
     mode = operation.policy.mode
@@ -172,116 +89,9 @@ class Handle:
         self.value: Tensor | None = value
 
 
-@dataclass(slots=True)
-class Input:
-    """What a rebuilt input has to look like."""
-
-    requires_grad: bool
-    dtype: torch.dtype
-    shape: torch.Size
-    stride: tuple[int, ...]
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> "Input":
-        stride = tensor.stride() if tensor.layout is torch.strided else ()
-        return cls(tensor.requires_grad, tensor.dtype, tensor.shape, stride)
-
-    def accept(self, value: Any, name: str, position: int) -> Tensor:
-        """Return ``value`` in this dtype, if it can be the input at all."""
-        if not isinstance(value, Tensor) or value.shape != self.shape:
-            got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-            raise RuntimeError(
-                f"Expected the inverse of {name} to return a tensor of shape {tuple(self.shape)} for input {position}; "
-                f"got {got}"
-            )
-        return value.detach().to(self.dtype)
-
-    def leaf(self, value: Tensor) -> Tensor:
-        """Return ``value`` as a function must get it: in the memory format that it had, if dense, for its views."""
-        if value.layout is torch.strided and value.stride() != self.stride and _is_dense(self.shape, self.stride):
-            value = torch.empty_strided(value.shape, self.stride, dtype=value.dtype, device=value.device).copy_(value)
-        return value.detach().requires_grad_(self.requires_grad)
-
-
-def _is_dense(shape: torch.Size, stride: tuple[int, ...]) -> bool:
-    expected = 1
-    for step, size in sorted((st, n) for st, n in zip(stride, shape, strict=True) if n != 1):
-        if step != expected:
-            return False
-        expected *= size
-    return True
-
-
 def _data(tensor: Tensor) -> Tensor:
     """Return a tensor without its graph (rule 5)."""
     return tensor.detach().requires_grad_(tensor.requires_grad)
-
-
-class Tape:
-    """What a replay writes on: the inputs that it rebuilds, and the runs of the function's pieces.
-
-    A replay calls :meth:`input` for every input position and :meth:`run` for pieces that together are the function,
-    in the function's order. It runs without gradients; only :meth:`run` records.
-    """
-
-    __slots__ = ("_call", "_captured", "_metas", "_started", "inputs")
-
-    def __init__(self, call: "Call"):
-        self._call = call
-        self._captured: list[Tensor | None] = []
-        self._metas: list[tuple[torch.Size, torch.dtype]] = []
-        self._started = False
-        self.inputs: list[Any] = [None if isinstance(i, Input) else i for i in call.inputs]
-
-    def input(self, position: int, value: Any) -> Any:
-        """Take ``value`` as the input at ``position``, and return it as :meth:`run` must get it."""
-        spec = self._call.inputs[position]
-        if isinstance(spec, Input):
-            self.inputs[position] = spec.leaf(spec.accept(value, self._call.operation.name, position))
-        return self.inputs[position]
-
-    def invert(self, *outputs: Any) -> list[Any]:
-        """Rebuild all inputs with the inverse."""
-        return [self.input(i, v) for i, v in enumerate(self._call.invert(outputs))]
-
-    def run(self, function: Callable[..., Any], *args: Any, **side: Any) -> Any:
-        """Evaluate a piece of the function; what autograd saves meanwhile goes to the graph of the forward."""
-        if not self._started:
-            self._call.surroundings.seed()  # the inverse may have used the generators
-            self._started = True
-        set_grad_enabled(True)
-        try:
-            with saved_tensors_hooks(self._capture, _same):
-                return function(*args, **side)
-        finally:
-            set_grad_enabled(False)
-
-    def _capture(self, tensor: Tensor) -> Tensor:
-        value, handles = tensor.detach(), self._call.handles
-        index = len(self._metas)
-        self._metas.append((tensor.shape, tensor.dtype))
-        self._captured.append(value if index < len(handles) and handles[index]() is not None else None)
-        return value
-
-    def fill(self) -> None:
-        """Give the forward's graph what it saved."""
-        if self._metas != self._call.metas:
-            raise RuntimeError(
-                f"Expected the replay of {self._call.operation.name} to save the tensors that its forward saved; got "
-                f"{_summary(self._metas)} where forward saved {_summary(self._call.metas)}. Is it deterministic, and "
-                "does it depend on its inputs, parameters and buffers alone?"
-            )
-        for ref, value in zip(self._call.handles, self._captured, strict=True):
-            if (handle := ref()) is not None:
-                handle.value = value
-
-
-def _same(value: Any) -> Any:
-    return value
-
-
-def _summary(metas: Sequence[tuple[torch.Size, torch.dtype]]) -> str:
-    return f"{len(metas)} tensors ({', '.join(str(tuple(shape)) for shape, _ in metas[:8])}...)"
 
 
 class Call:
@@ -307,12 +117,12 @@ class Call:
 
     def __init__(self, operation: Operation, inputs: tuple[Any, ...], side: dict[str, Any]):
         self.operation = operation
-        self.place = [*_state.place]
+        self.place = [*state.place]
         self.lock = threading.RLock()  # a graph that spans devices is run by several threads
         self.inputs = [Input.of(x) if isinstance(x, Tensor) else map_tensors(_data, x) for x in inputs]
         self.side = map_tensors(_data, side) if side else side
         self.handles: list[weakref.ref[Handle]] = []
-        self.metas: list[tuple[torch.Size, torch.dtype]] = []
+        self.metas: list[Meta] = []
         self.kept: tuple[Any, ...] | None = None
         self.outputs: list[Any] | None = []
         self.produced: list[Slot] = []
@@ -328,12 +138,12 @@ class Call:
         if self.surroundings.lazy:
             return operation.function(*inputs, **side)
         versions = [version_of(x) for x in inputs if isinstance(x, Tensor)]
-        _state.depth += 1
+        state.depth += 1
         try:
             with saved_tensors_hooks(self.pack, self.unpack), observers.watched() if observers else _nothing:
                 result = operation.function(*inputs, **side)
         finally:
-            _state.depth -= 1
+            state.depth -= 1
         if versions != [version_of(x) for x in inputs if isinstance(x, Tensor)]:
             raise RuntimeError(
                 f"Expected {operation.name} to leave its inputs as they are; got one that its function changed in "
@@ -409,7 +219,7 @@ class Call:
                     self.rebuild()
                 value = handle.value
             if backward_id() == -1:  # somebody looks at the graph
-                _state.kept.end()
+                state.kept.end()
         return value
 
     def release(self) -> None:
@@ -422,7 +232,7 @@ class Call:
         """Replay the call, and give the graph what it saved (rules 3 and 4)."""
         keep = keeps_graph()
         if keep:
-            _state.kept.begin(self)
+            state.kept.begin(self)
         self._pull()
         tape = Tape(self)
         with self._as_it_was():
@@ -470,6 +280,7 @@ class Call:
             call = stack[-1]
             missing = next((s for s in call._slots() if s.value is None), None)
             if missing is not None:
+                assert missing.consumer is not None  # noqa: S101 - a slot without a value has somebody who rebuilds it
                 stack.append(missing.consumer)
                 continue
             stack.pop()
@@ -513,7 +324,7 @@ class Call:
             if (slot := ref()) is not None:
                 slot.put(value)
                 if keep:
-                    _state.kept.slots.append(ref)
+                    state.kept.slots.append(ref)
                 else:
                     slot.consumer = None
 
@@ -541,17 +352,17 @@ class Call:
     @contextlib.contextmanager
     def _as_it_was(self) -> Iterator[None]:
         grad = torch.is_grad_enabled()
-        _state.depth += 1
+        state.depth += 1
         set_grad_enabled(False)
         try:
             with self.surroundings.restored():
                 yield
         except Exception as error:
-            _note(error, [*self.place, f"the replay of {self.operation.name}"])
+            note(error, [*self.place, f"the replay of {self.operation.name}"])
             raise
         finally:
             set_grad_enabled(grad)
-            _state.depth -= 1
+            state.depth -= 1
 
 
 def _heads(slots: Sequence[Slot | None]) -> list[Slot]:

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from ._torch import allow_data, deny_data, preserve_version, storage_owners
-from .call import steps_aside
 from .slots import Slot, key_of, marked, slot_of
+from .state import steps_aside
 
 __all__ = ["FreedTensor", "freeing"]
 
 _METADATA = frozenset(
+    # what tells of a tensor without its memory
     "_base _version device dim dtype element_size get_device grad grad_fn is_complex is_contiguous is_cpu is_cuda "
     "is_floating_point is_inference is_leaf is_meta is_sparse itemsize layout names nbytes ndim ndimension nelement "
     "numel output_nr register_hook requires_grad retain_grad retains_grad shape size storage storage_offset stride "
@@ -38,6 +39,8 @@ class FreedTensor(Tensor):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
         raise RuntimeError(_message(args, kwargs or {}))
+
+    _freed: str  # what to say
 
 
 def _message(*values: Any) -> str:
@@ -68,13 +71,14 @@ class Freed:
         tensor = self.tensor()
         if tensor is None:
             return
-        tensor._freed = (  # type: ignore[attr-defined]
+        message = (
             f"Expected the input of {name} not to be read before backward; it was freed, since free_input=True. "
             "Backward rebuilds it; pass a clone to read it earlier"
         )
         tensor.untyped_storage().resize_(0)
-        deny_data(tensor, tensor._freed)
+        deny_data(tensor, message)
         self.type, tensor.__class__ = type(tensor), FreedTensor
+        tensor._freed = message  # type: ignore[attr-defined]
 
     def restore(self, value: Tensor) -> Tensor:
         """Give the caller's tensor its value back, and return what holds the value now."""
@@ -82,7 +86,7 @@ class Freed:
         if tensor is None or self.type is None:
             return value
         tensor.__class__, self.type = self.type, None
-        del tensor._freed
+        del tensor._freed  # type: ignore[attr-defined]
         allow_data(tensor)
         tensor.untyped_storage().resize_(self.nbytes)
         with torch.no_grad(), preserve_version(tensor):
@@ -117,22 +121,23 @@ def freeing(name: str, inputs: Sequence[Any]) -> Iterator[None]:
         return
     for x in tensors:
         if isinstance(x, FreedTensor):
-            raise RuntimeError(_message(x))
+            raise RuntimeError(x._freed)  # noqa: TRY004 - as from every other read
         if reason := _refusal(x):
             raise ValueError(f"{name}: Expected free_input=True for a tensor that can be freed; got {reason}")
-    slots = []
+    heads = []
     for x in tensors:
         key = key_of(x)
-        slots.append(slot_of(x, key) or Slot(x, key))
-        slots[-1].freed, slots[-1].head = Freed(x), weakref.ref(slots[-1])
+        slot = slot_of(x, key) or Slot(x, key)
+        slot.freed, slot.head = Freed(x), weakref.ref(slot)
+        heads.append((x, slot, slot.freed))
     with marked():
         yield
-    consumed = [(x, slot) for x, slot in zip(tensors, slots, strict=True) if slot.freed.promised]
-    for x, _ in consumed:
+    promised = [(x, freed) for x, _, freed in heads if freed.promised]
+    for x, _ in promised:
         if storage_owners(x) != 1:
             raise ValueError(
                 f"{name}: Expected free_input=True for a tensor that can be freed; got one whose memory is in use "
                 "elsewhere (a view of it, or autograd saved it for backward). Pass a clone"
             )
-    for _, slot in consumed:
-        slot.freed.free(name)
+    for _, freed in promised:
+        freed.free(name)

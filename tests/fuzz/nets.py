@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import invzoo as iz
 
-from .specs import Group, Leaf, Net
+from tests.fuzz.specs import Group, Leaf, Net
 
 __all__ = ["FuzzNet"]
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .nets import FuzzNet
-from .specs import Case, Forward, Iteration, Step
+from tests.fuzz.nets import FuzzNet
+from tests.fuzz.specs import Case, Forward, Iteration, Step
 
 __all__ = ["Unfit", "check", "record_of"]
 

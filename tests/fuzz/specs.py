@@ -1,7 +1,7 @@
 """What a fuzz case is: a net and a training program, as plain data that prints as the code that makes it again."""
 
-from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
+from functools import cache
 from typing import Any
 
 from hypothesis import strategies as st
@@ -100,6 +100,7 @@ class Case(_Readable):
     seed: int = 0
 
 
+FROZEN = (0.0, 0.0, 0.3, 0.7, 1.0)
 MODES = ("invert", "invert", "invert", "recompute", "store")
 SUBNETS = ("linear", "mlp", "dropout", "batchnorm", "both", "condition", "relu", "inplace")
 SMOOTH = SUBNETS[:-2]
@@ -130,6 +131,7 @@ def _couplings(net: Net, splits: SearchStrategy[Any]) -> SearchStrategy[Leaf]:
     return st.builds(Leaf, st.just("additive"), **common) | st.builds(Leaf, st.just("affine"), scale=scales, **common)
 
 
+@cache
 def _layers(net: Net) -> SearchStrategy[Leaf]:
     dims = st.sampled_from((1, -1) if net.rank == 2 else (1, 1, 2, -1))
     matrices = st.sampled_from(("householder", "cayley", "scaled", "plu", "free"))
@@ -160,6 +162,7 @@ def _tuple_of(items: SearchStrategy[Any], most: int, least: int = 1) -> SearchSt
     return st.lists(items, min_size=least, max_size=most).map(tuple)
 
 
+@cache
 def _stacks(net: Net, depth: int = 2) -> SearchStrategy[Group]:
     """Invertible as a whole, but for those with squashing layers, which are not turned round."""
     inside = _layers(net) if depth == 1 else st.one_of(_layers(net), _layers(net), _stacks(net, depth - 1))
@@ -178,6 +181,7 @@ def _invertible(item: Leaf | Group) -> bool:
     return item.kind not in ("tanh", "sigmoid_layer", "logit", "atanh")
 
 
+@cache
 def _streams(net: Net) -> SearchStrategy[Group]:
     splits = _splits(net.features, 2)
     inside = st.one_of(_couplings(net, st.just("half")), st.builds(Leaf, st.just("swap"), **_options()))
@@ -185,6 +189,7 @@ def _streams(net: Net) -> SearchStrategy[Group]:
     return st.builds(Group, st.just("streams"), _tuple_of(inside | groups, 4), split=splits, flip=st.booleans())
 
 
+@cache
 def _items(net: Net, depth: int = 2) -> SearchStrategy[Leaf | Group]:
     kinks = net.dtype == "float64"
     neighbours = st.sampled_from(NEIGHBOURS).filter(lambda k: kinks or "relu" not in k).map(Leaf)
@@ -201,6 +206,7 @@ def _items(net: Net, depth: int = 2) -> SearchStrategy[Leaf | Group]:
     )
 
 
+@cache
 def _forwards() -> SearchStrategy[Forward]:
     return st.builds(
         Forward,
@@ -219,11 +225,13 @@ def _forwards() -> SearchStrategy[Forward]:
 KINDS = ("backward", "backward", "inputs", "parameters", "mid", "some", "split", "penalty", "joint", "peek", "draw", "drop")
 
 
+@cache
 def _steps(forwards: int) -> SearchStrategy[Step]:
     which = st.integers(0, forwards - 1)
     return st.builds(Step, st.sampled_from(KINDS), which, st.booleans(), st.integers(0, 255))
 
 
+@cache
 def _iterations() -> SearchStrategy[Iteration]:
     modes = st.sampled_from((None, None, None, None, "invert", "recompute", "store"))
     often, seldom = st.sampled_from((True, True, False)), st.sampled_from((True, False, False, False))
@@ -237,14 +245,11 @@ def _iterations() -> SearchStrategy[Iteration]:
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
     """Draw a net and a program for it."""
-    empty = Net(
+    kind = Net(
         (),
         features=draw(st.integers(2, 6)),
         rank=draw(st.sampled_from((2, 2, 4))),
         dtype=draw(st.sampled_from(("float64",) * 7 + ("float32",))),
-        seed=draw(_seeds),
-        frozen=draw(st.sampled_from((0.0, 0.0, 0.3, 0.7, 1.0))),
     )
-    items: Sequence[Leaf | Group] = draw(_tuple_of(_items(empty), 4))
-    net = Net(tuple(items), empty.features, empty.rank, empty.dtype, empty.seed, empty.frozen)
+    net = replace(kind, items=draw(_tuple_of(_items(kind), 4)), seed=draw(_seeds), frozen=draw(st.sampled_from(FROZEN)))
     return Case(net, draw(_tuple_of(_iterations(), 2)), draw(_seeds))

@@ -9,8 +9,8 @@ import os
 import pytest
 from hypothesis import HealthCheck, given, note, reject, seed, settings
 
-from .programs import Unfit, check
-from .specs import Case, cases
+from tests.fuzz.programs import Unfit, check
+from tests.fuzz.specs import Case, cases
 
 FOUND: list[Case] = []
 

@@ -1,0 +1,94 @@
+"""What one thread is doing: the calls that run, where they stand, and what kept graphs hold for a while."""
+
+import contextlib
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from ._torch import (
+    at_end_of_backward,
+    backward_id,
+    forward_ad_active,
+    functorch_active,
+    hooks_enabled,
+    tracing,
+)
+from .slots import Slot
+
+if TYPE_CHECKING:
+    from .call import Call
+
+__all__ = ["note", "place", "state", "steps_aside"]
+
+
+class _Kept:
+    """What backwards through a kept graph rebuilt and have not dropped yet (rule 4)."""
+
+    def __init__(self) -> None:
+        self.task = -1
+        self.last: Callable[[], Call | None] = lambda: None
+        self.slots: list[weakref.ref[Slot]] = []
+
+    def begin(self, call: "Call") -> None:
+        last, self.last = self.last(), weakref.ref(call)
+        if last is not None and last is not call:
+            last.release()
+        task = backward_id()
+        if task not in (-1, self.task):
+            self.task = task
+            at_end_of_backward(self.end)
+
+    def end(self) -> None:
+        if (last := self.last()) is not None:
+            last.release()
+        for ref in self.slots:
+            if (slot := ref()) is not None:
+                slot.drop()
+        self.slots.clear()
+
+
+class _State(threading.local):
+    """What one thread is doing."""
+
+    def __init__(self) -> None:
+        self.depth = 0  # of calls that run right now: those inside another are part of it
+        self.place: list[str] = []  # where in its containers the running layer stands, for errors
+        self.kept = _Kept()
+
+
+state = _State()
+
+
+@contextlib.contextmanager
+def place(name: str) -> Iterator[None]:
+    """Say where the layers that run inside stand: errors, those of their replays too, carry it as a note."""
+    state.place.append(name)
+    try:
+        yield
+    except Exception as error:
+        note(error, state.place)
+        raise
+    finally:
+        state.place.pop()
+
+
+def note(error: Exception, where: Sequence[str]) -> None:
+    note = "in " + " of ".join(reversed(where))
+    if where and not any(n.endswith(note) for n in getattr(error, "__notes__", ())):
+        error.addnote(note)
+
+
+def steps_aside() -> bool:
+    """Whether calls made now run as plain functions: nothing to save, or somebody else decides what is saved."""
+    return (
+        not torch.is_grad_enabled()
+        or state.depth > 0
+        or torch.compiler.is_compiling()
+        or functorch_active()
+        or forward_ad_active()
+        or not hooks_enabled()
+        or tracing() is not None
+    )

@@ -1,0 +1,130 @@
+"""What a replay writes on: the inputs that it rebuilds, and what autograd saves of the function's pieces."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from ._torch import set_grad_enabled
+
+if TYPE_CHECKING:
+    from .call import Call
+
+__all__ = ["Input", "Meta", "Tape", "tuple_of"]
+
+Meta = tuple[torch.Size, torch.dtype]  # of a saved tensor
+
+
+def tuple_of(value: Any) -> tuple[Any, ...]:
+    """Return several values as they are, and one as a tuple of one."""
+    return tuple(value) if isinstance(value, tuple | list) else (value,)
+
+
+@dataclass(slots=True)
+class Input:
+    """What a rebuilt input has to look like."""
+
+    requires_grad: bool
+    dtype: torch.dtype
+    shape: torch.Size
+    stride: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "Input":
+        stride = tensor.stride() if tensor.layout is torch.strided else ()
+        return cls(tensor.requires_grad, tensor.dtype, tensor.shape, stride)
+
+    def accept(self, value: Any, name: str, position: int) -> Tensor:
+        """Return ``value`` in this dtype, if it can be the input at all."""
+        if not isinstance(value, Tensor) or value.shape != self.shape:
+            got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise RuntimeError(
+                f"Expected the inverse of {name} to return a tensor of shape {tuple(self.shape)} for input {position}; "
+                f"got {got}"
+            )
+        return value.detach().to(self.dtype)
+
+    def leaf(self, value: Tensor) -> Tensor:
+        """Return ``value`` as a function must get it: in the memory format that it had, if dense, for its views."""
+        if value.layout is torch.strided and value.stride() != self.stride and _is_dense(self.shape, self.stride):
+            value = torch.empty_strided(value.shape, self.stride, dtype=value.dtype, device=value.device).copy_(value)
+        return value.detach().requires_grad_(self.requires_grad)
+
+
+def _is_dense(shape: torch.Size, stride: tuple[int, ...]) -> bool:
+    expected = 1
+    for step, size in sorted((st, n) for st, n in zip(stride, shape, strict=True) if n != 1):
+        if step != expected:
+            return False
+        expected *= size
+    return True
+
+
+class Tape:
+    """What a replay writes on.
+
+    A replay calls :meth:`input` for every input position and :meth:`run` for pieces that together are the function,
+    in the function's order. It runs without gradients; only :meth:`run` records.
+    """
+
+    __slots__ = ("_call", "_captured", "_metas", "_started", "inputs")
+
+    def __init__(self, call: "Call"):
+        self._call = call
+        self._captured: list[Tensor | None] = []
+        self._metas: list[Meta] = []
+        self._started = False
+        self.inputs: list[Any] = [None if isinstance(i, Input) else i for i in call.inputs]
+
+    def input(self, position: int, value: Any) -> Any:
+        """Take ``value`` as the input at ``position``, and return it as :meth:`run` must get it."""
+        spec = self._call.inputs[position]
+        if isinstance(spec, Input):
+            self.inputs[position] = spec.leaf(spec.accept(value, self._call.operation.name, position))
+        return self.inputs[position]
+
+    def invert(self, *outputs: Any) -> list[Any]:
+        """Rebuild all inputs with the inverse."""
+        return [self.input(i, v) for i, v in enumerate(self._call.invert(outputs))]
+
+    def run(self, function: Callable[..., Any], *args: Any, **side: Any) -> Any:
+        """Evaluate a piece of the function; what autograd saves meanwhile goes to the graph of the forward."""
+        if not self._started:
+            self._call.surroundings.seed()  # the inverse may have used the generators
+            self._started = True
+        set_grad_enabled(True)
+        try:
+            with saved_tensors_hooks(self._capture, _same):
+                return function(*args, **side)
+        finally:
+            set_grad_enabled(False)
+
+    def _capture(self, tensor: Tensor) -> Tensor:
+        value, handles = tensor.detach(), self._call.handles
+        index = len(self._metas)
+        self._metas.append((tensor.shape, tensor.dtype))
+        self._captured.append(value if index < len(handles) and handles[index]() is not None else None)
+        return value
+
+    def fill(self) -> None:
+        """Give the forward's graph what it saved."""
+        if self._metas != self._call.metas:
+            raise RuntimeError(
+                f"Expected the replay of {self._call.operation.name} to save the tensors that its forward saved; got "
+                f"{_summary(self._metas)} where forward saved {_summary(self._call.metas)}. Is it deterministic, and "
+                "does it depend on its inputs, parameters and buffers alone?"
+            )
+        for ref, value in zip(self._call.handles, self._captured, strict=True):
+            if (handle := ref()) is not None:
+                handle.value = value
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+def _summary(metas: Sequence[Meta]) -> str:
+    return f"{len(metas)} tensors ({', '.join(str(tuple(shape)) for shape, _ in metas[:8])}...)"
