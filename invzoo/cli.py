@@ -56,7 +56,9 @@ def _demo(*, mode: list[str], **arguments: Any) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="invzoo", description="Invertible PyTorch modules that free their activations.")
+    parser = argparse.ArgumentParser(
+        prog="invzoo", description="Invertible PyTorch modules that free their activations."
+    )
     parser.add_argument("--version", action="version", version=f"invzoo {_version()}")
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
     _add_demo(commands)

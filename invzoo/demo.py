@@ -192,7 +192,13 @@ def _check(net: nn.Module, batch: Batch, modes: list[iz.Mode], console: Console)
 def _table(runs: list[_Run], peaks: dict[iz.Mode, int], test: Batch) -> Table:
     table = Table(title="One training step in each mode, and where training led")
     table.add_column("mode")
-    for name in ("peak activation\nbytes", "evaluations\nin forward", "evaluations\nin backward", "median\nms", "test\naccuracy"):
+    for name in (
+        "peak activation\nbytes",
+        "evaluations\nin forward",
+        "evaluations\nin backward",
+        "median\nms",
+        "test\naccuracy",
+    ):
         table.add_column(name, justify="right")
     for run in runs:
         forward, backward = run.evaluations

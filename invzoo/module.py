@@ -76,7 +76,7 @@ class InvertibleModule(nn.Module):
         super().__init__()
         self._policy = Policy(checkpoint, invertible, engine.check_of(check), seed, free_input)
         if mode is not None:
-            self._policy.mode = mode  # type: ignore[assignment]
+            self._policy.mode = mode
 
     def function(self, *inputs: Any, **side: Any) -> Any:
         """Map inputs to outputs."""
@@ -176,16 +176,16 @@ class Inverse(InvertibleModule):
         self.layer = layer
         self._policy = layer._policy
 
-    function = property(lambda self: self.layer.inverse)  # type: ignore[assignment]
-    inverse = property(lambda self: self.layer.function)  # type: ignore[assignment]
-    domain = property(lambda self: self.layer.codomain)  # type: ignore[assignment]
-    codomain = property(lambda self: self.layer.domain)  # type: ignore[assignment]
-    volume_preserving = property(lambda self: self.layer.volume_preserving)  # type: ignore[assignment]
-    saturating = property(lambda self: self.layer.saturating)  # type: ignore[assignment]
-    exact = property(lambda self: self.layer.exact)  # type: ignore[assignment]
-    composite = property(lambda self: self.layer.composite)  # type: ignore[assignment]
-    streams = property(lambda self: self.layer.streams)  # type: ignore[assignment]
-    inv = property(lambda self: self.layer)  # type: ignore[assignment]
+    function = property(lambda self: self.layer.inverse)
+    inverse = property(lambda self: self.layer.function)
+    domain = property(lambda self: self.layer.codomain)
+    codomain = property(lambda self: self.layer.domain)
+    volume_preserving = property(lambda self: self.layer.volume_preserving)
+    saturating = property(lambda self: self.layer.saturating)
+    exact = property(lambda self: self.layer.exact)
+    composite = property(lambda self: self.layer.composite)
+    streams = property(lambda self: self.layer.streams)
+    inv = property(lambda self: self.layer)
 
     def side_names(self) -> SideNames:
         return self.layer.side_names()
@@ -220,9 +220,9 @@ def mode(module: nn.Module, value: Mode | str) -> Iterator[None]:
     policies = [m._policy for m in module.modules() if isinstance(m, InvertibleModule)]
     before = [(p, p.checkpoint, p.invertible) for p in policies]
     for policy in policies:
-        policy.mode = value  # type: ignore[assignment]
+        policy.mode = value
     try:
         yield
     finally:
-        for policy, policy.checkpoint, policy.invertible in before:
-            pass
+        for policy, checkpoint, invertible in before:
+            policy.checkpoint, policy.invertible = checkpoint, invertible

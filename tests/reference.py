@@ -48,7 +48,7 @@ class PlainAffine(PlainAdditive):
     """``y1 = x1 exp(2 tanh(h / 20)) + t`` with ``h, t = f(x2)``."""
 
     def couple(self, x: Tensor, h: Tensor) -> Tensor:
-        log_scale, shift = h.chunk(2, 1)
+        log_scale, shift = h.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, 1)
         return x * torch.exp(2 * torch.tanh(log_scale / 20)) + shift
 
 

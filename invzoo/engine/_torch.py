@@ -62,7 +62,7 @@ def forward_ad_active() -> bool:
 
 
 def at_end_of_backward(callback: Callable[[], None]) -> None:
-    """Run ``callback`` when the backward that is running ends. Missing: never, and a kept graph holds one layer more."""
+    """Run ``callback`` when the running backward ends. Missing: never, and a kept graph holds one layer more."""
     engine = getattr(torch.autograd.Variable, "_execution_engine", None)
     if engine is not None:
         engine.queue_callback(callback)

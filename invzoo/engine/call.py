@@ -124,10 +124,10 @@ class Call:
         self.handles: list[weakref.ref[Handle]] = []
         self.metas: list[Meta] = []
         self.kept: tuple[Any, ...] | None = None
-        self.outputs: list[Any] | None = []
+        self.outputs: list[Any] = []  # values and slots
         self.produced: list[Slot] = []
         self.passed: dict[int, int] = {}  # input position -> position of the output that is this input
-        self.sources: list[Callable[[], Slot | None]] = []
+        self.sources: list[Callable[[], Slot | None]] = []  # weakly, the slots that this call rebuilds
         self.prints: list[tuple[int, Fingerprint]] = []
         tensors = [x for x in (*inputs, *side.values()) if isinstance(x, Tensor)]
         generators = [x for x in (*inputs, *side.values()) if isinstance(x, torch.Generator)]
@@ -175,10 +175,11 @@ class Call:
         slots_in = [None if k is None else slot_of(x, k) for x, k in zip(inputs, keys_in, strict=True)]
         self.passed = {i: keys_out.index(k) for i, k in enumerate(keys_in) if k and k[0] and k in keys_out}
         for i, slot in enumerate(slots_in):
-            linked = slot is not None and i not in self.passed and slot.consumer in (None, self)
-            if linked:
+            if slot is None or i in self.passed:
+                self.sources.append(_none)
+            else:
                 slot.consume(self)
-            self.sources.append(weakref.ref(slot) if linked else _none)
+                self.sources.append(weakref.ref(slot))
         for y, key in zip(outputs, keys_out, strict=True):
             slot = None if key is None else slot_of(y, key)
             if key is not None and slot is None:
@@ -192,14 +193,14 @@ class Call:
         """See to it that a backward through this call restores the freed input of its chain, even if nothing asks."""
 
         def restore() -> None:
-            if head.value is None:
+            if head.value is None and head.consumer is not None:
                 head.consumer._pull()
                 head.consumer._restore()
 
         nodes = [y.grad_fn for y in outputs if isinstance(y, Tensor) and y.grad_fn is not None]
         for node in nodes:
             node.register_prehook(lambda _: at_end_of_backward(restore))
-        if nodes:
+        if nodes and head.freed is not None:
             head.freed.promised = True
         else:  # nothing needs a gradient yet: the next call sees to it
             for slot in self.produced:
@@ -212,14 +213,14 @@ class Call:
         return handle
 
     def unpack(self, handle: Handle) -> Tensor:
-        value = handle.value
-        if value is None:
-            with self.lock:
-                if handle.value is None:
-                    self.rebuild()
-                value = handle.value
-            if backward_id() == -1:  # somebody looks at the graph
-                state.kept.end()
+        if handle.value is not None:
+            return handle.value
+        with self.lock:
+            if handle.value is None:
+                self.rebuild()
+            value: Tensor = handle.value  # type: ignore[assignment]  # rebuilt
+        if backward_id() == -1:  # somebody looks at the graph
+            state.kept.end()
         return value
 
     def release(self) -> None:
@@ -249,7 +250,7 @@ class Call:
         if keep:
             self._drop()
         else:
-            self.outputs, self.produced = None, []
+            self.outputs, self.produced = [], []
 
     def _replay(self, tape: Tape) -> None:
         outputs = self._values()
@@ -260,7 +261,8 @@ class Call:
 
     def invert(self, outputs: tuple[Any, ...]) -> list[Any]:
         """Compute the inputs from the outputs."""
-        inverse, passed = self.operation.inverse, self.passed
+        inverse: Callable[..., Any] = self.operation.inverse  # type: ignore[assignment]  # mode invert has one
+        passed = self.passed
         known = {i for i, x in enumerate(self.inputs) if not isinstance(x, Input)} | passed.keys()
         saved = {"saved": known} if self.operation.takes_saved else {}
         values = list(tuple_of(inverse(*outputs, **self.side, **saved))) if len(known) < len(self.inputs) else None
@@ -280,8 +282,7 @@ class Call:
             call = stack[-1]
             missing = next((s for s in call._slots() if s.value is None), None)
             if missing is not None:
-                assert missing.consumer is not None  # noqa: S101 - a slot without a value has somebody who rebuilds it
-                stack.append(missing.consumer)
+                stack.append(missing.consumer)  # type: ignore[arg-type]  # what is not here, somebody rebuilds
                 continue
             stack.pop()
             if call is not self:
@@ -309,7 +310,7 @@ class Call:
         return any(ref() is not None for ref in self.handles)
 
     def _slots(self) -> list[Slot]:
-        return [s for s in self.outputs or () if isinstance(s, Slot)]
+        return [s for s in self.outputs if isinstance(s, Slot)]
 
     def _values(self) -> tuple[Any, ...]:
         if any(slot.changed for slot in self._slots()):
@@ -338,7 +339,9 @@ class Call:
 
     def _verify(self, values: Sequence[Any]) -> None:
         what = "its inverse rebuilds input" if self.kept is None else "its replay computes output"
-        dtypes = {i.dtype for i in self.inputs if isinstance(i, Input)} | {s.value.dtype for s in self._slots()}
+        dtypes = {i.dtype for i in self.inputs if isinstance(i, Input)} | {
+            s.value.dtype for s in self._slots() if s.value is not None
+        }
         for position, was in self.prints:
             error, allowed = distance(was, fingerprint(values[position])), tolerance(*dtypes)
             if not error <= allowed:

@@ -35,7 +35,9 @@ def checkpoint(
         args: its inputs.
         inverse: ``inverse(*outputs, **side) -> inputs``.
         enabled: whether anything is freed at all.
-        seed, check, free_input: as for :class:`InvertibleModule`.
+        seed: keep the state of the random number generators on every call; otherwise on calls that use them.
+        check: when a replay is compared with its forward: ``'first'``, ``'always'`` or ``'never'``.
+        free_input: free the memory of the inputs, although the caller holds them, until backward.
         side: keyword arguments of both; never freed.
 
     Raises:
@@ -49,7 +51,7 @@ def checkpoint(
         tensor([2.7183, 2.7183, 2.7183])
     """
     policy = Policy(enabled, inverse is not None, check_of(check), seed, free_input, _verified_of(function))
-    name = getattr(function, "__qualname__", type(function).__name__)
+    name = getattr(function, "__name__", type(function).__name__)
     saved = inverse is not None and "saved" in SideNames.of(inverse).names
     roots = modules_of(function, inverse)
     operation = Operation(name, function, inverse, None, roots, policy, takes_saved=saved)

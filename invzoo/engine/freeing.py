@@ -1,8 +1,8 @@
 """Freeing the memory of a tensor that the caller still holds, guarded: reading it says who freed it.
 
-The storage is resized to zero, and the tensor's class becomes `FreedTensor`, whose `__torch_function__` refuses everything
-but metadata; torch swaps classes likewise for `UninitializedParameter`. The rebuilt value is copied back into the same
-storage, so the caller's tensor is the same object as before, with the same version.
+The storage is resized to zero, and the tensor's class becomes `FreedTensor`, whose `__torch_function__` refuses
+everything but metadata; torch swaps classes likewise for `UninitializedParameter`. The rebuilt value is copied back into
+the same storage, so the caller's tensor is the same object as before, with the same version.
 """
 
 import contextlib
@@ -19,12 +19,11 @@ from .state import steps_aside
 
 __all__ = ["FreedTensor", "freeing"]
 
-_METADATA = frozenset(
-    # what tells of a tensor without its memory
-    "_base _version device dim dtype element_size get_device grad grad_fn is_complex is_contiguous is_cpu is_cuda "
-    "is_floating_point is_inference is_leaf is_meta is_sparse itemsize layout names nbytes ndim ndimension nelement "
-    "numel output_nr register_hook requires_grad retain_grad retains_grad shape size storage storage_offset stride "
-    "untyped_storage _is_view is_conj is_neg __hash__ __len__".split()
+_METADATA = frozenset(  # what tells of a tensor without reading its memory
+    """_base _is_view _version __hash__ __len__ device dim dtype element_size get_device grad grad_fn is_complex is_conj
+    is_contiguous is_cpu is_cuda is_floating_point is_inference is_leaf is_meta is_neg is_sparse itemsize layout names
+    nbytes ndim ndimension nelement numel output_nr register_hook requires_grad retain_grad retains_grad shape size
+    storage storage_offset stride untyped_storage""".split()  # noqa: SIM905 - a list of words reads best as words
 )
 
 

@@ -11,6 +11,8 @@ from torch.nn.modules import module as torch_module
 
 __all__ = ["Observers"]
 
+Hook = Callable[..., Any]
+
 
 def _is_torch(hook: Any) -> bool:
     """Whether a hook is torch's own (spectral norm, pruning, FSDP): part of the computation, so it runs in replays."""
@@ -19,7 +21,7 @@ def _is_torch(hook: Any) -> bool:
     return owner.split(".")[0] == "torch"
 
 
-def _nothing(*args: Any, **kwargs: Any) -> None:
+def _nothing(*_args: Any, **_kwargs: Any) -> None:
     return None
 
 
@@ -32,7 +34,7 @@ class Observers:
 
     __slots__ = ("active", "sites")
 
-    def __init__(self, sites: list[tuple[dict[int, Callable], int, Callable]]):
+    def __init__(self, sites: list[tuple[dict[int, Hook], int, Hook]]):
         self.sites = sites
         self.active: set[int] = set()  # the sites whose hooks returned a value
 
@@ -76,7 +78,7 @@ class Observers:
                 table.clear()
                 table.update(was)
 
-    def _watch(self, index: int, hook: Callable) -> Callable:
+    def _watch(self, index: int, hook: Hook) -> Hook:
         @wraps(hook)
         def watched(*args: Any, **kwargs: Any) -> Any:
             with saved_tensors_hooks(lambda tensor: tensor.detach(), lambda tensor: tensor):

@@ -30,7 +30,7 @@ class _Kept:
     def __init__(self) -> None:
         self.task = -1
         self.last: Callable[[], Call | None] = lambda: None
-        self.slots: list[weakref.ref[Slot]] = []
+        self.slots: list[Callable[[], Slot | None]] = []
 
     def begin(self, call: "Call") -> None:
         last, self.last = self.last(), weakref.ref(call)
@@ -76,9 +76,10 @@ def place(name: str) -> Iterator[None]:
 
 
 def note(error: Exception, where: Sequence[str]) -> None:
-    note = "in " + " of ".join(reversed(where))
-    if where and not any(n.endswith(note) for n in getattr(error, "__notes__", ())):
-        error.addnote(note)
+    """Say in an error where it comes from, once."""
+    place = " of ".join(reversed(where))
+    if where and not any(known.endswith(place) for known in getattr(error, "__notes__", ())):
+        error.add_note(f"in {place}")
 
 
 def steps_aside() -> bool:

@@ -2,11 +2,12 @@
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 
 from ._torch import cpu_generator, has_accelerator, is_distributed, storage_key, version_of
 from .observers import Observers
@@ -59,8 +60,8 @@ def _generator_states(devices: Iterable[torch.device], generators: Iterable[torc
         if hasattr(module, "get_rng_state"):
             states.append(
                 _State(
-                    lambda m=module, d=device: m.get_rng_state(d),
-                    lambda state, m=module, d=device: m.set_rng_state(state, d),
+                    partial(module.get_rng_state, device),
+                    partial(module.set_rng_state, device=device),
                     module.get_rng_state(device),
                 )
             )
@@ -109,7 +110,7 @@ class Surroundings:
     @property
     def lazy(self) -> bool:
         """Whether a parameter has no shape yet; its first call decides that, and is no call to replay."""
-        return any(isinstance(e.tensor, UninitializedTensorMixin) for e in self.entries)
+        return any(is_lazy(e.tensor) for e in self.entries)
 
     def close(self, seed: bool) -> None:
         """After the call: forget what it left alone, and learn what to put back before a replay."""

@@ -17,6 +17,7 @@ from .split import Partition, SplitSpec, cut, join
 __all__ = ["AdditiveCoupling", "AffineCoupling"]
 
 Subnet = Callable[..., Tensor]
+_Step = Callable[[Tensor, Tensor], Tensor]  # moves a stream by a subnet's value, or moves it back
 
 
 class _Coupling(InvertibleModule):
@@ -62,16 +63,19 @@ class _Coupling(InvertibleModule):
     def inverse(self, *outputs: Tensor, **side: Any) -> Any:
         return self._run(outputs, list(self._updates(self.uncouple, self.couple))[::-1], side)
 
-    def _updates(self, there: Callable, back: Callable) -> Iterator[tuple[int, Operation, SideNames]]:
+    def _updates(self, there: _Step, back: _Step) -> Iterator[tuple[int, Operation, SideNames]]:
         """Yield, for each subnet, which stream it updates, the update, and the side inputs that it takes."""
         make = self._masked_update if self.streams is None else self._update
         way = "" if there == self.couple else ".inv"
         for index, (name, net) in enumerate((("f", self.f), ("g", self.g))):
             if net is not None:
                 target = index ^ self.swap
-                yield target, make(f"{type(self).__name__}{way} ({name})", name, net, target, there, back), SideNames.of(net)
+                update = make(f"{type(self).__name__}{way} ({name})", name, net, target, there, back)
+                yield target, update, SideNames.of(net)
 
-    def _run(self, tensors: tuple[Tensor, ...], updates: list[tuple[int, Operation, SideNames]], side: dict[str, Any]) -> Any:
+    def _run(
+        self, tensors: tuple[Tensor, ...], updates: list[tuple[int, Operation, SideNames]], side: dict[str, Any]
+    ) -> Any:
         if len(tensors) > 2 or not all(isinstance(x, Tensor) for x in tensors):
             got = ", ".join(type(x).__name__ for x in tensors)
             refuse(self, "input", "be one Tensor or two", got or "none", TypeError)
@@ -79,12 +83,13 @@ class _Coupling(InvertibleModule):
         if self.streams is None:
             return self._run_masked(tensors, updates, side)
         if len(tensors) == 1:
-            return join(self.streams, self._run(cut(self.streams, tensors[0], self._policy), updates, side), self._policy)
-        streams = list(tensors)
+            streams = cut(self.streams, tensors[0], self._policy)
+            return join(self.streams, self._run(streams, updates, side), self._policy)
+        moving = list(tensors)
         for target, update, names in updates:
-            moved, source = engine.call(update, (streams[target], streams[1 - target]), names.choose(side))
-            streams[target], streams[1 - target] = moved, source
-        return tuple(streams)
+            moved, source = engine.call(update, (moving[target], moving[1 - target]), names.choose(side))
+            moving[target], moving[1 - target] = moved, source
+        return tuple(moving)
 
     def _run_masked(
         self, tensors: tuple[Tensor, ...], updates: list[tuple[int, Operation, SideNames]], side: dict[str, Any]
@@ -96,7 +101,7 @@ class _Coupling(InvertibleModule):
             x = engine.call(update, (x,), names.choose(side))
         return x
 
-    def _update(self, title: str, name: str, net: Subnet, target: int, there: Callable, back: Callable) -> Operation:
+    def _update(self, title: str, name: str, net: Subnet, target: int, there: _Step, back: _Step) -> Operation:
         def function(x: Tensor, source: Tensor, **side: Any) -> tuple[Tensor, Tensor]:
             h = net(source, **side)
             self._check_subnet(name, x, h)
@@ -113,13 +118,11 @@ class _Coupling(InvertibleModule):
 
         return Operation(title, function, inverse, replay, engine.modules_of(net), self._policy)
 
-    def _masked_update(
-        self, title: str, name: str, net: Subnet, target: int, there: Callable, back: Callable
-    ) -> Operation:
+    def _masked_update(self, title: str, name: str, net: Subnet, target: int, there: _Step, back: _Step) -> Operation:
         def evaluate(x: Tensor, **side: Any) -> Tensor:
             return net(x.where(_checkerboard(x, self.dim, 1 - target), 0), **side)
 
-        def move(x: Tensor, h: Tensor, step: Callable = there) -> Tensor:
+        def move(x: Tensor, h: Tensor, step: _Step = there) -> Tensor:
             return step(x, h).where(_checkerboard(x, self.dim, target), x)
 
         def function(x: Tensor, **side: Any) -> Tensor:
@@ -146,7 +149,7 @@ def _checkerboard(x: Tensor, dim: int, parity: int) -> Tensor:
     if not shape:
         refuse("Coupling", "input", f"have spatial dims after dim {dim}, for a checkerboard", f"shape {tuple(x.shape)}")
     coordinates = torch.meshgrid(*(torch.arange(n, device=x.device) for n in shape), indexing="ij")
-    return sum(coordinates) % 2 == parity
+    return torch.stack(coordinates).sum(0) % 2 == parity
 
 
 class AdditiveCoupling(_Coupling):
@@ -163,8 +166,8 @@ class AdditiveCoupling(_Coupling):
         f: a module or a function; it gets the side inputs as keyword arguments.
         g: likewise, or None.
         dim: the dimension that is split.
-        split: ``'half'`` (those of `torch.chunk`), ``'interleave'``, ``'checkerboard'`` (over the dims after ``dim``), the
-            first stream's share of the size, or both sizes.
+        split: ``'half'`` (those of `torch.chunk`), ``'interleave'``, ``'checkerboard'`` (over the dims after ``dim``),
+            the first stream's share of the size, or both sizes.
         swap: let ``f`` move the second half by the first instead, and ``g`` the first by the second.
         options: those of :class:`InvertibleModule`.
 
@@ -292,9 +295,9 @@ class AffineCoupling(_Coupling):
 _LOG_SCALES: dict[str, Callable[[Tensor, float], Tensor]] = {
     "tanh": lambda h, a: a * torch.tanh(h * (0.1 / a)),
     "softclip": lambda h, a: a * (2 / math.pi) * torch.atan(h / a),
-    "sigmoid": lambda h, a: torch.log(0.1 + 0.9 * torch.sigmoid(h + 2)),
-    "unit": lambda h, a: torch.log1p(torch.sigmoid(h)) - math.log(2),
-    "exp": lambda h, a: h,
+    "sigmoid": lambda h, _: torch.log(0.1 + 0.9 * torch.sigmoid(h + 2)),
+    "unit": lambda h, _: torch.log1p(torch.sigmoid(h)) - math.log(2),
+    "exp": lambda h, _: h,
 }
 
 
@@ -303,6 +306,7 @@ def _shape(value: Any) -> str:
 
 
 def _zero_last(net: Any) -> None:
-    weighted = [m for m in engine.modules_of(net) for m in m.modules() if isinstance(getattr(m, "weight", None), Tensor)]
+    modules = [m for root in engine.modules_of(net) for m in root.modules()]
+    weighted = [m for m in modules if isinstance(getattr(m, "weight", None), Tensor)]
     for parameter in weighted[-1].parameters() if weighted else ():
         nn.init.zeros_(parameter)

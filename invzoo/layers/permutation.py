@@ -235,7 +235,7 @@ class Swap(_AlongDim):
     """
 
     @property
-    def streams(self) -> Partition:  # type: ignore[override]
+    def streams(self) -> Partition:
         return Partition("half", self.dim)
 
     def takes_streams(self, first: int, second: int) -> bool:

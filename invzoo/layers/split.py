@@ -53,8 +53,8 @@ class Partition:
             refuse("Split", "input", f"have a dim {self.dim}", f"shape {tuple(x.shape)}")
         sizes = self.sizes(x.shape[self.dim])
         if min(sizes) < 1 or sum(sizes) != x.shape[self.dim]:
-            expected = "have at least 2 features" if isinstance(self.split, str | float) else f"have {sum(sizes)} features"
-            refuse("Split", "input", f"{expected} in dim {self.dim}", f"shape {tuple(x.shape)}")
+            expected = f"{sum(sizes)} features" if isinstance(self.split, tuple) else "at least 2 features"
+            refuse("Split", "input", f"have {expected} in dim {self.dim}", f"shape {tuple(x.shape)}")
         if self.split == "interleave":
             index = [slice(None)] * (self.dim % x.ndim)
             return x[(*index, slice(0, None, 2))], x[(*index, slice(1, None, 2))]

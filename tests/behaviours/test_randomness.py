@@ -111,14 +111,13 @@ def test_one_step(subject, x, block):
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)], ids=["first", "last"])
+@pytest.mark.parametrize("block", [dropout, batch_norm, cumulative_batch_norm, Noise])  # of others, a plain net refuses
 def test_forwards_in_flight(subject, x, block, order):
     def program(net):
         losses = [some_loss(net(x)), some_loss(net(2 * x))]
         for i in order:
             losses[i].backward()
 
-    if "spectral" in block.__name__ or block is VectorQuantizer:
-        return  # a plain net refuses: its own buffers, which its graph saved, were changed
     subject.holds(program, block)
 
 
@@ -184,8 +183,7 @@ def test_attention_with_dropout(x):
 # ---- flags ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("before", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("after", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize(("before", "after"), [(True, False), (False, True)], ids=["to eval", "to train"])
 def test_flags_switched_between_forward_and_backward(subject, x, block, before, after):
     def program(net):
         net.train(before)
@@ -255,7 +253,7 @@ def test_gradients_switched_on_inside_no_grad(subject, x):
         with torch.no_grad(), torch.enable_grad():
             y = net(x)
         with torch.no_grad():
-            return grad(some_loss(y.detach().requires_grad_()), y, allow_unused=True), grad(y, x, torch.ones_like(y))
+            return grad(y, x, torch.ones_like(y))
 
     subject.holds(program, dropout)
 

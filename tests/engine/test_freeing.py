@@ -61,7 +61,9 @@ def freed():
 
 @pytest.mark.parametrize("read", READS.values(), ids=READS)
 def test_every_read_says_who_freed_it(freed, read):
-    with pytest.raises(RuntimeError, match="input of InvertibleSequential not to be read before backward; it was freed"):
+    with pytest.raises(
+        RuntimeError, match="input of InvertibleSequential not to be read before backward; it was freed"
+    ):
         read(freed)
 
 

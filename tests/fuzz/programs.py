@@ -55,7 +55,7 @@ class Run:
     def __init__(self, case: Case, plain: bool) -> None:
         self.case, self.record, self.dtype = case, {}, getattr(torch, case.net.dtype)
         self.net = FuzzNet(case.net, plain)
-        self.plain = plain
+        self.normalizes = any("running_mean" in name for name, _ in self.net.named_buffers())
         torch.manual_seed(case.seed)
         trained = [p for p in self.net.parameters() if p.requires_grad]
         self.optimizer = torch.optim.SGD(trained or [torch.zeros(1, requires_grad=True)], lr=0.02, momentum=0.5)
@@ -77,10 +77,12 @@ class Run:
 
     def iterate(self, number: int, iteration: Iteration) -> None:
         self.net.set_modes(iteration.mode)
-        graphs = [self.forward(f"{number}.{i}", f) for i, f in enumerate(iteration.forwards)]
+        # Plain backward of a BatchNorm in eval mode is wrong once a forward in training mode has moved its statistics.
+        careful = self.normalizes and not all(f.train for f in iteration.forwards)
+        graphs = [self.forward(f"{number}.{i}", f, f.train and not careful) for i, f in enumerate(iteration.forwards)]
         if iteration.mode_after:
             self.net.set_modes(iteration.mode_after)
-        if iteration.flip:
+        if iteration.flip and not careful:
             self.net.train(not self.net.training)
         for i, step in enumerate(iteration.steps):
             self.step(f"{number} step {i} {step.kind}", step, graphs)
@@ -113,10 +115,10 @@ class Run:
             x = x.clone()
         return x.detach().requires_grad_(forward.needs_grad)
 
-    def forward(self, name: str, forward: Forward) -> Graph | None:
+    def forward(self, name: str, forward: Forward, train: bool) -> Graph | None:
         x, side = self.input(forward), {}
         condition = None
-        self.net.train(forward.train)
+        self.net.train(train)
         with context(forward.grad):
             if forward.condition != "none":
                 condition = self.data(9, BATCH, 3).requires_grad_(forward.condition == "leaf")

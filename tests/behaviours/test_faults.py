@@ -1,0 +1,322 @@
+"""What goes wrong is said once, by name, and the next step is right and still saves memory."""
+
+import gc
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import invzoo as iz
+from invzoo.engine.memory import track_memory
+from tests.reference import FEATURES, HALF, Subject, assert_same_run, mlp
+
+LAYER = "(AdditiveCoupling|AffineCoupling|UserLayer|Merge|Split)"
+
+
+def some_loss(y: Tensor) -> Tensor:
+    return (y * torch.linspace(-1, 2, y.numel()).view(y.shape)).sum() + y.square().mean()
+
+
+class Boom(Exception):
+    pass
+
+
+class Fuse(nn.Module):
+    """Blows at the call with the given number; counts all of them."""
+
+    at: int | None = None
+    calls = 0
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__()
+        self.net = mlp(*sizes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        Fuse.calls += 1
+        if Fuse.calls == Fuse.at:
+            raise Boom("fuse")
+        return self.net(x)
+
+
+@pytest.fixture(autouse=True)
+def whole_fuse():
+    Fuse.at, Fuse.calls = None, 0
+    yield
+    Fuse.at, Fuse.calls = None, 0
+
+
+def held(net: nn.Module, x: Tensor) -> int:
+    with track_memory() as memory:
+        y = net(x)
+        bytes_held = memory.current
+        del y
+    return bytes_held
+
+
+def test_an_exception_in_a_block(subject, x):
+    plain, ours = subject.pair(Fuse)
+    before = held(ours, x)
+    Fuse.calls = 0
+    some_loss(ours(x)).backward()
+    total, state = Fuse.calls, torch.get_rng_state()
+    for at in range(1, total + 1):  # in every forward and in every replay
+        Fuse.calls, Fuse.at = 0, at
+        with pytest.raises(Boom, match="^fuse$"):
+            some_loss(ours(x)).backward()
+        assert Fuse.calls == at
+        Fuse.at = None
+        assert torch.is_grad_enabled()
+    torch.testing.assert_close(torch.get_rng_state(), state)
+    assert held(ours, x) == before
+    assert_same_run(lambda net: some_loss(net(x)).backward(), plain, ours)
+
+
+def test_an_exception_in_a_replay_names_the_layer(saving, x):
+    _, ours = saving.pair(Fuse)
+    y = some_loss(ours(x))
+    Fuse.at = Fuse.calls + 1
+    with pytest.raises(Boom) as caught:
+        y.backward()
+    assert any("replay of" in note for note in caught.value.__notes__)
+
+
+def test_an_interrupt_in_a_block(saving, x):
+    plain, ours = saving.pair(Fuse)
+    before = held(ours, x)
+    inner = [m for m in ours.modules() if isinstance(m, nn.Tanh)][-1]
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    handle = inner.register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        ours(x)
+    handle.remove()
+    assert held(ours, x) == before
+    assert_same_run(lambda net: some_loss(net(x)).backward(), plain, ours)
+
+
+@pytest.mark.parametrize("where", ["tensor", "backward"])
+def test_an_exception_in_a_backward_hook(subject, x, where):
+    plain, ours = subject.pair()
+
+    def explode(*_):
+        raise Boom("hook")
+
+    inner = [m for m in ours.modules() if isinstance(m, nn.Linear)][0]
+    handle = inner.weight.register_hook(explode) if where == "tensor" else inner.register_full_backward_hook(explode)
+    before = held(ours, x)
+    with pytest.raises(Boom, match="hook"):
+        some_loss(ours(x)).backward()
+    assert held(ours, x) == before
+    handle.remove()
+    assert_same_run(lambda net: some_loss(net(x)).backward(), plain, ours)
+
+
+def test_state_is_restored_after_a_failed_replay(saving, x):
+    def block(i, o):
+        return nn.Sequential(Fuse(i, 4), nn.BatchNorm1d(4), nn.Dropout(0.3), nn.Linear(4, o), Fuse(o, o))
+
+    _, ours = saving.pair(block)
+    y = ours(x)
+    ours.eval()
+    buffers, state = [b.clone() for b in ours.buffers()], torch.get_rng_state()
+    objects = [*ours.buffers()]
+    Fuse.at = Fuse.calls + 2
+    with pytest.raises(Boom):
+        some_loss(y).backward()
+    assert not any(m.training for m in ours.modules())
+    torch.testing.assert_close([*ours.buffers()], buffers)
+    assert all(a is b for a, b in zip(ours.buffers(), objects, strict=True))
+    torch.testing.assert_close(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("warm", [False, True], ids=["first", "later"])
+def test_parameters_stepped_between_forward_and_backward(saving, x, warm):
+    _, ours = saving.pair()
+    for _ in range(2 * warm):
+        some_loss(ours(x)).backward()
+    optimizer = torch.optim.SGD(ours.parameters(), 0.1)
+    some_loss(ours(x)).backward()
+    y = some_loss(ours(x))
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="optimizer.step") as caught:
+        y.backward()
+    assert_names_a_layer(caught)
+    some_loss(ours(x)).backward()
+
+
+def assert_names_a_layer(caught) -> None:
+    text = str(caught.value) + " ".join(getattr(caught.value, "__notes__", ()))
+    assert any(name in text for name in ("AdditiveCoupling", "AffineCoupling", "UserLayer", "Merge", "Wrong", "Split")), text
+
+
+@pytest.mark.parametrize("warm", [False, True], ids=["first", "later"])
+def test_weights_that_no_module_owns_stepped_between(warm):
+    """A closure's tensor, a list's, an attribute's: autograd saved each of them, and would notice."""
+    for mode in ("recompute", "invert"):
+        w = torch.randn(HALF, HALF, requires_grad=True)
+
+        class Holder(nn.Module):
+            def __init__(self, weights):
+                super().__init__()
+                self.weights = weights
+
+            def forward(self, x):
+                return (x @ self.weights[0]).tanh()
+
+        for f in (lambda x, w=w: (x @ w).tanh(), Holder([w])):
+            net = iz.InvertibleSequential(*[iz.AdditiveCoupling(f, mode=mode) for _ in range(3)])
+            x = torch.randn(5, FEATURES, requires_grad=True)
+            for _ in range(2 * warm):
+                some_loss(net(x)).backward()
+            loss = some_loss(net(x))
+            with torch.no_grad():
+                w.mul_(2)
+            with pytest.raises(RuntimeError):
+                loss.backward()
+
+
+@pytest.mark.parametrize("warm", [False, True], ids=["first", "later"])
+def test_a_buffer_changed_between_forward_and_backward(saving, x, warm):
+    class Scaled(nn.Module):
+        def __init__(self, *sizes):
+            super().__init__()
+            self.net = mlp(*sizes)
+            self.register_buffer("scale", torch.ones(()))
+
+        def forward(self, x):
+            return self.net(x * self.scale)
+
+    _, ours = saving.pair(Scaled)
+    for _ in range(2 * warm):
+        some_loss(ours(x)).backward()
+    loss = some_loss(ours(x))
+    for buffer in ours.buffers():
+        buffer.mul_(2)
+    with pytest.raises(RuntimeError, match="between forward and backward") as caught:
+        loss.backward()
+    assert_names_a_layer(caught)
+
+
+class Wrong(iz.InvertibleModule):
+    def __init__(self, f, error=0.1, **options):
+        super().__init__(**options)
+        self.f, self.error = f, error
+
+    def function(self, x):
+        return x + 0.1 * self.f(x).tanh()
+
+    def inverse(self, y):
+        return y - 0.1 * self.f(y).tanh()
+
+
+@pytest.mark.parametrize("container", [nn.Sequential, iz.InvertibleSequential])
+def test_a_wrong_inverse(container):
+    net = container(*[iz.AdditiveCoupling(mlp(HALF, HALF)) for _ in range(3)], Wrong(mlp(FEATURES, FEATURES)))
+    loss = some_loss(net(torch.randn(5, FEATURES)))
+    with pytest.raises(RuntimeError, match="inverse is wrong") as caught:
+        loss.backward()
+    assert "Wrong" in str(caught.value)
+    if container is iz.InvertibleSequential:
+        assert any("layer 3 (Wrong)" in note for note in caught.value.__notes__)
+    with iz.mode(net, "recompute"):
+        some_loss(net(torch.randn(5, FEATURES))).backward()
+
+
+class Drifting(nn.Module):
+    """Another function at every call, though with the same shapes."""
+
+    calls = 0
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__()
+        self.net = mlp(*sizes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        Drifting.calls += 1
+        return self.net(x) * Drifting.calls
+
+
+class Growing(Drifting):
+    def forward(self, x: Tensor) -> Tensor:
+        Drifting.calls += 1
+        for _ in range(Drifting.calls % 5):
+            x = x.sin()
+        return self.net(x)
+
+
+@pytest.mark.parametrize("block", [Drifting, Growing])
+def test_a_block_that_is_not_deterministic(saving, x, block):
+    _, ours = saving.pair(block, check="always")
+    with pytest.raises(RuntimeError, match="deterministic") as caught:
+        some_loss(ours(x)).backward()
+    assert_names_a_layer(caught)
+
+
+def test_a_block_that_is_not_deterministic_at_the_first_step(saving, x):
+    _, ours = saving.pair(Drifting)
+    with pytest.raises(RuntimeError, match="deterministic"):
+        some_loss(ours(x)).backward()
+
+
+def test_an_output_changed_in_place_names_the_layer():
+    _, ours = Subject("stack", "invert").pair()
+    for _ in range(3):
+        y = ours(torch.randn(5, FEATURES))
+        with torch.no_grad():
+            y.mul_(2)
+        with pytest.raises(RuntimeError, match="changed in place") as caught:
+            y.sum().backward()
+        assert_names_a_layer(caught)
+
+
+def test_backward_twice(subject, x):
+    plain, ours = subject.pair()
+    loss = some_loss(ours(x))
+    loss.backward()
+    with pytest.raises(RuntimeError, match="Trying to backward through the graph a second time"):
+        loss.backward()
+    assert_same_run(lambda net: some_loss(net(x)).backward(), plain, ours)
+
+
+def test_backward_twice_in_part(subject, x):
+    _, ours = subject.pair()
+    y = ours(x)
+    z = ours(y)
+    some_loss(z).backward()
+    with pytest.raises(RuntimeError, match="Trying to backward through the graph a second time"):
+        some_loss(y).backward()
+
+
+def test_a_layer_without_an_inverse():
+    class Oneway(iz.InvertibleModule):
+        def function(self, x):
+            return x.square()
+
+    x = torch.randn(5, FEATURES, requires_grad=True)
+    with pytest.raises(TypeError, match="Expected a layer with an inverse for mode 'invert'; got Oneway"):
+        Oneway()(x)
+    Oneway(mode="recompute")(x).sum().backward()
+    torch.testing.assert_close(x.grad, 2 * x.detach())
+
+
+def test_an_exception_holds_nothing(saving):
+    gc.collect()
+    gc.disable()
+    try:
+        _, ours = saving.pair(Fuse)
+        x = torch.randn(5, FEATURES)
+        for at in (2, 10_000):
+            Fuse.calls, Fuse.at = 0, at
+            with track_memory() as memory:
+                try:
+                    loss = some_loss(ours(x))
+                    Fuse.calls, Fuse.at = 0, 1
+                    loss.backward()
+                except Boom:
+                    loss = None
+                ours.zero_grad()
+                assert memory.current == 0
+    finally:
+        gc.enable()

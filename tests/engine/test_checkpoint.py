@@ -1,0 +1,97 @@
+"""`checkpoint`: the engine for plain callables."""
+
+import functools
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+import invzoo as iz
+from invzoo.engine.memory import track_memory
+
+
+@pytest.fixture
+def x():
+    return torch.rand(64, 32, dtype=torch.float64, requires_grad=True)
+
+
+def test_gradients_with_and_without_an_inverse(x):
+    wanted = torch.autograd.grad(x.exp().square().sum(), x)
+    for inverse in (torch.log, None):
+        assert_close(torch.autograd.grad(iz.checkpoint(torch.exp, x, inverse=inverse).square().sum(), x), wanted)
+
+
+def test_a_chain_holds_its_last_output_alone(x):
+    def function(v):
+        return (v / 2).sinh() * 2
+
+    with track_memory() as memory:
+        y = x
+        for _ in range(10):
+            y = iz.checkpoint(function, y, inverse=lambda v: (v / 2).asinh() * 2)
+        assert memory.current == y.untyped_storage().nbytes()
+    plain = x
+    for _ in range(10):
+        plain = function(plain)
+    assert_close(torch.autograd.grad(y.sum(), x), torch.autograd.grad(plain.sum(), x))
+
+
+def test_several_tensors_side_inputs_and_other_values(x):
+    def function(a, b, label, *, scale):
+        return a, b * scale + a.square(), label
+
+    def inverse(a, c, label, *, scale):
+        return a, (c - a.square()) / scale, label
+
+    scale = torch.full((1,), 2.0, dtype=torch.float64, requires_grad=True)
+    a, b, label = iz.checkpoint(function, x * 1, x + 1, "label", inverse=inverse, scale=scale)
+    assert label == "label"
+    got = torch.autograd.grad((a + b.square()).sum(), [x, scale])
+    a, b, label = function(x * 1, x + 1, "label", scale=scale)
+    assert_close(got, torch.autograd.grad((a + b.square()).sum(), [x, scale]))
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda net: net, lambda net: net.forward, functools.partial, lambda net: lambda x: net(x)]
+)
+def test_modules_behind_a_callable_are_found(wrap, x):
+    net = nn.Sequential(nn.Linear(32, 32).double(), nn.BatchNorm1d(32).double())
+    y = iz.checkpoint(wrap(net), x)
+    batches = net[1].num_batches_tracked.item()
+    y.sum().backward()
+    assert net[1].num_batches_tracked.item() == batches == 1
+    y = iz.checkpoint(wrap(net), x)
+    with torch.no_grad():
+        net[0].bias.add_(1)
+    with pytest.raises(RuntimeError, match="got a change of 'bias'"):
+        y.sum().backward()
+
+
+def test_disabled_it_is_the_function(x):
+    y = iz.checkpoint(torch.exp, x, inverse=torch.log, enabled=False)
+    assert y.grad_fn._saved_result is not None
+    assert_close(y, x.exp())
+
+
+def test_a_wrong_inverse_is_an_error_on_the_first_step(x):
+    y = iz.checkpoint(torch.exp, x, inverse=torch.sqrt)
+    with pytest.raises(RuntimeError, match="Expected exp to be replayed within a relative error"):
+        y.sum().backward()
+    iz.checkpoint(torch.exp, x, inverse=torch.sqrt, check="never").sum().backward()
+
+
+def test_bad_check(x):
+    with pytest.raises(ValueError, match="Expected check to be one of 'first', 'always', 'never'; got 'once'"):
+        iz.checkpoint(torch.exp, x, check="once")
+
+
+def test_free_input(x):
+    held = x.detach() * 1
+    was = held.clone()
+    weight = torch.ones(32, dtype=torch.float64, requires_grad=True)
+    y = iz.checkpoint(lambda v: v * weight, held, inverse=lambda v: v / weight, free_input=True)
+    with pytest.raises(RuntimeError, match="freed"):
+        held + 1
+    y.sum().backward()
+    assert_close(held, was)

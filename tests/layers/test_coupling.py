@@ -1,0 +1,210 @@
+"""Additive and affine couplings, their splits, and the layers that split and merge."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+import invzoo as iz
+
+SPLITS = ["half", "interleave", 0.25, (2, 5)]
+KINDS = [iz.AdditiveCoupling, iz.AffineCoupling]
+
+
+class Net(nn.Module):
+    """A small subnet between any two numbers of features in ``dim`` 1."""
+
+    def __init__(self, features, out_features):
+        super().__init__()
+        self.inner, self.outer = nn.Linear(features, 5).double(), nn.Linear(5, out_features).double()
+
+    def forward(self, x, context=None):
+        h = self.outer(self.inner(x.movedim(1, -1)).tanh()).movedim(-1, 1)
+        return h if context is None else h * context
+
+
+def coupling(kind, split="half", n=7, two_sided=True, swap=False, **options):
+    sizes = (n, n) if split == "checkerboard" else iz.layers.split.Partition(split).sizes(n)
+    first, second = sizes[::-1] if swap else sizes
+    factor = 1 if kind is iz.AdditiveCoupling else 2
+    g = Net(first, second * factor) if two_sided else None
+    return kind(Net(second, first * factor), g, split=split, swap=swap, **options)
+
+
+CASES = [*itertools.product(KINDS, [*SPLITS, "checkerboard"], [True, False], [True, False])]
+
+
+@pytest.mark.parametrize(("kind", "split", "two_sided", "swap"), CASES)
+@pytest.mark.parametrize("mode", iz.Mode)
+def test_round_trip_and_gradients(kind, split, two_sided, swap, mode):
+    layer = coupling(kind, split, two_sided=two_sided, swap=swap, mode=mode)
+    x = torch.randn(3, 7, 4, dtype=torch.float64, requires_grad=True)
+    y = layer(x)
+    assert_close(layer.inverse(y), x)
+    assert_close(layer(layer.inv(x)), x)
+    got = torch.autograd.grad(y.square().sum() + layer.inv(x * 2).square().sum(), [x, *layer.parameters()])
+    with iz.mode(layer, "store"):
+        plain = layer.function(x).square().sum() + layer.inverse(x * 2).square().sum()
+    assert_close(got, torch.autograd.grad(plain, [x, *layer.parameters()]), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("split", ["half", 0.25])
+def test_maps_are_the_documented_ones(split):
+    x = torch.randn(3, 7, dtype=torch.float64)
+    x1, x2 = iz.Split(split=split)(x)
+    additive, affine = coupling(iz.AdditiveCoupling, split), coupling(iz.AffineCoupling, split)
+    y1 = x1 + additive.f(x2)
+    assert_close(additive(x), torch.cat((y1, x2 + additive.g(y1)), 1))
+    assert_close(additive(x1, x2), (y1, x2 + additive.g(y1)))
+    h, t = affine.f(x2).chunk(2, 1)
+    y1 = x1 * torch.exp(2 * torch.tanh(0.1 * h / 2)) + t
+    assert_close(affine(x)[:, : x1.shape[1]], y1)
+
+
+def test_halves_are_those_of_chunk_and_the_first_is_larger():
+    x1, x2 = iz.Split()(torch.arange(7).unsqueeze(0))
+    assert_close((x1, x2), torch.arange(7).unsqueeze(0).chunk(2, 1))
+
+
+@pytest.mark.parametrize("n", [2, 3, 8, 9])
+@pytest.mark.parametrize("split", ["half", "interleave", 0.3, (1, None)])
+@pytest.mark.parametrize("dim", [1, -1])
+def test_split_and_merge_undo_each_other(n, split, dim):
+    split = (1, n - 1) if isinstance(split, tuple) else split
+    x = torch.randn(2, n, n, dtype=torch.float64)
+    streams = iz.Split(dim, split)(x)
+    assert sum(s.shape[dim] for s in streams) == n
+    assert torch.equal(iz.Merge(dim, split)(*streams), x)
+    assert torch.equal(iz.Split(dim, split).inverse(*streams), x)
+    assert all(map(torch.equal, iz.Merge(dim, split).inverse(x), streams))
+
+
+@pytest.mark.parametrize("scale", ["tanh", "softclip", "sigmoid", "unit", "exp"])
+def test_scales(scale):
+    layer = coupling(iz.AffineCoupling, scale=scale)
+    x = torch.randn(5, 7, dtype=torch.float64)
+    assert_close(layer.inverse(layer(x)), x)
+    h = torch.linspace(-1e4, 1e4, 101, dtype=torch.float64)
+    log_scale = iz.layers.coupling._LOG_SCALES[scale](h, 2.0)
+    bounds = {"tanh": (-2, 2), "softclip": (-2, 2), "sigmoid": (-2.31, 0), "unit": (-0.694, 0), "exp": (-1e4, 1e4)}
+    assert bounds[scale][0] <= log_scale.min() <= log_scale.max() <= bounds[scale][1]
+
+
+def test_zero_init_starts_at_the_identity():
+    x = torch.randn(5, 7, dtype=torch.float64)
+    layer = coupling(iz.AffineCoupling, zero_init=True)
+    assert torch.equal(layer(x), x)
+    assert not torch.equal(coupling(iz.AffineCoupling)(x), x)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("mode", iz.Mode)
+def test_a_condition_gets_its_gradient(kind, mode):
+    layer = coupling(kind, mode=mode)
+    x, leaf = (torch.randn(3, 7, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    context = leaf[:, :1].exp()
+    got = torch.autograd.grad(layer(x, context=context).square().sum(), [x, leaf])
+    plain = layer.function(x, context=leaf[:, :1].exp()).square().sum()
+    assert_close(got, torch.autograd.grad(plain, [x, leaf]))
+
+
+def test_a_subnet_without_the_argument_gets_no_condition():
+    layer = iz.AdditiveCoupling(Net(3, 4), nn.Linear(4, 3).double())
+    x, context = torch.randn(3, 7, dtype=torch.float64), torch.tensor(2.0, dtype=torch.float64)
+    x1, x2 = x.split((4, 3), 1)
+    y1 = x1 + layer.f(x2, context=context)
+    assert_close(layer(x, context=context), torch.cat((y1, x2 + layer.g(y1)), 1))
+    with pytest.raises(TypeError, match=r"AdditiveCoupling: Expected side inputs among .*context.*; got \['mask'\]"):
+        layer(x, mask=context)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bfloat16_autocast_can_be_undone(kind):
+    layer = coupling(kind).float()
+    x = torch.randn(3, 7, 4, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+        assert y.dtype is torch.float32
+        assert_close(layer.inverse(y), x, rtol=1e-5, atol=1e-5)
+    y.sum().backward()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(kind, dtype):
+    layer, x = coupling(kind).to(dtype), torch.randn(3, 7, 4, dtype=dtype)
+    y = layer(x)
+    assert y.dtype is dtype
+    assert_close(layer.inverse(y), x, rtol=0.1, atol=0.1)
+
+
+def test_state_dict_is_that_of_the_subnets():
+    layer = coupling(iz.AffineCoupling)
+    wanted = nn.ModuleDict({"f": layer.f, "g": layer.g}).state_dict()
+    assert layer.state_dict().keys() == wanted.keys()
+    assert copy.deepcopy(layer).state_dict().keys() == wanted.keys()
+
+
+X = torch.randn(3, 7, dtype=torch.float64)
+BAD = {
+    "dim": (ValueError, r"Split: Expected input to have a dim 1; got shape \(7,\)", lambda c: c(X[0])),
+    "one feature": (ValueError, r"have at least 2 features in dim 1; got shape \(3, 1\)", lambda c: c(X[:, :1])),
+    "three inputs": (
+        TypeError,
+        "Expected input to be one Tensor or two; got Tensor, Tensor, Tensor",
+        lambda c: c(X, X, X),
+    ),
+    "no tensor": (TypeError, "Expected input to be one Tensor or two; got int", lambda c: c(3)),
+    "subnet": (
+        ValueError,
+        r"AdditiveCoupling: Expected f to return a Tensor of shape \(3, 4\); got shape \(3, 5\)",
+        lambda c: iz.AdditiveCoupling(Net(3, 5))(X),
+    ),
+    "affine subnet": (
+        ValueError,
+        r"AffineCoupling: Expected f to return a Tensor of shape \(3, 8\); got shape \(3, 4\)",
+        lambda c: iz.AffineCoupling(Net(3, 4))(X),
+    ),
+    "callable": (TypeError, "Expected f to be a module or a function; got int", lambda c: iz.AdditiveCoupling(3)),
+    "split": (
+        ValueError,
+        "Expected split to be .*; got 'thirds'",
+        lambda c: iz.AdditiveCoupling(Net(3, 4), split="thirds"),
+    ),
+    "share": (ValueError, "Expected split to be .*; got 1.5", lambda c: iz.Split(split=1.5)),
+    "sizes": (ValueError, r"have 6 features in dim 1; got shape \(3, 7\)", lambda c: iz.Split(split=(2, 4))(X)),
+    "merge": (
+        ValueError,
+        "Merge: Expected inputs to have 4 and 3 features; got 3 and 4",
+        lambda c: iz.Merge()(X[:, :3], X[:, 3:]),
+    ),
+    "scale": (
+        ValueError,
+        "Expected scale to be one of .*; got 'cube'",
+        lambda c: iz.AffineCoupling(Net(3, 8), scale="cube"),
+    ),
+    "bound": (
+        ValueError,
+        "Expected max_log_scale to be positive and finite; got 0",
+        lambda c: iz.AffineCoupling(Net(3, 8), max_log_scale=0),
+    ),
+    "checkerboard": (
+        ValueError,
+        r"have spatial dims after dim 1, for a checkerboard; got shape \(3, 7\)",
+        lambda c: iz.AdditiveCoupling(Net(7, 7), split="checkerboard")(X),
+    ),
+    "two boards": (
+        TypeError,
+        "be one Tensor, for a checkerboard; got two",
+        lambda c: iz.AdditiveCoupling(Net(7, 7), split="checkerboard")(X, X),
+    ),
+}
+
+
+@pytest.mark.parametrize(("error", "message", "act"), BAD.values(), ids=BAD)
+def test_bad_input(error, message, act):
+    with pytest.raises(error, match=message):
+        act(coupling(iz.AdditiveCoupling))

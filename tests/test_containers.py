@@ -1,0 +1,189 @@
+"""`InvertibleSequential` is `nn.Sequential` that can go back, and splits and merges a stack of couplings once."""
+
+import pickle
+from collections import OrderedDict
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import invzoo as iz
+
+
+def coupling(swap=False):
+    return iz.AdditiveCoupling(nn.Linear(3, 3).double(), swap=swap)
+
+
+@pytest.fixture
+def net():
+    return iz.InvertibleSequential(coupling(), iz.Swap(), coupling(), iz.Reverse(), iz.InvertibleLeakyReLU())
+
+
+@pytest.fixture
+def x():
+    return torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
+
+
+def test_round_trip(net, x):
+    assert_close(net.inverse(net(x)), x)
+    assert_close(net.inv(net(x)), x)
+    assert net.inv.inv is net
+
+
+@pytest.mark.parametrize("mode", iz.Mode)
+def test_the_inverse_is_trained_like_the_stack(net, x, mode):
+    net.mode = mode
+    got = torch.autograd.grad(net.inv(x * 1).square().sum(), [x, *net.parameters()])
+    with iz.mode(net, "store"):
+        y = x
+        for layer in reversed(net):
+            y = layer.inverse(y)
+    assert_close(got, torch.autograd.grad(y.square().sum(), [x, *net.parameters()]))
+
+
+def test_interface_of_sequential(net, x):
+    assert len(net) == 5
+    assert isinstance(net, nn.Sequential)
+    assert isinstance(net[1], iz.Swap)
+    assert isinstance(net[:2], iz.InvertibleSequential)
+    assert_close(net[2:](net[:2](x)), net(x))
+    net.append(iz.Identity()).insert(0, iz.Identity())
+    assert len(net) == 7
+    del net[0]
+    assert [name for name, _ in net.named_children()] == [str(i) for i in range(6)]
+    named = iz.InvertibleSequential(OrderedDict(first=coupling(), second=iz.Swap()))
+    assert isinstance(named.second, iz.Swap)
+    assert [*named.state_dict()] == ["first.f.weight", "first.f.bias"]
+
+
+def test_state_dict_is_that_of_sequential(net):
+    plain = nn.Sequential(*net)
+    assert net.state_dict().keys() == plain.state_dict().keys()
+    net.load_state_dict(plain.state_dict())
+
+
+def test_pickle(net, x):
+    assert_close(pickle.loads(pickle.dumps(net))(x), net(x))
+
+
+class Count(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_stack_splits_once_and_merges_once(x):
+    net = iz.InvertibleSequential(*(layer for _ in range(8) for layer in (coupling(), iz.Swap())))
+    with Count() as count:
+        net(x)
+    assert count.names.count("cat") == 1
+    assert count.names.count("split") + count.names.count("split_with_sizes") == 1
+
+
+def test_an_odd_swap_is_right_though_it_cannot_run_on_streams():
+    net = iz.InvertibleSequential(
+        iz.AdditiveCoupling(nn.Linear(3, 4).double()), iz.Swap(), iz.AdditiveCoupling(nn.Linear(3, 4).double())
+    )
+    x = torch.randn(2, 7, dtype=torch.float64)
+    assert_close(net(x), net[2](net[1](net[0](x))))
+
+
+def test_other_splits_do_not_share_streams(x):
+    net = iz.InvertibleSequential(
+        coupling(), iz.AdditiveCoupling(nn.Linear(3, 3).double(), split="interleave"), coupling()
+    )
+    assert_close(net(x), net[2](net[1](net[0](x))))
+    assert_close(net.inverse(net(x)), x)
+
+
+def test_two_streams_go_in_and_come_out():
+    net, (a, b) = iz.InvertibleSequential(coupling(), coupling(True)), torch.randn(2, 4, 3, dtype=torch.float64)
+    y = net(a, b)
+    assert_close(torch.cat(y, 1), net(torch.cat((a, b), 1)))
+    assert_close(net.inverse(*y), (a, b))
+
+
+def test_a_hooked_layer_sees_one_tensor(net, x):
+    seen = []
+    net[2].register_forward_hook(lambda module, inputs, output: seen.append((inputs[0].shape, output.shape)))
+    y = net(x)
+    y.sum().backward()
+    assert seen == [(x.shape, x.shape)]
+
+
+def test_modes_are_those_of_the_layers(net):
+    assert net.mode == "invert"
+    net.mode = "store"
+    assert all(layer.mode == "store" for layer in net)
+    net[0].mode = "recompute"
+    assert net.mode is None
+    with iz.mode(net, "invert"):
+        assert net.mode == "invert"
+    assert (net[0].mode, net[1].mode) == ("recompute", "store")
+    assert iz.InvertibleSequential(coupling(), mode="recompute")[0].mode == "recompute"
+
+
+class Conditional(nn.Linear):
+    def forward(self, x, context):
+        return super().forward(x) * context
+
+
+def test_side_inputs_go_to_the_layers_that_take_them(x):
+    net = iz.InvertibleSequential(iz.AdditiveCoupling(Conditional(3, 3).double()), iz.Reverse(), coupling())
+    context = torch.randn(4, 1, dtype=torch.float64, requires_grad=True)
+    y = net(x, context=context)
+    assert_close(net.inverse(y, context=context), x)
+    x1, x2 = x.chunk(2, 1)
+    h = torch.cat((x1 + net[0].f(x2, context), x2), 1).flip(1)
+    plain = torch.cat((h[:, :3] + net[2].f(h[:, 3:]), h[:, 3:]), 1)
+    assert_close(torch.autograd.grad(y.sum(), context), torch.autograd.grad(plain.sum(), context))
+    with pytest.raises(TypeError, match=r"InvertibleSequential: Expected side inputs among .*; got \['mask'\]"):
+        net(x, mask=context)
+
+
+def test_errors_say_where(x):
+    net = iz.InvertibleSequential(
+        iz.Reverse(), coupling(), iz.InvertibleSequential(iz.AdditiveCoupling(nn.Linear(3, 2)))
+    )
+    with pytest.raises(
+        ValueError, match=r"(?s)to return a Tensor .*in layer 0 \(AdditiveCoupling\) of layer 2 \("
+    ) as info:
+        net.float()(x.float())
+    assert len(info.value.__notes__) == 1
+
+
+def test_a_plain_layer_is_refused():
+    with pytest.raises(TypeError, match="Expected layer 1 to be an InvertibleModule; got Linear"):
+        iz.InvertibleSequential(iz.Reverse(), nn.Linear(3, 3))
+
+
+def test_the_layer_without_an_inverse_is_named(x):
+    class OneWay(iz.InvertibleModule):
+        def function(self, x):
+            return x.relu()
+
+    net = iz.InvertibleSequential(iz.Reverse(), OneWay())
+    with pytest.raises(TypeError, match=r"(?s)Expected a layer with an inverse for mode 'invert'; got OneWay.*layer 1"):
+        net(x)
+    net.mode = "recompute"
+    assert_close(torch.autograd.grad(net(x).sum(), x)[0], (x.flip(1) > 0).double().flip(1))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mode": "forget"}, "Expected mode to be one of .*; got 'forget'"),
+        ({"check": "twice"}, "Expected check to be one of"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        iz.Identity(**options)
+    with pytest.raises(ValueError, match=message):
+        iz.InvertibleSequential(iz.Identity(), **options)
