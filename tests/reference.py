@@ -49,7 +49,7 @@ class PlainAffine(PlainAdditive):
 
     def couple(self, x: Tensor, h: Tensor) -> Tensor:
         log_scale, shift = h.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, 1)
-        return x * torch.exp(2 * torch.tanh(log_scale / 20)) + shift
+        return (x * torch.exp(2 * torch.tanh(log_scale / 20)) + shift).to(x.dtype)
 
 
 class UserLayer(iz.InvertibleModule):

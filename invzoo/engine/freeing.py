@@ -1,8 +1,8 @@
 """Freeing the memory of a tensor that the caller still holds, guarded: reading it says who freed it.
 
 The storage is resized to zero, and the tensor's class becomes `FreedTensor`, whose `__torch_function__` refuses
-everything but metadata; torch swaps classes likewise for `UninitializedParameter`. The rebuilt value is copied back into
-the same storage, so the caller's tensor is the same object as before, with the same version.
+everything but metadata; torch swaps classes likewise for `UninitializedParameter`. The rebuilt value is copied back
+into the same storage, so the caller's tensor is the same object as before, with the same version.
 """
 
 import contextlib

@@ -32,7 +32,7 @@ def full_precision(x: Tensor) -> AbstractContextManager[Any]:
 
 
 def bounded(x: Tensor, bound: float) -> Tensor:
-    """x -> bound * tanh(x / bound), the identity near 0."""
+    """Bound x: ``bound * tanh(x / bound)``, the identity near 0."""
     return bound * torch.tanh(x / bound)
 
 

@@ -53,7 +53,7 @@ def test_several_tensors_side_inputs_and_other_values(x):
 
 
 @pytest.mark.parametrize(
-    "wrap", [lambda net: net, lambda net: net.forward, functools.partial, lambda net: lambda x: net(x)]
+    "wrap", [lambda net: net, lambda net: net.forward, functools.partial, lambda net: lambda x: net(x) + 0]
 )
 def test_modules_behind_a_callable_are_found(wrap, x):
     net = nn.Sequential(nn.Linear(32, 32).double(), nn.BatchNorm1d(32).double())

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 import invzoo as iz
-
 from tests.fuzz.specs import Group, Leaf, Net
 
 __all__ = ["FuzzNet"]
@@ -296,7 +295,9 @@ class Around(nn.Module):
             values = part.ours(values, side)
         if group.kind == "streams":
             if stays(values, self.sizes):
-                return self.join(*values) if group.flip else permuted(torch.cat(values, 1), first + second, 1, back=True)
+                return (
+                    self.join(*values) if group.flip else permuted(torch.cat(values, 1), first + second, 1, back=True)
+                )
             return torch.cat(values, 1)
         if group.kind == "residual":
             return values[0] + x if group.flip else x + values[0]

@@ -3,11 +3,8 @@
 A failing case prints as an expression; append it to `FOUND` to keep it.
 """
 
-import contextlib
-import os
-
 import pytest
-from hypothesis import HealthCheck, given, note, reject, seed, settings
+from hypothesis import HealthCheck, given, reject, seed, settings
 
 from tests.fuzz.programs import Unfit, check
 from tests.fuzz.specs import Case, cases

@@ -1,0 +1,178 @@
+"""The command line: what it prints, draws and exits with."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import invzoo as iz
+from invzoo import demo
+from invzoo.cli import main
+
+TINY = ["demo", "--depth", "4", "--epochs", "1", "--batch-size", "512"]
+
+
+class WrongCoupling(iz.AdditiveCoupling):
+    def uncouple(self, y, h):
+        return y - 1.5 * h
+
+
+def test_help_names_the_command_and_its_options(capsys):
+    for argv, words in ((["--help"], ["demo"]), (["demo", "-h"], ["--depth", "--mode", "--device", "--picture"])):
+        with pytest.raises(SystemExit) as stop:
+            main(argv)
+        assert stop.value.code == 0
+        printed = capsys.readouterr().out
+        assert all(word in printed for word in words)
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out.startswith("invzoo ")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "the following arguments are required: command"),
+        (["train"], "invalid choice: 'train'"),
+        (["demo", "--dept", "x"], "argument --depth: expected a positive integer; got 'x'"),
+        (["demo", "--depth", "0"], "argument --depth: expected a positive integer; got '0'"),
+        (["demo", "--epochs", "-1"], "argument --epochs: expected a positive integer; got '-1'"),
+        (["demo", "--batch-size", "1.5"], "argument --batch-size: expected a positive integer; got '1.5'"),
+        (["demo", "--seed", str(2**63)], "argument --seed: expected an integer from 0 to 2**63 - 1"),
+        (["demo", "--mode"], "argument --mode: expected at least one argument"),
+        (["demo", "--mode", "invert", "forget"], "argument --mode: invalid choice: 'forget'"),
+        (["demo", "--device", "toaster"], "argument --device: expected a device such as cpu"),
+        (["demo", "--device", "meta"], "argument --device: device 'meta' is not available; this machine has cpu"),
+        (["demo", "--device", "cpu:1"], "argument --device: device 'cpu:1' is not available; this machine has cpu"),
+        (["demo", "--picture", "memory.txt"], "argument --picture: expected a name that ends in .png, .pdf, .svg"),
+        (["demo", "--picture", "no/such/place.png"], "argument --picture: no such directory: no/such"),
+        (["demo", "--fast"], "unrecognized arguments: --fast"),
+    ],
+)
+def test_bad_usage_exits_with_2_and_says_why(capsys, argv, message):
+    with pytest.raises(SystemExit) as stop:
+        main(argv)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_tiny_demo_end_to_end(capsys, tmp_path):
+    picture = tmp_path / "memory.png"
+    assert main([*TINY, "--picture", str(picture)]) == 0
+    printed = capsys.readouterr().out
+    rows = {cells[0]: cells[1:] for line in printed.splitlines() if len(cells := line.replace("│", "").split()) == 6}
+    store, recompute, invert = (rows[mode] for mode in ("store", "recompute", "invert"))
+    assert [row[1:3] for row in (store, recompute, invert)] == [["4", "0"], ["4", "4"], ["4", "4"]]
+    peaks = [int(row[0].replace(",", "")) for row in (store, recompute, invert)]
+    assert peaks == sorted(set(peaks), reverse=True)
+    assert printed.count("relative error") == 2
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_modes_can_be_chosen(capsys, tmp_path):
+    assert main([*TINY, "--mode", "invert", "--picture", str(tmp_path / "memory.svg")]) == 0
+    printed = capsys.readouterr().out
+    assert "│ invert" in printed
+    assert "│ store" not in printed
+    assert "invert against store" in printed
+
+
+def test_demo_leaves_the_random_state_of_its_caller(tmp_path):
+    before = torch.get_rng_state()
+    assert main([*TINY, "--mode", "store", "--picture", str(tmp_path / "memory.png")]) == 0
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_modes_learn_the_same_and_invert_stays_flat():
+    batch = (torch.rand(8, 1, 8, 8), torch.arange(8))
+    peaks = {(d, mode): demo.peak_bytes(demo.build(d, 0), batch, mode) for d in (8, 32) for mode in iz.Mode}
+    assert peaks[32, "invert"] == peaks[8, "invert"]
+    assert peaks[32, "recompute"] > 2 * peaks[8, "recompute"]
+    assert peaks[32, "store"] > 3 * peaks[8, "store"]
+    errors = demo.gradient_errors(demo.build(32, 0).double(), (batch[0].double(), batch[1]), [*iz.Mode])
+    assert errors.keys() == {"recompute", "invert"}
+    assert max(errors.values()) < 1e-12
+
+
+def test_wrong_gradients_are_a_failure(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(iz, "AdditiveCoupling", lambda *args, **kw: WrongCoupling(*args, check="never", **kw))
+    assert main([*TINY, "--picture", str(tmp_path / "memory.png")]) == 1
+    message = capsys.readouterr().err
+    assert message.startswith("invzoo demo: error: Expected gradients within 1e-04 of those in mode store; got ")
+    assert "in mode invert" in message
+    assert "in mode recompute" not in message
+    assert not (tmp_path / "memory.png").exists()
+
+
+def test_gradients_that_are_not_numbers_are_a_failure(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(demo, "gradient_errors", lambda *args: {iz.Mode.invert: float("nan")})
+    assert main([*TINY, "--picture", str(tmp_path / "memory.png")]) == 1
+    assert "got nan in mode invert" in capsys.readouterr().err
+
+
+def test_a_wrong_inverse_that_the_engine_finds_is_a_failure_that_names_the_layer(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(iz, "AdditiveCoupling", WrongCoupling)
+    assert main([*TINY, "--picture", str(tmp_path / "memory.png")]) == 1
+    message = capsys.readouterr().err
+    assert message.startswith("invzoo demo: error: ")
+    assert "WrongCoupling" in message
+
+
+@pytest.mark.parametrize(("module", "package"), [("sklearn", "scikit-learn"), ("matplotlib", "matplotlib"), ("rich", "rich")])
+def test_a_missing_extra_says_what_to_install(capsys, monkeypatch, module, package):
+    for name in [name for name in sys.modules if name == "invzoo.demo" or name.split(".")[0] == module]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delattr(iz, "demo")
+    monkeypatch.setattr(sys, "meta_path", [Missing(module), *sys.meta_path])
+    assert main(["demo"]) == 1
+    assert capsys.readouterr().err == f"invzoo demo: error: the demo needs {package}; pip install invzoo[demo]\n"
+
+
+class Missing:
+    """An importer that finds no module of one package."""
+
+    def __init__(self, package):
+        self.package = package
+
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == self.package:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
+def test_an_interrupt_exits_with_130(capsys, monkeypatch):
+    def interrupt(**arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "run", interrupt)
+    assert main(["demo"]) == 130
+    assert "interrupted" in capsys.readouterr().err
+
+
+def test_a_picture_that_cannot_be_written_is_a_failure(capsys, tmp_path):
+    (tmp_path / "taken.png").mkdir()
+    assert main([*TINY, "--mode", "store", "--picture", str(tmp_path / "taken.png")]) == 1
+    assert "taken.png" in capsys.readouterr().err
+
+
+def test_the_package_and_its_command_line_import_without_the_extra():
+    code = "import sys, invzoo.cli; print({'sklearn', 'matplotlib', 'rich'} & {*sys.modules})"
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout  # noqa: S603
+    assert printed == "set()\n"
+
+
+def test_runs_as_a_module():
+    ran = subprocess.run([sys.executable, "-m", "invzoo", "demo", "--depth", "0"], capture_output=True, text=True)  # noqa: PLW1510, S603
+    assert ran.returncode == 2
+    assert "invzoo demo: error: argument --depth" in ran.stderr
+
+
+def test_counted_counts_replays():
+    stack = iz.InvertibleSequential(iz.AdditiveCoupling(net := demo.Counted(nn.Tanh())))
+    stack(torch.ones(1, 2, requires_grad=True)).sum().backward()
+    assert net.evaluations == 2
