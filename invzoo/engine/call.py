@@ -246,7 +246,7 @@ class Call:
                 self._replay(tape)
                 self._verify(tape.inputs)
             tape.fill()
-        self._put(tape.inputs, keep)
+        self._put(tape.inputs, done=not keep)
         if keep:
             self._drop()
         else:
@@ -302,7 +302,7 @@ class Call:
             self._verify(inputs)
         # Where the later calls are done with and no graph waits for this one, it is done with as well.
         done = not keeps_graph() and not self._awaited() and all(slot.consumer is None for slot in self._slots())
-        self._put(inputs, keep=not done)
+        self._put(inputs, done=done)
         self._drop()
         return [slot for ref in self.sources if (slot := ref()) is not None]
 
@@ -320,14 +320,15 @@ class Call:
             )
         return tuple(y.value if isinstance(y, Slot) else y for y in self.outputs)
 
-    def _put(self, inputs: Sequence[Any], keep: bool) -> None:
+    def _put(self, inputs: Sequence[Any], *, done: bool) -> None:
+        """Fill the slots of the inputs; if this call is done with, they have to keep what they get."""
         for ref, value in zip(self.sources, inputs, strict=False):
             if (slot := ref()) is not None:
                 slot.put(value)
-                if keep:
-                    state.kept.slots.append(ref)
-                else:
+                if done:
                     slot.consumer = None
+                elif keeps_graph():
+                    state.kept.slots.append(ref)
 
     def _drop(self) -> None:
         for slot in self.produced:
