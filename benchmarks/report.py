@@ -71,8 +71,12 @@ def draw() -> None:
             rows = [row for row in result["rows"] if row["contestant"] == name]
             depths, sizes = [row["depth"] for row in rows], [row["peak"] / result["activation"] for row in rows]
             axes.plot(depths, sizes, "o-", color=color, linewidth=2)
-            axes.annotate(f" {name}", (depths[-1], sizes[-1]), color=color, va="center", annotation_clip=False)
+            end = {"xy": (depths[-1], sizes[-1]), "xytext": (8, 0), "textcoords": "offset points"}
+            axes.annotate(f"{name}, {sizes[-1]:,.1f}", **end, color=color, va="center", annotation_clip=False)
         axes.set(xscale="log", yscale="log", xlabel="couplings", ylabel="peak in backward, activations")
+        axes.set_xticks(depths, map("{:,}".format, depths))
+        axes.set_yticks([1, 10, 100, 1000], ["1", "10", "100", "1,000"])
+        axes.minorticks_off()
         axes.spines[["top", "right"]].set_visible(False)
         figure.savefig(HERE / "memory.svg", metadata={"Date": None})
         plt.close(figure)

@@ -85,8 +85,8 @@ def _add_demo(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     add("--depth", type=_positive, default=100, help="couplings in the net (default: %(default)s)")
     add("--mode", nargs="+", choices=[*Mode, "all"], default=["all"], help="modes to train in (default: all)")
     add("--device", type=_device, default="cpu", help="cpu, cuda, cuda:1, mps, ... (default: %(default)s)")
-    add("--epochs", type=_positive, default=10, help="passes over the training images (default: %(default)s)")
-    add("--batch-size", type=_positive, default=64, help="images per step (default: %(default)s)")
+    add("--epochs", type=_positive, default=8, help="passes over the training images (default: %(default)s)")
+    add("--batch-size", type=_positive, default=48, help="images per step (default: %(default)s)")
     add("--seed", type=_seed, default=0, help="of the weights and the order of the images (default: %(default)s)")
     add("--picture", type=_picture, default="invzoo-demo.png", help="file to draw in (default: %(default)s)")
 

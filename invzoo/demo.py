@@ -72,7 +72,7 @@ def build(depth: int, seed: int) -> nn.Sequential:
 def _subnet(depth: int) -> nn.Sequential:
     half = _CHANNELS // 2
     conv = nn.Conv2d(half, half, 3, padding=1)
-    nn.init.normal_(conv.weight, std=(9 * half * depth) ** -0.5)  # all couplings together add about one stream
+    nn.init.normal_(conv.weight, std=0.3 * (9 * half * depth) ** -0.5)  # so that all couplings together add little
     return nn.Sequential(nn.GroupNorm(1, half), nn.SiLU(), conv)
 
 
@@ -109,7 +109,7 @@ def _gradients(net: nn.Module, batch: Batch, mode: iz.Mode) -> tuple[Tensor, ...
 
 
 def peak_bytes(net: nn.Module, batch: Batch, mode: iz.Mode) -> int:
-    """Count the bytes of the tensors alive at the peak of one step, besides parameters, their gradients and the batch."""
+    """Count the bytes that one step adds, at its peak, to parameters, their gradients and the batch."""
     with iz.mode(net, mode):
         _loss(net, batch).backward()  # the gradients exist from here on, and so are not counted
         with track_memory() as memory:
@@ -182,7 +182,7 @@ def _train(runs: list[_Run], batches: list[Batch], console: Console) -> None:
 def _check(net: nn.Module, batch: Batch, modes: list[iz.Mode], console: Console) -> None:
     errors = gradient_errors(net, batch, modes)
     for mode, error in errors.items():
-        console.print(f"Gradients on the first batch, {mode} against store: relative error at most {error:.1e}")
+        console.print(f"Gradients on the first batch, {mode} against store: relative error {error:.1e}")
     wrong = [f"{error:.1e} in mode {mode}" for mode, error in errors.items() if not error <= _TOLERANCE]
     if wrong:
         got = ", ".join(wrong)

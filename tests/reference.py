@@ -33,7 +33,7 @@ class PlainAdditive(nn.Module):
 
     def forward(self, *x: Tensor, **side: Any) -> Any:
         if len(x) == 1:
-            return torch.cat(self(*x[0].chunk(2, 1), **side), 1)
+            return torch.cat(self.forward(*x[0].chunk(2, 1), **side), 1)
         a, b = x[::-1] if self.swap else x
         a = self.couple(a, self.f(b, **side))
         if self.g is not None:

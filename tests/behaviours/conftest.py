@@ -14,12 +14,20 @@ def float64():
     torch.set_default_dtype(torch.float32)
 
 
-@pytest.fixture(params=[Subject(form, mode) for form in FORMS for mode in MODES], ids=lambda s: f"{s.form}-{s.mode}")
+SAVING = [Subject(form, mode) for form in FORMS for mode in MODES[1:]]
+STORING = [Subject(form, "store") for form in ("stack", "streams")]  # there is little to go wrong
+
+
+def name(subject: Subject) -> str:
+    return f"{subject.form}-{subject.mode}"
+
+
+@pytest.fixture(params=STORING + SAVING, ids=name)
 def subject(request) -> Subject:
     return request.param
 
 
-@pytest.fixture(params=[Subject(form, mode) for form in FORMS for mode in MODES[1:]], ids=lambda s: f"{s.form}-{s.mode}")
+@pytest.fixture(params=SAVING, ids=name)
 def saving(request) -> Subject:
     """The subjects that free something."""
     return request.param

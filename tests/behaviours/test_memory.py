@@ -110,11 +110,12 @@ def test_memory_falls_during_backward(container):
         loss.backward()
         assert memory.current == loss.nbytes
     assert len(seen) == 16
-    assert max(seen[2:]) - min(seen[2:]) <= 0.01 * ACTIVATION  # as much at the first layer as at the last
+    assert max(seen[2:-1]) - min(seen[2:-1]) <= 0.01 * ACTIVATION  # at each layer as much as at any other
+    assert seen[-1] <= min(seen)
     assert max(seen) <= 4.5 * ACTIVATION
 
 
-def test_memory_falls_with_stored_layers_as_well(x):
+def test_memory_falls_with_stored_layers_as_well():
     net = make("stack", 16)
     seen = []
     with iz.mode(net, "store"), track_memory() as memory:

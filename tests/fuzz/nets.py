@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ __all__ = ["FuzzNet"]
 Values = tuple[Tensor, ...]
 
 
-# ---- parts that both ways of running share: plain torch ---------------------------------------------------------------
+# ---- parts that both ways of running share: plain torch -------------------------------------------------------------
 
 
 class Subnet(nn.Module):
@@ -61,25 +62,19 @@ class Op(nn.Module):
 
 def neighbour(kind: str, features: int, rank: int) -> nn.Module | None:
     """A layer that is none of ours."""
-    match kind:
-        case "dense":
-            return dense(features, features, rank)
-        case "dense_relu_":
-            return nn.Sequential(dense(features, features, rank), nn.ReLU(inplace=True))
-        case "relu":
-            return nn.ReLU()
-        case "exp":
-            return Op(lambda x: torch.exp(x.tanh()))
-        case "sigmoid":
-            return nn.Sigmoid()
-        case "scale":
-            return Op(lambda x: x * 0.7)
-        case "transposed":
-            return Op(lambda x: x.transpose(0, 1).contiguous().transpose(0, 1))
-    return None
+    makers: dict[str, Callable[[], nn.Module]] = {
+        "dense": lambda: dense(features, features, rank),
+        "dense_relu_": lambda: nn.Sequential(dense(features, features, rank), nn.ReLU(inplace=True)),
+        "relu": nn.ReLU,
+        "exp": lambda: Op(lambda x: torch.exp(x.tanh())),
+        "sigmoid": nn.Sigmoid,
+        "scale": lambda: Op(lambda x: x * 0.7),
+        "transposed": lambda: Op(lambda x: x.transpose(0, 1).contiguous().transpose(0, 1)),
+    }
+    return makers[kind]() if kind in makers else None
 
 
-# ---- plain maths of the layers ----------------------------------------------------------------------------------------
+# ---- plain maths of the layers --------------------------------------------------------------------------------------
 
 
 def indices(split: Any, n: int) -> tuple[list[int], list[int]]:
@@ -215,7 +210,7 @@ def plain_leaf(leaf: Leaf, layer: nn.Module, values: Values, side: dict[str, Ten
     return (y,)
 
 
-# ---- nets -------------------------------------------------------------------------------------------------------------
+# ---- nets -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -349,31 +344,26 @@ class FuzzNet(nn.Module):
     def _leaf(self, leaf: Leaf, sizes: tuple[int, int] | None) -> nn.Module:
         n, rank = self.spec.features, self.spec.rank
         plain = neighbour(leaf.kind, n, rank)
-        if plain is not None:
-            return plain
         options = {"mode": leaf.mode, "check": leaf.check, "seed": leaf.seed}
         generator = torch.Generator().manual_seed(leaf.order)
-        match leaf.kind:
-            case "additive" | "affine":
-                return self._coupling(leaf, sizes, options)
-            case "matrix":
-                return (iz.InvertibleLinear if rank == 2 else iz.InvertibleConv1x1)(n, kind=leaf.matrix, **options)
-            case "permute":
-                return iz.Permute(torch.randperm(n, generator=generator), **options)
-            case "shuffle":
-                return iz.Shuffle(n, generator=generator, **options)
-            case "leaky":
-                return iz.InvertibleLeakyReLU(leaf.slope, **options)
-        dims = {"reverse": iz.Reverse, "swap": iz.Swap, "interleave": iz.Interleave, "deinterleave": iz.Deinterleave}
-        if leaf.kind in dims:
-            return dims[leaf.kind](leaf.dim, **options)
-        return {
+        makers: dict[str, Callable[..., nn.Module]] = {
+            "additive": lambda **o: self._coupling(leaf, sizes, o),
+            "affine": lambda **o: self._coupling(leaf, sizes, o),
+            "matrix": partial(iz.InvertibleLinear if rank == 2 else iz.InvertibleConv1x1, n, kind=leaf.matrix),
+            "permute": partial(iz.Permute, torch.randperm(n, generator=generator)),
+            "shuffle": partial(iz.Shuffle, n, generator=generator),
+            "reverse": partial(iz.Reverse, leaf.dim),
+            "swap": partial(iz.Swap, leaf.dim),
+            "interleave": partial(iz.Interleave, leaf.dim),
+            "deinterleave": partial(iz.Deinterleave, leaf.dim),
+            "leaky": partial(iz.InvertibleLeakyReLU, leaf.slope),
             "identity": iz.Identity,
             "tanh": iz.InvertibleTanh,
             "atanh": iz.InvertibleAtanh,
             "sigmoid_layer": iz.InvertibleSigmoid,
             "logit": iz.InvertibleLogit,
-        }[leaf.kind](**options)
+        }
+        return makers[leaf.kind](**options) if plain is None else plain
 
     def _coupling(self, leaf: Leaf, sizes: tuple[int, int] | None, options: dict[str, Any]) -> nn.Module:
         n = self.spec.features

@@ -97,7 +97,7 @@ class Run:
         if iteration.clear:
             self.optimizer.zero_grad()
 
-    # ---- forwards -----------------------------------------------------------------------------------------------------
+    # ---- forwards ---------------------------------------------------------------------------------------------------
 
     def input(self, forward: Forward) -> Tensor:
         spec = self.case.net
@@ -135,7 +135,7 @@ class Run:
             return None
         return Graph(forward, x, condition, outputs, self.data(7, *y.shape))
 
-    # ---- backwards ----------------------------------------------------------------------------------------------------
+    # ---- backwards --------------------------------------------------------------------------------------------------
 
     def step(self, name: str, step: Step, graphs: list[Graph | None]) -> None:
         if step.kind == "peek":
@@ -158,44 +158,43 @@ class Run:
                     graphs[step.forward % len(graphs)] = None
 
     def backward(self, name: str, step: Step, graph: Graph) -> None:
-        loss, keep = graph.loss, step.retain
-        parameters = [p for p in self.net.parameters() if p.requires_grad]
-        some = [p for i, p in enumerate(parameters) if step.pick >> (i % 8) & 1]
-        wanted: list[Tensor] = []
+        keep = step.retain
         match step.kind:
             case "backward":
-                return loss.backward(retain_graph=keep)
-            case "some":
-                if targets := [*some, *graph.leaves()[: step.pick % 3]]:
-                    loss.backward(inputs=targets, retain_graph=keep)
-                else:
-                    graph.alive = True
-                return None
-            case "inputs":
-                wanted = graph.leaves()
-            case "parameters":
-                wanted = some
-            case "mid":
-                wanted = [graph.mid] if graph.mid.requires_grad else []
-                wanted += graph.leaves() if step.pick % 2 else []
+                graph.loss.backward(retain_graph=keep)
             case "split":
-                return self.split(name, graph, keep)
+                self.split(name, graph, keep)
             case "penalty":
-                return self.penalty(name, graph, keep)
+                self.penalty(name, graph, keep)
             case "drop":
                 graph.alive = False
-                return None
-        if not wanted:
+            case _:
+                self.partial(name, step, graph)
+
+    def partial(self, name: str, step: Step, graph: Graph) -> None:
+        """Ask for some of the gradients."""
+        parameters = [p for p in self.net.parameters() if p.requires_grad]
+        some = [p for i, p in enumerate(parameters) if step.pick >> (i % 8) & 1]
+        targets = {
+            "some": [*some, *graph.leaves()[: step.pick % 3]],
+            "inputs": graph.leaves(),
+            "parameters": some,
+            "mid": [graph.mid] * graph.mid.requires_grad + graph.leaves()[: step.pick % 3],
+        }[step.kind]
+        if not targets:
             graph.alive = True
-            return None
-        for i, grad in enumerate(torch.autograd.grad(loss, wanted, retain_graph=keep, allow_unused=True)):
-            self.note(f"{name} {i}", grad)
-        return None
+        elif step.kind == "some":
+            graph.loss.backward(inputs=targets, retain_graph=step.retain)
+        else:
+            grads = torch.autograd.grad(graph.loss, targets, retain_graph=step.retain, allow_unused=True)
+            for i, grad in enumerate(grads):
+                self.note(f"{name} {i}", grad)
 
     def split(self, name: str, graph: Graph, keep: bool) -> None:
         """Go backward to an intermediate output first, and on from there later."""
         if not graph.mid.requires_grad or graph.mid.is_leaf:
-            return graph.loss.backward(retain_graph=keep)
+            graph.loss.backward(retain_graph=keep)
+            return
         behind = [p for item in self.net.held[graph.tail :] for p in item.parameters() if p.requires_grad]
         if self.reached_before(graph, behind):
             behind = []
@@ -204,7 +203,6 @@ class Run:
             self.note(f"{name} {i}", other)
         if grad is not None:
             graph.mid.backward(grad, retain_graph=keep)
-        return None
 
     def reached_before(self, graph: Graph, behind: list[Tensor]) -> bool:
         """Whether parameters also act in front of `mid`, so that their gradient would use up the graph there."""
@@ -213,19 +211,19 @@ class Run:
 
     def penalty(self, name: str, graph: Graph, keep: bool) -> None:
         if not graph.x.requires_grad:
-            return graph.loss.backward(retain_graph=keep)
+            graph.loss.backward(retain_graph=keep)
+            return
         (grad,) = torch.autograd.grad(graph.loss, graph.x, create_graph=True, allow_unused=True)
         self.note(name, grad)
         penalty = 0 if grad is None else grad.pow(2).sum()
         (graph.loss + penalty).backward(retain_graph=keep)
-        return None
 
 
 def context(kind: str) -> AbstractContextManager[Any]:
     return {"on": torch.enable_grad, "no_grad": torch.no_grad, "inference": torch.inference_mode}[kind]()
 
 
-# ---- comparison -------------------------------------------------------------------------------------------------------
+# ---- comparison -----------------------------------------------------------------------------------------------------
 
 
 def record_of(case: Case, plain: bool = False) -> Record:
