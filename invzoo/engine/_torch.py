@@ -2,13 +2,15 @@
 
 import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn.utils import parametrize
+from torch.utils import _python_dispatch
 
 __all__ = [
     "at_end_of_backward",
@@ -20,13 +22,19 @@ __all__ = [
     "has_accelerator",
     "hooks_enabled",
     "is_distributed",
+    "is_fake",
     "keeps_graph",
+    "plainly",
     "preserve_version",
+    "same_state",
     "set_grad_enabled",
     "storage_key",
     "storage_owners",
+    "top_hook",
     "tracing",
     "version_of",
+    "weights_cached",
+    "without_modes",
 ]
 
 
@@ -48,6 +56,12 @@ functorch_active: Callable[[], bool] = _private("_are_functorch_transforms_activ
 
 # Missing: hooks count as allowed, and entering them raises torch's own error where they are not.
 hooks_enabled: Callable[[], bool] = _private("_autograd._saved_tensors_hooks_is_enabled", lambda: True)
+
+# The pack and unpack hooks that autograd would use now. Missing: None, as if there were none.
+_top_hooks: Callable[[bool], Any] = _private("_autograd._top_saved_tensors_default_hooks", lambda _: None)
+_top_hooks = _private(
+    "_autograd._top_saved_tensors_default_hooks", _private("_top_saved_tensors_default_hooks", _top_hooks)
+)
 
 # Missing: torch.jit.trace is not noticed.
 tracing: Callable[[], Any] = _private("_get_tracing_state", lambda: None)
@@ -106,8 +120,60 @@ def preserve_version(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
 
 
 def version_of(tensor: Tensor) -> int:
-    """Return the number of in-place changes so far; inference tensors do not count them."""
-    return -1 if tensor.is_inference() else tensor._version
+    """Return the number of in-place changes so far; inference tensors and lazy parameters do not count them."""
+    try:
+        return tensor._version
+    except (RuntimeError, ValueError):
+        return -1
+
+
+def weights_cached() -> bool:
+    """Whether `parametrize.cached()` shares computed weights between calls. Missing: False."""
+    return bool(getattr(parametrize, "_cache_enabled", 0))
+
+
+def top_hook() -> Any:
+    """Return the pack hook that autograd would use now."""
+    hooks = _top_hooks(True)
+    return hooks[0] if hooks else None
+
+
+def without_modes() -> contextlib.AbstractContextManager[Any]:
+    """Run operators past the dispatch modes of others, who would record or cache them. Missing: they see them."""
+    disable = getattr(_python_dispatch, "_disable_current_modes", None)
+    return contextlib.nullcontext() if disable is None else disable()
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """Whether a tensor has no data to look at."""
+    module = sys.modules.get("torch._subclasses.fake_tensor")
+    return tensor.is_meta or (module is not None and isinstance(tensor, module.FakeTensor))
+
+
+def same_state(a: Tensor, b: Tensor) -> bool:
+    """Compare two states of a generator, which are real tensors even where others are fake."""
+    with torch._C._DisableTorchDispatch():
+        return torch.equal(a, b)
+
+
+@contextlib.contextmanager
+def plainly() -> Iterator[None]:
+    """Run operators as if no `vmap` were active and hooks were allowed: a graph made without them may be run inside."""
+    with contextlib.ExitStack() as stack:
+        if functorch_active():
+            from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack  # noqa: PLC0415 - is private
+
+            stack.enter_context(temporarily_clear_interpreter_stack())
+        if not hooks_enabled():
+            message = torch._C._autograd._saved_tensors_hooks_get_disabled_error_message()
+            torch._C._autograd._saved_tensors_hooks_enable()
+            stack.callback(torch._C._autograd._saved_tensors_hooks_disable, message)
+        level = torch._C._vmapmode_increment_nesting()
+        torch._C._vmapmode_decrement_nesting()
+        for _ in range(level - 1):
+            torch._C._vmapmode_decrement_nesting()
+            stack.callback(torch._C._vmapmode_increment_nesting)
+        yield
 
 
 def is_distributed(tensor: Tensor) -> bool:

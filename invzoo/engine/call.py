@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from ._torch import at_end_of_backward, backward_id, keeps_graph, set_grad_enabled, version_of
+from ._torch import at_end_of_backward, backward_id, keeps_graph, plainly, set_grad_enabled, storage_key, version_of
 from .fingerprint import Fingerprint, distance, fingerprint, tolerance
 from .mode import Mode, Policy
 from .slots import Slot, anything_freed, key_of, slot_of
@@ -100,8 +100,11 @@ class Call:
     __slots__ = (
         "__weakref__",
         "handles",
+        "given",
         "inputs",
         "kept",
+        "leaf_inputs",
+        "leaves",
         "lock",
         "metas",
         "operation",
@@ -118,9 +121,15 @@ class Call:
     def __init__(self, operation: Operation, inputs: tuple[Any, ...], side: dict[str, Any]):
         self.operation = operation
         self.place = [*state.place]
-        self.lock = threading.RLock()  # a graph that spans devices is run by several threads
+        self.lock = threading.RLock()  # shared along a chain: several threads may run one graph
         self.inputs = [Input.of(x) if isinstance(x, Tensor) else map_tensors(_data, x) for x in inputs]
         self.side = map_tensors(_data, side) if side else side
+        self.given: list[tuple[str, Tensor, int]] = []  # tensors that the replay gets as they are, and their versions
+        for name, value in (*enumerate(self.inputs), *self.side.items()):
+            what = f"side input {name!r}" if isinstance(name, str) else f"input {name}"
+            map_tensors(lambda t, what=what: self.given.append((what, t, version_of(t))), value)
+        self.leaves: list[tuple[weakref.ref[Tensor], int]] = []  # weights, wherever they come from
+        self.leaf_inputs = {storage_key(x) for x in inputs if isinstance(x, Tensor) and x.requires_grad and x.is_leaf}
         self.handles: list[weakref.ref[Handle]] = []
         self.metas: list[Meta] = []
         self.kept: tuple[Any, ...] | None = None
@@ -134,16 +143,16 @@ class Call:
         self.surroundings = Surroundings(operation.roots, tensors, generators)
 
     def forward(self, inputs: tuple[Any, ...], side: dict[str, Any]) -> Any:
-        operation, observers = self.operation, self.surroundings.observers
+        operation = self.operation
         if self.surroundings.lazy:
             return operation.function(*inputs, **side)
         versions = [version_of(x) for x in inputs if isinstance(x, Tensor)]
-        state.depth += 1
+        state.packing.append(self.pack)
         try:
-            with saved_tensors_hooks(self.pack, self.unpack), observers.watched() if observers else _nothing:
+            with saved_tensors_hooks(self.pack, self.unpack), self.surroundings.observers.watched():
                 result = operation.function(*inputs, **side)
         finally:
-            state.depth -= 1
+            state.packing.pop()
         if versions != [version_of(x) for x in inputs if isinstance(x, Tensor)]:
             raise RuntimeError(
                 f"Expected {operation.name} to leave its inputs as they are; got one that its function changed in "
@@ -163,6 +172,7 @@ class Call:
             self._link(inputs, outputs)
         else:
             self.kept = tuple(x.detach() if isinstance(x, Tensor) else None for x in inputs)
+            self.given += [(f"input {i}", x, version_of(x)) for i, x in enumerate(self.kept) if x is not None]
         if self._unverified():
             tensors = [(i, x) for i, x in enumerate(inputs if invert else outputs) if isinstance(x, Tensor)]
             self.prints = [(i, fingerprint(x)) for i, x in tensors if not (invert and i in self.passed)]
@@ -173,6 +183,7 @@ class Call:
         keys_in = [key_of(x) if isinstance(x, Tensor) else None for x in inputs]
         keys_out = [key_of(y) if isinstance(y, Tensor) else None for y in outputs]
         slots_in = [None if k is None else slot_of(x, k) for x, k in zip(inputs, keys_in, strict=True)]
+        self.lock = next((slot.lock for slot in slots_in if slot is not None), self.lock)
         self.passed = {i: keys_out.index(k) for i, k in enumerate(keys_in) if k and k[0] and k in keys_out}
         for i, slot in enumerate(slots_in):
             if slot is None or i in self.passed:
@@ -183,7 +194,7 @@ class Call:
         for y, key in zip(outputs, keys_out, strict=True):
             slot = None if key is None else slot_of(y, key)
             if key is not None and slot is None:
-                slot = Slot(y, key)
+                slot = Slot(y, key, self.lock)
                 self.produced.append(slot)
             self.outputs.append(y if slot is None else slot)
         for head in _heads(slots_in):
@@ -207,21 +218,24 @@ class Call:
                 slot.head = weakref.ref(head)
 
     def pack(self, tensor: Tensor) -> Handle:
+        if tensor.is_leaf and tensor.requires_grad and storage_key(tensor) not in self.leaf_inputs:
+            self.leaves.append((weakref.ref(tensor), version_of(tensor)))
         handle = Handle(tensor.detach())
         self.handles.append(weakref.ref(handle))
         self.metas.append((tensor.shape, tensor.dtype))
         return handle
 
     def unpack(self, handle: Handle) -> Tensor:
-        if handle.value is not None:
-            return handle.value
-        with self.lock:
+        value = handle.value
+        if value is not None:
+            return value
+        with self.lock, plainly():
             if handle.value is None:
                 self.rebuild()
-            value: Tensor = handle.value  # type: ignore[assignment]  # rebuilt
-        if backward_id() == -1:  # somebody looks at the graph
-            state.kept.end()
-        return value
+            value = handle.value
+            if backward_id() == -1:  # somebody looks at the graph
+                state.kept.end()
+        return value  # type: ignore[return-value]  # rebuilt
 
     def release(self) -> None:
         """Forget what the handles hold."""
@@ -334,9 +348,13 @@ class Call:
         for slot in self.produced:
             slot.drop()
 
+    @property
+    def _verified_as(self) -> str:
+        return self.operation.name if self.kept is None else f"{self.operation.name}, recomputed"
+
     def _unverified(self) -> bool:
         policy = self.operation.policy
-        return policy.check == "always" or (policy.check == "first" and self.operation.name not in policy.verified)
+        return policy.check == "always" or (policy.check == "first" and self._verified_as not in policy.verified)
 
     def _verify(self, values: Sequence[Any]) -> None:
         what = "its inverse rebuilds input" if self.kept is None else "its replay computes output"
@@ -351,12 +369,26 @@ class Call:
                     f"{error:.1e}, for {what} {position}. Its inverse is wrong, or it is not deterministic, or too "
                     "ill-conditioned for this precision. Mend it, or use mode 'recompute' or 'store'"
                 )
-        self.operation.policy.verified.add(self.operation.name)
+        self.operation.policy.verified.add(self._verified_as)
+
+    def _check(self) -> None:
+        for what, tensor, version in self.given:
+            if version_of(tensor) != version:
+                raise RuntimeError(
+                    f"Expected {what} of {self.operation.name} to stay as it was until backward; got one that was "
+                    "changed in place. Use an out-of-place operation on it"
+                )
+        for ref, version in self.leaves:
+            if (leaf := ref()) is not None and version_of(leaf) != version:
+                raise RuntimeError(
+                    f"Expected the weights of {self.operation.name} to stay as they were between forward and backward; "
+                    f"got a change of one of shape {tuple(leaf.shape)}. Call backward before optimizer.step()"
+                )
 
     @contextlib.contextmanager
     def _as_it_was(self) -> Iterator[None]:
+        self._check()
         grad = torch.is_grad_enabled()
-        state.depth += 1
         set_grad_enabled(False)
         try:
             with self.surroundings.restored():
@@ -366,7 +398,6 @@ class Call:
             raise
         finally:
             set_grad_enabled(grad)
-            state.depth -= 1
 
 
 def _heads(slots: Sequence[Slot | None]) -> list[Slot]:
@@ -381,6 +412,3 @@ def _frees(inputs: tuple[Any, ...]) -> bool:
 
 def _none() -> None:
     return None
-
-
-_nothing: contextlib.AbstractContextManager[None] = contextlib.nullcontext()

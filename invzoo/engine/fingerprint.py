@@ -1,17 +1,19 @@
 """A few numbers that tell whether a tensor was rebuilt as it was, at the cost of one pass over it and no memory."""
 
 import math
-from functools import cache
+from functools import lru_cache
 
 import torch
 from torch import Tensor
+
+from ._torch import is_fake, without_modes
 
 __all__ = ["Fingerprint", "distance", "fingerprint", "tolerance"]
 
 Fingerprint = list[float]  # four projections on random signs, and the norm
 
 
-@cache
+@lru_cache(maxsize=64)
 def _signs(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Fixed pseudo-random signs, without a random number generator: bits of a multiplicative hash of the position."""
     hashed = (torch.arange(1, rows * columns + 1, device=device) * 0x9E3779B97F4A7C1) >> 40
@@ -21,14 +23,14 @@ def _signs(rows: int, columns: int, dtype: torch.dtype, device: torch.device) ->
 @torch.no_grad()
 def fingerprint(tensor: Tensor) -> Fingerprint:
     """Project a tensor on four random rank-one sign matrices: an error of relative size e moves each by about e."""
-    if tensor.is_meta:
+    if is_fake(tensor):
         return [math.nan]
-    with torch.autocast(tensor.device.type, enabled=False):
+    with without_modes(), torch.autocast(tensor.device.type, enabled=False):
         return _project(tensor)
 
 
 def _project(tensor: Tensor) -> Fingerprint:
-    flat = tensor.detach()
+    flat = tensor.detach().resolve_conj().resolve_neg()
     flat = torch.view_as_real(flat) if flat.is_complex() else flat
     flat = flat.reshape(-1) if flat.dtype in (torch.float32, torch.float64) else flat.reshape(-1).double()
     width = 1 << max(0, math.isqrt(flat.numel()).bit_length() - 1)  # rows of a power of two, then the rest

@@ -6,6 +6,7 @@ into the same storage, so the caller's tensor is the same object as before, with
 """
 
 import contextlib
+import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -126,7 +127,7 @@ def freeing(name: str, inputs: Sequence[Any]) -> Iterator[None]:
     heads = []
     for x in tensors:
         key = key_of(x)
-        slot = slot_of(x, key) or Slot(x, key)
+        slot = slot_of(x, key) or Slot(x, key, threading.RLock())
         slot.freed, slot.head = Freed(x), weakref.ref(slot)
         heads.append((x, slot, slot.freed))
     with marked():

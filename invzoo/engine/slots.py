@@ -39,10 +39,10 @@ class Slot:
     A rebuilt value stands beside the consumer for a while, so that the next call need not rebuild it.
     """
 
-    __slots__ = ("__weakref__", "consumer", "freed", "head", "key", "value", "version")
+    __slots__ = ("__weakref__", "consumer", "freed", "head", "key", "lock", "value", "version")
 
-    def __init__(self, tensor: Tensor, key: tuple[Any, ...]):
-        self.key = key
+    def __init__(self, tensor: Tensor, key: tuple[Any, ...], lock: threading.RLock):
+        self.key, self.lock = key, lock
         self.consumer: Call | None = None
         self.freed: Freed | None = None  # the caller's tensor, where this value is to come back to it too
         self.head: Callable[[], Slot | None] = _none  # the freed input of the chain, for slots that lead back to it

@@ -4,7 +4,7 @@ import contextlib
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -14,7 +14,9 @@ from ._torch import (
     forward_ad_active,
     functorch_active,
     hooks_enabled,
+    top_hook,
     tracing,
+    weights_cached,
 )
 from .slots import Slot
 
@@ -43,10 +45,12 @@ class _Kept:
 
     def end(self) -> None:
         if (last := self.last()) is not None:
-            last.release()
+            with last.lock:
+                last.release()
         for ref in self.slots:
             if (slot := ref()) is not None:
-                slot.drop()
+                with slot.lock:
+                    slot.drop()
         self.slots.clear()
 
 
@@ -54,7 +58,7 @@ class _State(threading.local):
     """What one thread is doing."""
 
     def __init__(self) -> None:
-        self.depth = 0  # of calls that run right now: those inside another are part of it
+        self.packing: list[Any] = []  # the pack hooks of the calls that run right now
         self.place: list[str] = []  # where in its containers the running layer stands, for errors
         self.kept = _Kept()
 
@@ -86,10 +90,11 @@ def steps_aside() -> bool:
     """Whether calls made now run as plain functions: nothing to save, or somebody else decides what is saved."""
     return (
         not torch.is_grad_enabled()
-        or state.depth > 0
+        or (bool(state.packing) and top_hook() == state.packing[-1])  # inside another call, and part of it
         or torch.compiler.is_compiling()
         or functorch_active()
         or forward_ad_active()
         or not hooks_enabled()
+        or weights_cached()  # what one call computes, others would miss in their replays
         or tracing() is not None
     )

@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
-from ._torch import cpu_generator, has_accelerator, is_distributed, storage_key, version_of
+from ._torch import cpu_generator, has_accelerator, is_distributed, same_state, storage_key, version_of
 from .observers import Observers
 
 __all__ = ["Surroundings", "map_tensors", "walk"]
@@ -43,6 +44,18 @@ class _Entry(NamedTuple):
     tensor: Tensor
     version: int
     copy: Tensor | None  # of a buffer
+    counted: bool  # whether every change of it moves its version
+
+
+class _Unchanged(NamedTuple):
+    """A parameter or buffer that the call left alone, as it must be found again."""
+
+    table: dict[str, Any]
+    name: str
+    tensor: Tensor
+    version: int
+    storage: int | None
+    requires_grad: bool
 
 
 class _State(NamedTuple):
@@ -79,25 +92,25 @@ class Surroundings:
     train and eval flags, the parameters, and the buffers that the call changed.
     """
 
-    __slots__ = ("autocast", "entries", "generators", "modules", "observers", "replaced", "training")
+    __slots__ = ("autocast", "entries", "generators", "observers", "replaced", "training", "unchanged")
 
     def __init__(self, roots: Sequence[nn.Module], tensors: Sequence[Tensor], generators: Sequence[torch.Generator]):
-        self.modules = walk(roots)
-        self.training = [(m, m.training) for m in self.modules]
-        self.observers = Observers.of(self.modules)
-        self.entries: list[Any] = [
-            _Entry(m._parameters, n, p, version_of(p), None)
-            for m in self.modules
+        modules = walk(roots)
+        self.training = [(m, m.training) for m in modules]
+        self.observers = Observers(modules)
+        self.entries = [
+            _Entry(m._parameters, n, p, version_of(p), None, True)
+            for m in modules
             for n, p in m._parameters.items()
             if p is not None
         ]
-        with torch.no_grad():
-            self.entries += [
-                _Entry(m._buffers, n, b, version_of(b), b.clone())
-                for m in self.modules
-                for n, b in m._buffers.items()
-                if b is not None
-            ]
+        for m in modules:
+            # F.batch_norm moves the running statistics without counting.
+            counted = not (m.training and isinstance(m, _NormBase))
+            for name, buffer in m._buffers.items():
+                if buffer is not None:
+                    copy = buffer.detach().clone()
+                    self.entries.append(_Entry(m._buffers, name, buffer, version_of(buffer), copy, counted))
         types, devices = {"cpu"}, set()
         if has_accelerator():
             devices = {t.device for t in tensors} | {e.tensor.device for e in self.entries}
@@ -105,6 +118,7 @@ class Surroundings:
             types |= {d.type for d in devices}
         self.generators = _generator_states(devices, generators)
         self.autocast = _autocast_state(types)
+        self.unchanged: list[_Unchanged] = []
         self.replaced: list[tuple[dict[str, Any], str, Tensor]] = []
 
     @property
@@ -115,64 +129,68 @@ class Surroundings:
     def close(self, seed: bool) -> None:
         """After the call: forget what it left alone, and learn what to put back before a replay."""
         if not seed:
-            self.generators = [g for g in self.generators if not torch.equal(g.state, g.get())]
-        unchanged = []
-        for table, name, tensor, version, copy in self.entries:
+            self.generators = [g for g in self.generators if not same_state(g.state, g.get())]
+        for table, name, tensor, version, copy, counted in self.entries:
             now, moved = table.get(name), version_of(tensor) != version
             if copy is None and moved:
                 raise RuntimeError(
                     f"Expected function not to change parameters in place; got a change of {name!r}. "
                     "Change it outside the call, or use mode 'store'"
                 )
-            if copy is not None and (moved or now is not tensor):
+            if copy is not None and (moved or not counted or now is not tensor):
                 self.replaced.append((table, name, copy))
-            elif not tensor.is_leaf:  # a functional_call's; its graph may lead back here, so hold its data alone
-                self.replaced.append((table, name, tensor.detach().requires_grad_(tensor.requires_grad)))
             elif not is_distributed(tensor):
-                unchanged.append((table, name, tensor, version, storage_key(tensor)))
-        self.entries = unchanged
+                # The graph of a functional_call's parameter may lead back here, so hold its data alone.
+                held = tensor if tensor.is_leaf else tensor.detach().requires_grad_()
+                self.unchanged.append(_Unchanged(table, name, held, version, storage_key(tensor), tensor.requires_grad))
+        self.entries = []
 
     def _check(self) -> None:
-        for _, name, tensor, version, key in self.entries:
-            if version_of(tensor) != version or storage_key(tensor) != key:
+        for entry in self.unchanged:
+            if version_of(entry.tensor) != entry.version or storage_key(entry.tensor) != entry.storage:
                 raise RuntimeError(
                     f"Expected parameters and buffers to stay as they were between forward and backward; got a change "
-                    f"of {name!r}. Call backward before optimizer.step() or load_state_dict()"
+                    f"of {entry.name!r}. Call backward before optimizer.step() or load_state_dict()"
                 )
 
-    def seed(self) -> None:
-        """Bring the generators to where they were when the call began."""
+    def rewind(self) -> None:
+        """Bring generators, buffers and hooks to where they were when the call began; a replay moves them again."""
         for generator in self.generators:
             generator.set(generator.state)
+        for table, name, was in self.replaced:
+            table[name] = was.clone()
+        self.observers.arm()
 
     @contextlib.contextmanager
     def restored(self) -> Iterator[None]:
         """Put everything back as it was, for as long as the context lasts."""
         self._check()
-        put = [(t, n, new) for t, n, new, _, _ in self.entries if t.get(n) is not new and not is_distributed(t.get(n))]
-        # A replay changes buffers again, so it gets copies.
-        put += [(t, n, new if new.requires_grad else new.clone()) for t, n, new in self.replaced]
+        put = [e for e in self.unchanged if (now := e.table.get(e.name)) is not e.tensor and not is_distributed(now)]
+        toggled = [e for e in self.unchanged if e.tensor.requires_grad != e.requires_grad]
         flags = [(m, was, m.training) for m, was in self.training if m.training != was]
-        now = [(g.set, g.get()) for g in self.generators]
-        old = [(t, n, t.get(n)) for t, n, _ in put]
+        states = [(g.set, g.get()) for g in self.generators]
+        old = [(e.table, e.name, e.table.get(e.name)) for e in put] + [(t, n, t.get(n)) for t, n, _ in self.replaced]
         with contextlib.ExitStack() as stack:
             for device, enabled, dtype in self.autocast:
                 if enabled or torch.is_autocast_enabled(device):
                     # Weights cast without gradients, by an inverse, must not be found by the function's run.
                     stack.enter_context(torch.autocast(device, dtype, enabled, cache_enabled=False))
-            if self.observers is not None:
-                stack.enter_context(self.observers.silenced())
+            stack.enter_context(self.observers.silenced())
             try:
-                for table, name, new in put:
-                    table[name] = new
+                for entry in put:
+                    entry.table[entry.name] = entry.tensor
+                for entry in toggled:
+                    entry.tensor.requires_grad_(entry.requires_grad)
                 for module, was, _ in flags:
                     module.training = was
-                self.seed()
+                self.rewind()
                 yield
             finally:
-                for set_state, state in now:
+                for set_state, state in states:
                     set_state(state)
-                for module, _, was in flags:
-                    module.training = was
-                for table, name, was in reversed(old):
-                    table[name] = was
+                for module, _, now in flags:
+                    module.training = now
+                for entry in toggled:
+                    entry.tensor.requires_grad_(not entry.requires_grad)
+                for table, name, now in reversed(old):
+                    table[name] = now

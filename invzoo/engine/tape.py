@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from ._torch import set_grad_enabled
+from .state import state
 
 if TYPE_CHECKING:
     from .call import Call
@@ -93,13 +94,15 @@ class Tape:
     def run(self, function: Callable[..., Any], *args: Any, **side: Any) -> Any:
         """Evaluate a piece of the function; what autograd saves meanwhile goes to the graph of the forward."""
         if not self._started:
-            self._call.surroundings.seed()  # the inverse may have used the generators
+            self._call.surroundings.rewind()  # the inverse may have moved what the function finds
             self._started = True
         set_grad_enabled(True)
+        state.packing.append(self._capture)
         try:
             with saved_tensors_hooks(self._capture, _same):
                 return function(*args, **side)
         finally:
+            state.packing.pop()
             set_grad_enabled(False)
 
     def _capture(self, tensor: Tensor) -> Tensor:

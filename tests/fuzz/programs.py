@@ -52,7 +52,8 @@ def loss_of(kind: str, y: Tensor, mid: Tensor, weights: Tensor) -> Tensor:
 class Run:
     """A program under way."""
 
-    def __init__(self, case: Case, plain: bool) -> None:
+    def __init__(self, case: Case, plain: bool, mode: str | None) -> None:
+        self.mode = mode
         self.case, self.record, self.dtype = case, {}, getattr(torch, case.net.dtype)
         self.net = FuzzNet(case.net, plain)
         self.normalizes = any("running_mean" in name for name, _ in self.net.named_buffers())
@@ -76,12 +77,12 @@ class Run:
         return self.record
 
     def iterate(self, number: int, iteration: Iteration) -> None:
-        self.net.set_modes(iteration.mode)
+        self.net.set_modes(self.mode or iteration.mode)
         # Plain backward of a BatchNorm in eval mode is wrong once a forward in training mode has moved its statistics.
         careful = self.normalizes and not all(f.train for f in iteration.forwards)
         graphs = [self.forward(f"{number}.{i}", f, f.train and not careful) for i, f in enumerate(iteration.forwards)]
         if iteration.mode_after:
-            self.net.set_modes(iteration.mode_after)
+            self.net.set_modes(self.mode or iteration.mode_after)
         if iteration.flip and not careful:
             self.net.train(not self.net.training)
         for i, step in enumerate(iteration.steps):
@@ -226,23 +227,31 @@ def context(kind: str) -> AbstractContextManager[Any]:
 # ---- comparison -----------------------------------------------------------------------------------------------------
 
 
-def record_of(case: Case, plain: bool = False) -> Record:
+def record_of(case: Case, plain: bool = False, mode: str | None = None) -> Record:
     """Every number of a case: outputs, gradients, parameters, buffers, random state."""
-    return Run(case, plain).run()
+    return Run(case, plain, mode).run()
 
 
 def check(case: Case) -> None:
     """Assert that the case gives the same numbers with InvZoo's layers and with plain maths."""
     expected = record_of(case, plain=True)
     numbers = [v.abs().max().item() for v in expected.values() if isinstance(v, Tensor) and v.is_floating_point()]
-    scale = max(numbers)
+    scale, tolerance = max(numbers), TOLERANCE[case.net.dtype]
     if not math.isfinite(sum(numbers)) or scale > 1e4:
         raise Unfit
-    actual = record_of(case)
+    if case.net.dtype == "float32":  # some nets magnify rounding too much, whatever computes them
+        try:
+            compare(record_of(case, mode="store"), expected, tolerance / 20, scale)
+        except AssertionError:
+            raise Unfit from None
+    compare(record_of(case), expected, tolerance, scale)
+
+
+def compare(actual: Record, expected: Record, tolerance: float, scale: float) -> None:
     assert [*actual] == [*expected]
     for name, value in expected.items():
         try:
-            same(actual[name], value, TOLERANCE[case.net.dtype], scale)
+            same(actual[name], value, tolerance, scale)
         except AssertionError as error:
             error.add_note(f"in {name}")
             raise
