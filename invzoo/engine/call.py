@@ -99,8 +99,8 @@ class Call:
 
     __slots__ = (
         "__weakref__",
-        "handles",
         "given",
+        "handles",
         "inputs",
         "kept",
         "leaf_inputs",

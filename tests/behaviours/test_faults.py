@@ -150,7 +150,9 @@ def test_parameters_stepped_between_forward_and_backward(saving, x, warm):
 
 def assert_names_a_layer(caught) -> None:
     text = str(caught.value) + " ".join(getattr(caught.value, "__notes__", ()))
-    assert any(name in text for name in ("AdditiveCoupling", "AffineCoupling", "UserLayer", "Merge", "Wrong", "Split")), text
+    assert any(
+        name in text for name in ("AdditiveCoupling", "AffineCoupling", "UserLayer", "Merge", "Wrong", "Split")
+    ), text
 
 
 @pytest.mark.parametrize("warm", [False, True], ids=["first", "later"])

@@ -564,7 +564,10 @@ def test_the_inverse_trains(subject, data):
     _, ours = subject.pair()
     stored = Subject(subject.form, "store").pair()[1]
     stored.load_state_dict(ours.state_dict())
-    for program in (lambda net: some_loss(net.inverse(data)).backward(), lambda net: some_loss(net.inv(data)).backward()):
+    for program in (
+        lambda net: some_loss(net.inverse(data)).backward(),
+        lambda net: some_loss(net.inv(data)).backward(),
+    ):
         for _ in range(2):
             assert_near(run(program, ours), run(program, stored))
     torch.testing.assert_close(ours.inverse(ours(data)).detach(), data, rtol=0, atol=1e-12)

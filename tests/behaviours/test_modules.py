@@ -219,7 +219,10 @@ def test_hooks_on_the_graph(subject, x):
         log = []
         y = net(x.exp())
         z = net(y)
-        handles = [y.grad_fn.register_prehook(lambda g: log.append(g[0])), z.grad_fn.register_prehook(lambda g: log.append(g[0]))]
+        handles = [
+            y.grad_fn.register_prehook(lambda g: log.append(g[0])),
+            z.grad_fn.register_prehook(lambda g: log.append(g[0])),
+        ]
         some_loss(z).backward()
         return log, len(handles)
 
@@ -343,7 +346,11 @@ def test_complex(mode, container):
 
     for of in (lambda z: z, lambda z: z.conj(), lambda z: z.exp(), lambda z: -z.conj().resolve_conj()):
         for _ in range(2):
-            pairs = zip(run(lambda n, of=of: program(n, of), ours)["result"], run(lambda n, of=of: program(n, of), plain)["result"], strict=True)
+            pairs = zip(
+                run(lambda n, of=of: program(n, of), ours)["result"],
+                run(lambda n, of=of: program(n, of), plain)["result"],
+                strict=True,
+            )
             for a, b in pairs:
                 torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 

@@ -10,7 +10,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
 import invzoo as iz
-from tests.reference import FEATURES, HALF, Chain, PlainAdditive, Subject, assert_near, assert_same_run, mlp, run
+from tests.reference import FEATURES, HALF, Chain, PlainAdditive, assert_near, assert_same_run, mlp, run
 
 grad = torch.autograd.grad
 
@@ -53,7 +53,7 @@ def right_or_refused(program, subject, match="in.?place", block=mlp):
         lambda x: F.leaky_relu(x * 1, 0.1, inplace=True),
         lambda x: F.layer_norm(x, x.shape[1:]),
     ],
-    ids="relu exp sigmoid tanh relu_ mul_ leaky_relu_ layer_norm".split(),
+    ids=["relu", "exp", "sigmoid", "tanh", "relu_", "mul_", "leaky_relu_", "layer_norm"],
 )
 def test_an_operation_that_saved_its_output(subject, x, before):
     subject.holds(lambda net: grad(some_loss(net(before(x))), [x, *net.parameters()]))
@@ -177,7 +177,7 @@ def test_a_leaf_stepped_after_forward(subject):
         lambda y: y.t_(),
         lambda y: y.unsqueeze_(0),
     ],
-    ids="mul_ relu_ add_ rows detach clamp_ view clone t_ unsqueeze_".split(),
+    ids=["mul_", "relu_", "add_", "rows", "detach", "clamp_", "view", "clone", "t_", "unsqueeze_"],
 )
 def test_the_output_is_changed_in_place(subject, act):
     def program(net):
@@ -227,7 +227,10 @@ def test_a_block_that_changes_its_input(subject):
 
 def test_a_block_that_returns_its_input(x):
     for mode in ("recompute", "invert"):
-        plain, ours = PlainAdditive(nn.Identity(), nn.Identity()), iz.AdditiveCoupling(nn.Identity(), nn.Identity(), mode=mode)
+        plain, ours = (
+            PlainAdditive(nn.Identity(), nn.Identity()),
+            iz.AdditiveCoupling(nn.Identity(), nn.Identity(), mode=mode),
+        )
         for _ in range(2):
             assert_same_run(lambda net: grad(some_loss(net(x)), x), plain, ours)
 
@@ -322,7 +325,7 @@ def test_a_stream_from_elsewhere(mode):
         lambda x: x.as_strided((4, FEATURES), (2, 1)),
         lambda x: torch.zeros(5, FEATURES) + torch.view_as_complex(torch.stack((x, x), -1)).conj().imag,
     ],
-    ids="view slice transposed expanded columns strided inner rows empty one flip overlapping conj".split(),
+    ids=["view", "slice", "transposed", "expanded", "columns", "strided", "inner", "rows", "empty", "one", "flip", "overlapping", "conj"],
 )
 @pytest.mark.parametrize("needs_grad", [True, False])
 def test_inputs_of_every_geometry(subject, data, of, needs_grad):
@@ -430,7 +433,9 @@ def test_values_that_are_not_finite(subject, data):
 
 def test_a_stack_with_reshapes_between(x):
     for mode in ("store", "recompute", "invert"):
-        ours = iz.InvertibleSequential(iz.AdditiveCoupling(mlp(3, 3)), iz.Reverse(), iz.AdditiveCoupling(mlp(3, 3)), iz.Reverse())
+        ours = iz.InvertibleSequential(
+            iz.AdditiveCoupling(mlp(3, 3)), iz.Reverse(), iz.AdditiveCoupling(mlp(3, 3)), iz.Reverse()
+        )
 
         class Flip(nn.Module):
             def forward(self, x):

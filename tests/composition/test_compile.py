@@ -10,7 +10,17 @@ from torch import Tensor, nn
 
 import invzoo as iz
 from invzoo.engine.memory import track_memory
-from tests.composition.cases import MODES, WIDTH, Case, assert_same, assert_same_step, gradients, make, subnet, train_step
+from tests.composition.cases import (
+    MODES,
+    WIDTH,
+    Case,
+    assert_same,
+    assert_same_step,
+    gradients,
+    make,
+    subnet,
+    train_step,
+)
 
 # Dynamo looks at `.grad` of every input, inductor imports scripted functions: torch's own business, with any net.
 # The warning about cached functions has a test of its own.
@@ -19,6 +29,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning"),
 ]
+
 
 @pytest.fixture(autouse=True)
 def fresh_compiler() -> Iterator[None]:

@@ -49,7 +49,11 @@ def selective(net: Callable, *args: Tensor) -> Tensor:
 
 
 def prefer(ctx, op, *args, **kwargs) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if op in (*MATMULS, torch.ops.aten.tanh.default) else CheckpointPolicy.PREFER_RECOMPUTE
+    return (
+        CheckpointPolicy.MUST_SAVE
+        if op in (*MATMULS, torch.ops.aten.tanh.default)
+        else CheckpointPolicy.PREFER_RECOMPUTE
+    )
 
 
 def by_policy(net: Callable, *args: Tensor) -> Tensor:
@@ -149,7 +153,9 @@ def test_batch_norm_in_a_checkpointed_stack(mode: str, how: Callable):
     case = make("invertible_sequential", lambda n: subnet(n, middle=nn.BatchNorm1d(5)))
     with iz.mode(case.net, mode):
         assert_same_step(case, how)
-    if how is nonreentrant:  # its recomputation stops early; here it has less to recompute, so statistics move less often
+    if (
+        how is nonreentrant
+    ):  # its recomputation stops early; here it has less to recompute, so statistics move less often
         assert all(b in (2, 4) for b in case.net.buffers() if not b.is_floating_point())
         return
     assert_same([b.double() for b in case.net.buffers()], [b.double() for b in case.plain.buffers()])
@@ -278,7 +284,9 @@ def test_flops_of_forward_are_those_of_a_plain_net(case: Case):
 
 def inner_stack(plain: bool, features: int, depth: int = 2) -> nn.Module:
     layer = PlainAdditive if plain else iz.AdditiveCoupling
-    nets = [layer(nn.Linear(features // 2, features // 2), nn.Linear(features // 2, features // 2)) for _ in range(depth)]
+    nets = [
+        layer(nn.Linear(features // 2, features // 2), nn.Linear(features // 2, features // 2)) for _ in range(depth)
+    ]
     return (nn.Sequential if plain else iz.InvertibleSequential)(*nets)
 
 

@@ -42,7 +42,9 @@ def other_parameters(net: nn.Module, kind: str) -> tuple[dict[str, Tensor], list
     elif kind == "view":
         flat = torch.cat([v.detach().flatten() for v in leaves]).requires_grad_()
         leaves = [flat]
-        values = [p.reshape(q.shape) for p, q in zip(flat.split([q.numel() for q in net.parameters()]), net.parameters())]
+        values = [
+            p.reshape(q.shape) for p, q in zip(flat.split([q.numel() for q in net.parameters()]), net.parameters())
+        ]
     else:
         values = [v.detach() for v in leaves]
     return dict(zip([n for n, _ in net.named_parameters()], values, strict=True)), leaves
@@ -142,7 +144,8 @@ TRANSFORMS: dict[str, Callable[[nn.Module, dict[str, Tensor], Tensor], object]] 
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_torch_func(case: Case, name: str):
     results = [
-        TRANSFORMS[name](net, {n: p.detach() for n, p in net.named_parameters()}, case.x) for net in (case.net, case.plain)
+        TRANSFORMS[name](net, {n: p.detach() for n, p in net.named_parameters()}, case.x)
+        for net in (case.net, case.plain)
     ]
     assert_same(*results)
     assert_same_step(case)

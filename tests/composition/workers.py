@@ -4,7 +4,6 @@ import copy
 import datetime
 import traceback
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch

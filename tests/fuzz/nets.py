@@ -30,11 +30,18 @@ class Subnet(nn.Module):
             layers.append(nn.BatchNorm1d(4) if rank == 2 else nn.BatchNorm2d(4))
         layers += {"linear": [], "relu": [nn.ReLU()], "inplace": [nn.ReLU(inplace=True)]}.get(kind, [nn.Tanh()])
         if kind in ("dropout", "both"):
-            layers.append(nn.Dropout(0.3))
+            layers.append(Dropout())
         self.body, self.last = nn.Sequential(*layers), dense(4, outputs, rank)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.last(self.body(x))
+
+
+class Dropout(nn.Module):
+    """Torch's own draws in the order of the memory, and the plain maths may lay it out in another one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (torch.rand(x.shape, dtype=x.dtype) > 0.3) / 0.7 if self.training else x
 
 
 class Conditioned(Subnet):
