@@ -17,6 +17,7 @@ __all__ = [
     "backward_id",
     "cpu_generator",
     "deny_data",
+    "digest",
     "forward_ad_active",
     "functorch_active",
     "has_accelerator",
@@ -156,6 +157,12 @@ def same_state(a: Tensor, b: Tensor) -> bool:
         return torch.equal(a, b)
 
 
+def digest(state: Tensor) -> int:
+    """Sum up the state of a generator in one number."""
+    with torch._C._DisableTorchDispatch():
+        return hash(state.numpy().tobytes())
+
+
 @contextlib.contextmanager
 def plainly() -> Iterator[None]:
     """Run operators as if no `vmap` were active and hooks were allowed: a graph made without them may be run inside."""
@@ -165,7 +172,7 @@ def plainly() -> Iterator[None]:
 
             stack.enter_context(temporarily_clear_interpreter_stack())
         if not hooks_enabled():
-            message = torch._C._autograd._saved_tensors_hooks_get_disabled_error_message()
+            message: Any = torch._C._autograd._saved_tensors_hooks_get_disabled_error_message()
             torch._C._autograd._saved_tensors_hooks_enable()
             stack.callback(torch._C._autograd._saved_tensors_hooks_disable, message)
         level = torch._C._vmapmode_increment_nesting()

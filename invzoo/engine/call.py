@@ -24,6 +24,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -127,7 +128,7 @@ class Call:
         self.given: list[tuple[str, Tensor, int]] = []  # tensors that the replay gets as they are, and their versions
         for name, value in (*enumerate(self.inputs), *self.side.items()):
             what = f"side input {name!r}" if isinstance(name, str) else f"input {name}"
-            map_tensors(lambda t, what=what: self.given.append((what, t, version_of(t))), value)
+            map_tensors(partial(self._give, what), value)
         self.leaves: list[tuple[weakref.ref[Tensor], int]] = []  # weights, wherever they come from
         self.leaf_inputs = {storage_key(x) for x in inputs if isinstance(x, Tensor) and x.requires_grad and x.is_leaf}
         self.handles: list[weakref.ref[Handle]] = []
@@ -141,6 +142,9 @@ class Call:
         tensors = [x for x in (*inputs, *side.values()) if isinstance(x, Tensor)]
         generators = [x for x in (*inputs, *side.values()) if isinstance(x, torch.Generator)]
         self.surroundings = Surroundings(operation.roots, tensors, generators)
+
+    def _give(self, what: str, tensor: Tensor) -> None:
+        self.given.append((what, tensor, version_of(tensor)))
 
     def forward(self, inputs: tuple[Any, ...], side: dict[str, Any]) -> Any:
         operation = self.operation
@@ -260,6 +264,7 @@ class Call:
                 self._replay(tape)
                 self._verify(tape.inputs)
             tape.fill()
+            self.surroundings.check_generators()
         self._put(tape.inputs, done=not keep)
         if keep:
             self._drop()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
-from ._torch import cpu_generator, has_accelerator, is_distributed, same_state, storage_key, version_of
+from ._torch import cpu_generator, digest, has_accelerator, is_distributed, same_state, storage_key, version_of
 from .observers import Observers
 
 __all__ = ["Surroundings", "map_tensors", "walk"]
@@ -64,6 +64,7 @@ class _State(NamedTuple):
     get: Callable[[], Tensor]
     set: Callable[[Tensor], Any]
     state: Tensor
+    end: int = 0  # a digest of its state after the call
 
 
 def _generator_states(devices: Iterable[torch.device], generators: Iterable[torch.Generator]) -> list[_State]:
@@ -130,6 +131,7 @@ class Surroundings:
         """After the call: forget what it left alone, and learn what to put back before a replay."""
         if not seed:
             self.generators = [g for g in self.generators if not same_state(g.state, g.get())]
+        self.generators = [g._replace(end=digest(g.get())) for g in self.generators]
         for table, name, tensor, version, copy, counted in self.entries:
             now, moved = table.get(name), version_of(tensor) != version
             if copy is None and moved:
@@ -153,6 +155,14 @@ class Surroundings:
                     f"of {entry.name!r}. Call backward before optimizer.step() or load_state_dict()"
                 )
 
+    def check_generators(self) -> None:
+        """After a replay: see that it drew what the call drew, and nobody else did meanwhile."""
+        if any(digest(g.get()) != g.end for g in self.generators):
+            raise RuntimeError(
+                "Expected a replay to draw the random numbers that its forward drew; got others. Another thread may "
+                "have drawn some at the same time: use mode 'store' there, or a generator of its own for each"
+            )
+
     def rewind(self) -> None:
         """Bring generators, buffers and hooks to where they were when the call began; a replay moves them again."""
         for generator in self.generators:
@@ -165,7 +175,7 @@ class Surroundings:
     def restored(self) -> Iterator[None]:
         """Put everything back as it was, for as long as the context lasts."""
         self._check()
-        put = [e for e in self.unchanged if (now := e.table.get(e.name)) is not e.tensor and not is_distributed(now)]
+        put = [e for e in self.unchanged if (now := e.table[e.name]) is not e.tensor and not is_distributed(now)]
         toggled = [e for e in self.unchanged if e.tensor.requires_grad != e.requires_grad]
         flags = [(m, was, m.training) for m, was in self.training if m.training != was]
         states = [(g.set, g.get()) for g in self.generators]

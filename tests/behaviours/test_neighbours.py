@@ -325,7 +325,7 @@ def test_a_stream_from_elsewhere(mode):
         lambda x: x.as_strided((4, FEATURES), (2, 1)),
         lambda x: torch.zeros(5, FEATURES) + torch.view_as_complex(torch.stack((x, x), -1)).conj().imag,
     ],
-    ids=["view", "slice", "transposed", "expanded", "columns", "strided", "inner", "rows", "empty", "one", "flip", "overlapping", "conj"],
+    ids="view slice transposed expanded columns strided inner rows empty one flip overlapping conj".split(),  # noqa: SIM905
 )
 @pytest.mark.parametrize("needs_grad", [True, False])
 def test_inputs_of_every_geometry(subject, data, of, needs_grad):

@@ -1,4 +1,4 @@
-"""Threads: models trained side by side, graphs walked elsewhere than they were built, and by several threads at once."""
+"""Threads: models trained side by side, graphs walked elsewhere than they were built, and by several threads."""
 
 import threading
 from collections.abc import Callable
@@ -111,7 +111,7 @@ def test_one_graph_walked_by_four_threads(case: Case):
     expected = torch.autograd.grad(case.plain(x.sigmoid()).square().sum(), [x, *case.plain.parameters()])
     for _ in range(15):
         loss = case.net(x.sigmoid()).square().sum()
-        for found in together(*[lambda: torch.autograd.grad(loss, wanted, retain_graph=True)] * 4):
+        for found in together(*[lambda loss=loss: torch.autograd.grad(loss, wanted, retain_graph=True)] * 4):
             assert_same(found, expected)
 
 
@@ -137,7 +137,7 @@ def test_saved_tensors_looked_at_by_four_threads(case: Case):
         y = case.net(x.sigmoid())
         alone = saved(y)
         assert alone
-        for found in together(*[lambda: saved(y)] * 4):
+        for found in together(*[lambda y=y: saved(y)] * 4):
             assert_same(found, alone)
 
 

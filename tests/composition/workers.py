@@ -1,7 +1,7 @@
 """What the processes of a distributed test run; each check raises in its process, and the parent reports it."""
 
 import copy
-import datetime
+import datetime as dt
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -29,7 +29,7 @@ def serve(rank: int, store: str, suite: str, answers: Any) -> None:
     torch.set_default_dtype(torch.float64)
     failures: dict[str, str] = {}
     dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD, timeout=datetime.timedelta(seconds=30)
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD, timeout=dt.timedelta(seconds=30)
     )
     for name, check in {"ddp": DDP_CHECKS, "fsdp": FSDP_CHECKS}[suite].items():
         torch.manual_seed(0)

@@ -17,7 +17,7 @@ BATCH = 4
 TOLERANCE = {"float64": 1e-9, "float32": 2e-3}
 
 
-class Unfit(Exception):  # noqa: N818
+class Unfit(Exception):
     """A program whose plain run has numbers too large or not finite: nothing can be learned from it."""
 
 
