@@ -8,7 +8,7 @@ from hypothesis import settings
 
 import invzoo as iz
 
-__all__ = ["names_for_doctests", "seeded"]
+__all__ = ["names_for_doctests", "pytest_addoption", "seeded"]
 
 settings.register_profile("default", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True)
@@ -27,3 +27,10 @@ def seeded() -> None:
 @pytest.fixture(autouse=True)
 def names_for_doctests(doctest_namespace: dict[str, object]) -> None:
     doctest_namespace.update(torch=torch, nn=torch.nn, iz=iz)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("fuzz")
+    group.addoption("--fuzz-examples", type=int, default=100, help="how many random programs to compare, in all shards")
+    group.addoption("--fuzz-shards", type=int, default=1, help="in how many tests, for pytest-xdist to share out")
+    group.addoption("--fuzz-seed", type=int, default=None, help="where to start; by default always at the same place")

@@ -1,8 +1,8 @@
 """Forward hooks on the modules inside a call: they fire in forward, and not again in its replay."""
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterable, Iterator
-from functools import wraps
 from typing import Any
 
 from torch import nn
@@ -21,14 +21,64 @@ def _is_torch(hook: Any) -> bool:
     return owner.split(".")[0] == "torch"
 
 
-def _nothing(*_args: Any, **_kwargs: Any) -> None:
-    return None
+class _StandIn:
+    """Stands in a module's table for a user's hook, and lets the thread that calls it decide whether it runs."""
+
+    __slots__ = ("hook", "users")
+
+    def __init__(self, hook: Hook):
+        self.hook = hook
+        self.users = 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return _thread.run(self.hook, args, kwargs)
 
 
-def _tables(modules: Iterable[nn.Module]) -> list[dict[int, Hook]]:
+def _plainly(hook: Hook, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return hook(*args, **kwargs)
+
+
+class _Thread(threading.local):
+    run: Callable[[Hook, tuple[Any, ...], dict[str, Any]], Any] = staticmethod(_plainly)
+
+
+_thread = _Thread()
+_lock = threading.Lock()
+_Site = tuple[dict[int, Hook], int, Hook]
+
+
+def _sites(modules: Iterable[nn.Module]) -> list[_Site]:
+    """Find the users' hooks on these modules and on all modules."""
     tables = [t for m in modules for t in (m._forward_pre_hooks, m._forward_hooks) if t]
     tables += [getattr(torch_module, name, {}) for name in ("_global_forward_pre_hooks", "_global_forward_hooks")]
-    return list({id(table): table for table in tables if table}.values())  # a shared module comes twice
+    tables = list({id(table): table for table in tables if table}.values())  # a shared module comes twice
+    found = [(t, key, hook.hook if isinstance(hook, _StandIn) else hook) for t in tables for key, hook in t.items()]
+    return [site for site in found if not _is_torch(site[2])]
+
+
+@contextlib.contextmanager
+def _standing_in(sites: list[_Site], run: Callable[..., Any]) -> Iterator[None]:
+    """Run the hooks at these sites, as far as this thread calls them, through ``run``."""
+    with _lock:
+        held = [(table, key, _stand_in(table, key, hook)) for table, key, hook in sites]
+    before, _thread.run = _thread.run, run
+    try:
+        yield
+    finally:
+        _thread.run = before
+        with _lock:
+            for table, key, stand_in in held:
+                stand_in.users -= 1
+                if not stand_in.users and table.get(key) is stand_in:  # a hook may remove itself
+                    table[key] = stand_in.hook
+
+
+def _stand_in(table: dict[int, Hook], key: int, hook: Hook) -> _StandIn:
+    found = table.get(key)
+    stand_in = found if isinstance(found, _StandIn) else _StandIn(hook)
+    stand_in.users += 1
+    table[key] = stand_in
+    return stand_in
 
 
 class Observers:
@@ -42,49 +92,48 @@ class Observers:
 
     def __init__(self, modules: list[nn.Module]):
         self.modules = modules
-        self.active: dict[tuple[int, int], tuple[dict[int, Hook], int, Hook]] = {}  # those that returned a value
+        self.active: list[_Site] = []  # those whose hooks returned a value
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
         """During forward: learn which hooks return a value, and keep what autograd saves inside them."""
-        sites = [(t, key, hook) for t in _tables(self.modules) for key, hook in t.items() if not _is_torch(hook)]
-        for site in sites:
-            site[0][site[1]] = self._watch(*site)
-        try:
+        sites = _sites(self.modules)
+        if not sites:
             yield
-        finally:
-            for table, key, hook in sites:
-                if key in table:  # a hook may remove itself
-                    table[key] = hook
+            return
+        returned: set[int] = set()
+
+        def run(hook: Hook, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            result = _run_apart(hook, args, kwargs)
+            if result is not None:
+                returned.add(id(hook))
+            return result
+
+        with _standing_in(sites, run):
+            yield
+        self.active = [site for site in sites if id(site[2]) in returned]
 
     @contextlib.contextmanager
     def silenced(self) -> Iterator[None]:
         """During a replay: run torch's own hooks, and of the users' those alone that returned a value in forward."""
-        tables = _tables(self.modules) + [table for table, _, _ in self.active.values()]
-        tables = list({id(table): table for table in tables}.values())
-        before = [dict(table) for table in tables]
-        try:
-            for table in tables:
-                table.update({key: _nothing for key, hook in table.items() if not _is_torch(hook)})
-            self.arm()
+        gone = [(table, key) for table, key, _ in self.active if key not in table]
+        sites = _sites(self.modules) + [(t, k, hook) for t, k, hook in self.active if (t, k) in gone]
+        if not sites:
             yield
-        finally:
-            for table, was in zip(tables, before, strict=True):
-                table.clear()
-                table.update(was)
+            return
+        active = {id(hook) for _, _, hook in self.active}
+        with _standing_in(sites, lambda hook, *call: _run_apart(hook, *call) if id(hook) in active else None):
+            yield
+        for table, key in gone:
+            table.pop(key, None)
 
     def arm(self) -> None:
         """Put the hooks that returned a value in place, though one may have removed itself since."""
-        for table, key, hook in self.active.values():
-            table[key] = self._watch(table, key, hook)
+        for table, key, hook in self.active:
+            if key not in table:
+                table[key] = _StandIn(hook)
 
-    def _watch(self, table: dict[int, Hook], key: int, hook: Hook) -> Hook:
-        @wraps(hook)
-        def watched(*args: Any, **kwargs: Any) -> Any:
-            with saved_tensors_hooks(lambda tensor: tensor.detach(), lambda tensor: tensor):
-                result = hook(*args, **kwargs)
-            if result is not None:
-                self.active[id(table), key] = (table, key, hook)
-            return result
 
-        return watched
+def _run_apart(hook: Hook, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    with saved_tensors_hooks(lambda tensor: tensor.detach(), lambda tensor: tensor):
+        return hook(*args, **kwargs)

@@ -89,7 +89,9 @@ class InvertibleLeakyReLU(InvertibleModule):
     """Scale negative values: ``x -> x`` where ``x > 0`` and ``negative_slope * x`` elsewhere.
 
     The output has the input's sign, so the inverse divides the negative ones by the slope. The derivative at 0 is the
-    slope, as in `torch.nn.LeakyReLU`, and that of the inverse is its reciprocal.
+    slope, as in `torch.nn.LeakyReLU`, and that of the inverse is its reciprocal. In mode ``invert``, an exact zero that
+    later layers rebuild may come back as a rounding error of either sign, with the derivative of that side; behind a
+    ReLU, whose zeros are many, use mode ``recompute``.
 
     Shapes: ``(...) -> (...)``.
 

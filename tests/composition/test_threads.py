@@ -193,7 +193,7 @@ def test_a_shared_model_with_hooks_fires_them_in_every_thread(mode: str):
 
 
 def test_batch_norm_beside_a_thread_that_draws_random_numbers(mode: str):
-    """One thread trains with BatchNorm; another draws random numbers. The replay must be as the forward was."""
+    """One thread trains with BatchNorm; another draws random numbers: no wrong number, though a replay may refuse."""
     case = make("invertible_sequential", lambda n: subnet(n, middle=nn.BatchNorm1d(5)))
     stop = threading.Event()
 
@@ -205,6 +205,8 @@ def test_batch_norm_beside_a_thread_that_draws_random_numbers(mode: str):
         try:
             for _ in range(10):
                 assert_same(train_step(case.net, case.x), train_step(case.plain, case.x))
+        except RuntimeError as error:
+            assert "Another thread may have drawn" in str(error)  # noqa: PT017 - once in a while
         finally:
             stop.set()
 

@@ -258,12 +258,12 @@ def compare(actual: Record, expected: Record, tolerance: float, scale: float) ->
 
 
 def same(actual: Any, expected: Any, tolerance: float, scale: float) -> None:
-    """Compare on the scale of the tensor, or on a hundredth of the program's where a sum cancels."""
+    """Compare on the scale of the tensor, or on the program's: that of the terms, where a sum cancels."""
     if not isinstance(expected, Tensor):
         assert type(actual) is type(expected)
         assert actual == expected
         return
     assert isinstance(actual, Tensor), f"{expected}, not {actual}"
     exact = not expected.is_floating_point()
-    largest = 0.0 if exact or not expected.numel() else max(expected.abs().max().item(), scale / 100)
+    largest = 0.0 if exact or not expected.numel() else max(expected.abs().max().item(), scale)
     torch.testing.assert_close(actual, expected, rtol=0, atol=0 if exact else tolerance * largest)
