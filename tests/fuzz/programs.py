@@ -232,8 +232,16 @@ def record_of(case: Case, plain: bool = False, mode: str | None = None) -> Recor
     return Run(case, plain, mode).run()
 
 
+def _divides_by_nothing(case: Case) -> bool:
+    """Whether BatchNorm sees equal rows: it divides by the root of eps then, and higher derivatives by its powers."""
+    layouts = {forward.layout for iteration in case.iterations for forward in iteration.forwards}
+    return "expanded" in layouts and "batchnorm" in repr(case.net)
+
+
 def check(case: Case) -> None:
     """Assert that the case gives the same numbers with InvZoo's layers and with plain maths."""
+    if _divides_by_nothing(case):
+        raise Unfit
     expected = record_of(case, plain=True)
     numbers = [v.abs().max().item() for v in expected.values() if isinstance(v, Tensor) and v.is_floating_point()]
     scale, tolerance = max(numbers), TOLERANCE[case.net.dtype]
