@@ -37,7 +37,8 @@ class _Kept:
     def begin(self, call: "Call") -> None:
         last, self.last = self.last(), weakref.ref(call)
         if last is not None and last is not call:
-            last.release()
+            with last.lock:
+                last.release()
         task = backward_id()
         if task not in (-1, self.task):
             self.task = task
