@@ -233,8 +233,6 @@ class Call:
         value = handle.value
         if value is not None:
             return value
-        if keeps_graph():
-            state.kept.begin(self)  # takes other calls' locks, so not with this one's
         with self.lock, plainly():
             if handle.value is None:
                 self.rebuild()
@@ -252,6 +250,8 @@ class Call:
     def rebuild(self) -> None:
         """Replay the call, and give the graph what it saved (rules 3 and 4)."""
         keep = keeps_graph()
+        if keep:
+            state.kept.begin(self)
         self._pull()
         tape = Tape(self)
         with self._as_it_was():

@@ -36,9 +36,10 @@ class _Kept:
 
     def begin(self, call: "Call") -> None:
         last, self.last = self.last(), weakref.ref(call)
-        if last is not None and last is not call:
-            with last.lock:
-                last.release()
+        # Another thread that has the lock releases the call when it is done with it; waiting could wait for ever.
+        if last is not None and last is not call and last.lock.acquire(blocking=False):
+            last.release()
+            last.lock.release()
         task = backward_id()
         if task not in (-1, self.task):
             self.task = task
