@@ -1,15 +1,17 @@
 """The base class of every invertible layer, and a layer with its directions swapped."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 from torch.distributions import constraints
 
 from . import engine
 from .contract import Finding, check_function, check_inverse
 from .engine import Mode, Operation, Policy, SideNames, Tape
+from .errors import refuse
+from .log_dets import zero_log_det
 
 __all__ = ["Inverse", "InvertibleModule", "mode"]
 
@@ -59,6 +61,7 @@ class InvertibleModule(nn.Module):
     codomain: ClassVar[constraints.Constraint] = constraints.real
     volume_preserving: ClassVar[bool] = False
     saturating: ClassVar[bool] = False  # the inverse loses precision: mode invert keeps the input instead
+    slow_inverse: ClassVar[bool] = False  # the inverse takes many evaluations: mode invert keeps the input instead
     exact: ClassVar[bool] = False  # the inverse is exact in floating point
     composite: ClassVar[bool] = False  # made of layers that are calls of their own
     streams: Any = None  # how the layer splits one tensor into two streams, if it takes either
@@ -90,17 +93,44 @@ class InvertibleModule(nn.Module):
         """Rebuild the inputs and run the function once more on the tape; override to share work between the two."""
         tape.run(self.function, *tape.invert(*outputs), **side)
 
+    def log_det(self, *inputs: Any, **side: Any) -> Tensor:
+        """Compute log abs det of the Jacobian of :meth:`function` at ``inputs``, per sample: shape (B,)."""
+        if not self.volume_preserving:
+            refuse(self, "layer", "be a bijection with a log-determinant", "one without", TypeError)
+        return zero_log_det(self, inputs)
+
+    def function_and_log_det(self, *inputs: Any, **side: Any) -> tuple[Any, Tensor]:
+        """Compute both; override it where they share work."""
+        return self.function(*inputs, **side), self.log_det(*inputs, **side)
+
     def forward(self, *inputs: Any, strict_forward: bool = False, **side: Any) -> Any:
         """Run :meth:`function` so that backward rebuilds what it needs."""
-        if self._policy.free_input:
-            with engine.freeing(self._name(), inputs):
-                return self._forward(*inputs, **side)
-        return self._forward(*inputs, **side)
+        with self._freeing(inputs):
+            if self.composite:
+                return self.function(*inputs, **side)
+            return engine.call(self._operation(), inputs, side)
 
-    def _forward(self, *inputs: Any, **side: Any) -> Any:
-        if self.composite:
-            return self.function(*inputs, **side)
-        return engine.call(self._operation(), inputs, side)
+    def forward_and_log_det(self, *inputs: Any, **side: Any) -> tuple[Any, Tensor]:
+        """Return what the layer returns, and log abs det of its Jacobian per sample, with the same memory.
+
+        Returns:
+            ``(y, log_det)`` with ``log_det`` of shape (B,), in the dtype of the input, or float32 if that is a half.
+
+        Raises:
+            TypeError: for a layer that is no bijection.
+        """
+        with self._freeing(inputs):
+            if self.composite:
+                return self.function_and_log_det(*inputs, **side)
+            *outputs, log_det = engine.call(self._operation_with_log_det(), inputs, side)
+            return (outputs[0] if len(outputs) == 1 else tuple(outputs)), log_det
+
+    def inverse_and_log_det(self, *outputs: Any, **side: Any) -> tuple[Any, Tensor]:
+        """Return the inverse and log abs det of *its* Jacobian, so minus that of the forward, as a call of its own."""
+        return self.inv.forward_and_log_det(*outputs, **side)
+
+    def _freeing(self, inputs: tuple[Any, ...]) -> AbstractContextManager[Any]:
+        return engine.freeing(self._name(), inputs) if self._policy.free_input else nullcontext()
 
     def check_function(self, *inputs: Any, **side: Any) -> Finding:
         """Say whether :meth:`function` keeps its contract on these inputs; true or false, and printed, why.
@@ -122,9 +152,26 @@ class InvertibleModule(nn.Module):
             replay=self.replay,
             roots=(self,),
             policy=self._policy,
-            saturating=self.saturating,
+            keeps_input=self.saturating or self.slow_inverse,
             takes_saved="saved" in SideNames.of(self.inverse).names,
         )
+
+    def _operation_with_log_det(self) -> Operation:
+        def function(*inputs: Any, **side: Any) -> tuple[Any, ...]:
+            outputs, log_det = self.function_and_log_det(*inputs, **side)
+            return *engine.tuple_of(outputs), log_det
+
+        def replay(tape: Tape, *outputs: Any, **side: Any) -> None:
+            if _is_overridden(self, "function_and_log_det"):
+                tape.run(self.function_and_log_det, *tape.invert(*outputs), **side)
+            else:
+                self.replay(tape, *outputs, **side)
+                tape.run(self.log_det, *tape.inputs, **side)
+
+        operation = self._operation()
+        operation.name, operation.log_det = f"{operation.name} (log_det)", True
+        operation.function, operation.replay = function, replay
+        return operation
 
     def _policies(self) -> list[Policy]:
         return [self._policy]
@@ -141,7 +188,7 @@ class InvertibleModule(nn.Module):
         return type(self).__name__
 
     def _has_inverse(self) -> bool:
-        return type(self).inverse is not InvertibleModule.inverse
+        return _is_overridden(self, "inverse")
 
     @property
     def inv(self) -> "InvertibleModule":
@@ -154,6 +201,10 @@ class InvertibleModule(nn.Module):
     seed = _option("seed", "Whether the random number generators' state is kept on every call, used or not.", bool)
     check = _option("check", "When a replay is compared with its forward: first, always or never.", engine.check_of)
     free_input = _option("free_input", "Whether a call frees the memory of its input until backward.", bool)
+
+
+def _is_overridden(layer: InvertibleModule, method: str) -> bool:
+    return getattr(type(layer), method) is not getattr(InvertibleModule, method)
 
 
 class Inverse(InvertibleModule):
@@ -182,10 +233,20 @@ class Inverse(InvertibleModule):
     codomain = property(lambda self: self.layer.domain)
     volume_preserving = property(lambda self: self.layer.volume_preserving)
     saturating = property(lambda self: self.layer.saturating)
+    slow_inverse = property(lambda self: self.layer.slow_inverse)
     exact = property(lambda self: self.layer.exact)
     composite = property(lambda self: self.layer.composite)
     streams = property(lambda self: self.layer.streams)
     inv = property(lambda self: self.layer)
+
+    def log_det(self, *inputs: Any, **side: Any) -> Tensor:
+        return self.function_and_log_det(*inputs, **side)[1]
+
+    def function_and_log_det(self, *inputs: Any, **side: Any) -> tuple[Any, Tensor]:
+        if self.composite:
+            return self.layer.inverse_and_log_det(*inputs, **side)
+        outputs = self.layer.inverse(*inputs, **side)
+        return outputs, -self.layer.log_det(*engine.tuple_of(outputs), **side)
 
     def side_names(self) -> SideNames:
         return self.layer.side_names()

@@ -54,8 +54,10 @@ class Operation:
             inverts first and then runs the function.
         roots: the modules whose parameters, buffers, flags and hooks the function sees.
         policy: mode and checks.
-        saturating: whether the inverse loses precision, so that ``invert`` keeps the inputs instead.
+        keeps_input: whether ``invert`` keeps the inputs instead of inverting, which loses precision or takes long.
         takes_saved: whether ``inverse`` has the argument ``saved``, the set of input positions not to compute.
+        log_det: whether the function returns a log-determinant behind its outputs, which ``inverse`` and ``replay`` do
+            without, so that nobody holds it.
     """
 
     name: str
@@ -64,8 +66,9 @@ class Operation:
     replay: "Callable[..., None] | None"
     roots: Sequence[nn.Module]
     policy: Policy
-    saturating: bool = False
+    keeps_input: bool = False
     takes_saved: bool = False
+    log_det: bool = False
 
 
 def call(operation: Operation, inputs: tuple[Any, ...], side: dict[str, Any]) -> Any:
@@ -171,9 +174,9 @@ class Call:
         """Forget everything that a replay can rebuild."""
         operation = self.operation
         self.surroundings.close(operation.policy.seed)
-        invert = operation.policy.mode is Mode.invert and not operation.saturating
+        invert = operation.policy.mode is Mode.invert and not operation.keeps_input
         if invert:
-            self._link(inputs, outputs)
+            self._link(inputs, outputs[:-1] if operation.log_det else outputs)
         else:
             self.kept = tuple(x.detach() if isinstance(x, Tensor) else None for x in inputs)
             self.given += [(f"input {i}", x, version_of(x)) for i, x in enumerate(self.kept) if x is not None]

@@ -1,10 +1,12 @@
 """Errors of one form, "<Layer>: Expected <argument> to ...; got ...", for every layer."""
 
 from collections.abc import Collection
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..errors import refuse
 
 __all__ = [
     "autocast_enabled",
@@ -17,12 +19,6 @@ __all__ = [
     "check_positive_int",
     "refuse",
 ]
-
-
-def refuse(owner: object, argument: str, expected: str, got: object, error: type[Exception] = ValueError) -> NoReturn:
-    """Raise ``error`` with the one message that all checks share; ``owner`` is a layer or its name."""
-    name = owner if isinstance(owner, str) else type(owner).__name__
-    raise error(f"{name}: Expected {argument} to {expected}; got {got}")
 
 
 def check_choice(owner: object, argument: str, value: Any, choices: Collection[Any]) -> None:
