@@ -18,6 +18,9 @@ from .layers.permutation import Deinterleave, Interleave, Permute, Reverse, Shuf
 from .layers.split import Merge, Split
 from .module import Inverse, InvertibleModule, mode
 
+# isort: split
+from . import testing  # its catalogue names the classes above
+
 __all__ = [
     "AdditiveCoupling",
     "AffineCoupling",
@@ -44,4 +47,5 @@ __all__ = [
     "checkpoint",
     "mode",
     "requires_grad",
+    "testing",
 ]

@@ -9,7 +9,8 @@ import invzoo as iz
 
 ROOT = pathlib.Path(iz.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
-ORDER = ["errors", "log_dets", "engine", "contract", "module", "layers", "containers", "demo", "cli", "__main__"]
+ORDER = ["errors", "log_dets", "engine", "contract", "module", "layers", "containers", "testing"]
+ORDER += ["demo", "cli", "__main__"]
 
 
 def level(parts):

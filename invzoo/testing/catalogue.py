@@ -1,0 +1,319 @@
+"""The catalogue: one entry per layer class, which the tests, the README's table and ``invzoo zoo`` read.
+
+To add a layer, add one :class:`Entry` to :data:`CATALOGUE`, in the section of its family::
+
+    Entry(iz.Tanh, "tanh(x)", "sum log(1 - y^2)", Case(iz.Tanh, (3, 4)), keeps="its input"),
+
+with the class, its map and its log-determinant in words ("0" if it keeps volumes, "none" if it has none), and a
+:class:`Case` for each variant that is worth a test of its own::
+
+    Case(lambda: iz.Linear(6, kind="plu"), (6,), id="plu"),
+    Case(lambda: iz.Conditioned(6, nn.Linear(2, 6)), (6,), id="context", side={"context": (2,)}),
+
+Shapes are those of one sample, without the batch. Several shapes are several inputs. Inputs are drawn inside the
+layer's ``domain``; where that says too little (values away from a kink, integers), give ``draw``. Keep shapes small:
+every property is checked on every case. The map is also the text of the README's row.
+
+What a layer cannot do is said in its case, with the arguments of :func:`invzoo.testing.assert_invertible`:
+``independent_samples=False`` (a batch norm), ``kept_bytes=...`` (per layer in mode ``invert``), and
+``without={"assert_gradients": "the gradient is straight-through"}`` for a whole assertion, with the reason.
+"""
+
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import invzoo as iz
+
+from ..module import InvertibleModule
+from .inputs import Draw, Shape, draw_from
+
+__all__ = ["CATALOGUE", "Case", "Entry", "cases"]
+
+
+class Case:
+    """A way to build a layer, and the inputs that it takes.
+
+    Args:
+        make: builds the layer, from torch's random state.
+        shapes: of the inputs, without the batch.
+        id: what tells this variant from the others of its class.
+        side: shapes of the side inputs by name, without the batch.
+        draw: ``draw(shape, generator) -> Tensor`` in float64, in place of a draw from the layer's domain.
+        allowances: arguments of :func:`invzoo.testing.assert_invertible`.
+
+    Example:
+        >>> case = iz.testing.Case(iz.InvertibleSigmoid, (3, 4))
+        >>> case.layer(), case.inputs(batch=2)[0].shape
+        (InvertibleSigmoid(), torch.Size([2, 3, 4]))
+    """
+
+    name: str
+
+    def __init__(
+        self,
+        make: Callable[[], InvertibleModule],
+        *shapes: Shape,
+        id: str = "",  # noqa: A002 - pytest's word
+        side: dict[str, Shape] | None = None,
+        draw: Draw | None = None,
+        **allowances: Any,
+    ) -> None:
+        self.make, self.shapes, self.id, self.side, self.draw = make, shapes, id, side or {}, draw
+        self.allowances = allowances
+        self.name = id
+
+    def layer(self, seed: int = 0, dtype: torch.dtype = torch.float64, perturbation: float = 0.1) -> InvertibleModule:
+        """Build the layer, and move its parameters by ``perturbation`` times normal noise; torch's state stays."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            layer = self.make().to(dtype)
+            with torch.no_grad():
+                for parameter in layer.parameters():
+                    parameter.add_(perturbation * torch.randn_like(parameter))
+        return layer
+
+    def inputs(self, batch: int = 3, dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple[Tensor, ...]:
+        """Draw the inputs."""
+        layer, generator = self.layer(), torch.Generator().manual_seed(seed)
+        domains = layer.domain if isinstance(layer.domain, tuple) else (layer.domain,) * len(self.shapes)
+        return tuple(
+            (self.draw((batch, *shape), generator) if self.draw else draw_from(domain, (batch, *shape), generator)).to(
+                dtype
+            )
+            for shape, domain in zip(self.shapes, domains, strict=True)
+        )
+
+    def side_inputs(self, batch: int = 3, dtype: torch.dtype = torch.float64, seed: int = 0) -> dict[str, Tensor]:
+        """Draw the side inputs."""
+        generators = {name: torch.Generator().manual_seed(seed + zlib.crc32(name.encode())) for name in self.side}
+        return {
+            name: torch.randn(batch, *shape, generator=generators[name], dtype=torch.float64).to(dtype)
+            for name, shape in self.side.items()
+        }
+
+    def __repr__(self) -> str:
+        return f"<{self.name}>"
+
+
+class Entry:
+    """A layer class in words, and the cases that its tests build.
+
+    Args:
+        layer: the class.
+        map: y as a function of x.
+        log_det: the log-determinant in words; ``"none"`` if the layer is no bijection.
+        cases: one for each variant.
+        cost: of the inverse, in runs of the forward.
+        keeps: what a call in mode ``invert`` keeps.
+    """
+
+    def __init__(
+        self,
+        layer: type[InvertibleModule],
+        map: str,  # noqa: A002 - the field's word
+        log_det: str,
+        *cases: Case,
+        cost: str = "1x",
+        keeps: str = "nothing",
+    ) -> None:
+        self.layer, self.map, self.log_det, self.cases, self.cost, self.keeps = layer, map, log_det, cases, cost, keeps
+        for case in cases:
+            case.name = f"{self.name}[{case.id}]" if case.id else self.name
+
+    @property
+    def name(self) -> str:
+        return self.layer.__name__
+
+    @property
+    def conditioned(self) -> bool:
+        """Whether the layer can take side inputs."""
+        return any(case.side for case in self.cases)
+
+    @property
+    def domain(self) -> str:
+        """The values that the layer takes, in words."""
+        domain = self.cases[0].layer().domain if self.cases else self.layer.domain
+        return str(domain)
+
+    def __repr__(self) -> str:
+        return f"Entry({self.name}, {self.map!r})"
+
+
+def cases() -> Iterator[Case]:
+    """Yield every case of every layer."""
+    for entry in CATALOGUE:
+        yield from entry.cases
+
+
+def _subnet(inputs: int, outputs: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(inputs, 4), nn.Tanh(), nn.Linear(4, outputs))
+
+
+def _convolutions(inputs: int, outputs: int) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(inputs, 3, 3, padding=1), nn.Tanh(), nn.Conv2d(3, outputs, 1))
+
+
+class _Conditioned(nn.Module):
+    """A subnet that sees a context."""
+
+    def __init__(self, inputs: int, context: int, outputs: int) -> None:
+        super().__init__()
+        self.net = _subnet(inputs + context, outputs)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        return self.net(torch.cat((x, context), 1))
+
+
+def _matrix_cases(layer: Callable[..., InvertibleModule], size: int, shape: Shape, wide: int) -> list[Case]:
+    """Return a case for each kind of matrix, and a wide one."""
+    kinds = ("householder", "cayley", "scaled", "plu", "free")
+    square = [Case(lambda kind=kind: layer(size, kind=kind), shape, id=kind) for kind in kinds]  # type: ignore[misc]
+    return [*square, Case(lambda: layer(size, wide), shape, id="wide")]
+
+
+CATALOGUE: tuple[Entry, ...] = (
+    # ---- couplings ----
+    Entry(
+        iz.AdditiveCoupling,
+        "y1 = x1 + f(x2), y2 = x2 + g(y1)",
+        "0",
+        Case(lambda: iz.AdditiveCoupling(_subnet(3, 3), _subnet(3, 3)), (6,)),
+        Case(lambda: iz.AdditiveCoupling(_subnet(2, 3)), (5,), id="one-sided"),
+        Case(lambda: iz.AdditiveCoupling(_subnet(2, 2), _subnet(2, 2), swap=True), (2,), (2,), id="streams"),
+        Case(lambda: iz.AdditiveCoupling(_convolutions(2, 2), split="checkerboard"), (2, 3, 2), id="checkerboard"),
+        Case(lambda: iz.AdditiveCoupling(_Conditioned(2, 3, 2)), (4,), id="context", side={"context": (3,)}),
+    ),
+    Entry(
+        iz.AffineCoupling,
+        "y1 = x1 exp(s(x2)) + t(x2), y2 likewise",
+        "sum of s",
+        Case(lambda: iz.AffineCoupling(_subnet(3, 6), _subnet(3, 6)), (6,)),
+        Case(lambda: iz.AffineCoupling(_subnet(2, 6), scale="softclip"), (5,), id="softclip"),
+        Case(lambda: iz.AffineCoupling(_subnet(2, 4), scale="sigmoid", split="interleave"), (4,), id="sigmoid"),
+        Case(lambda: iz.AffineCoupling(_subnet(2, 4), scale="unit", zero_init=True), (4,), id="unit"),
+        Case(lambda: iz.AffineCoupling(_subnet(2, 4), scale="exp", swap=True), (4,), id="exp"),
+        Case(lambda: iz.AffineCoupling(_convolutions(2, 4), split="checkerboard"), (2, 3, 2), id="checkerboard"),
+        Case(lambda: iz.AffineCoupling(_Conditioned(2, 3, 4)), (4,), id="context", side={"context": (3,)}),
+    ),
+    # ---- linear layers and convolutions ----
+    Entry(
+        iz.InvertibleLinear,
+        "y = W x + b over the last dim",
+        "log abs det W at each position",
+        *_matrix_cases(iz.InvertibleLinear, 4, (3, 4), 6),
+    ),
+    Entry(
+        iz.InvertibleConv1x1,
+        "y = W x + b over the channels",
+        "log abs det W at each pixel",
+        *_matrix_cases(iz.InvertibleConv1x1, 3, (3, 2, 3), 5),
+    ),
+    # ---- activations ----
+    Entry(
+        iz.InvertibleLeakyReLU,
+        "x where x > 0, slope x elsewhere",
+        "sum of log slope over x < 0",
+        Case(iz.InvertibleLeakyReLU, (3, 4)),
+        Case(lambda: iz.InvertibleLeakyReLU(2.0), (5,), id="steep"),
+    ),
+    Entry(
+        iz.InvertibleSigmoid,
+        "1 / (1 + exp(-x))",
+        "-sum(softplus(x) + softplus(-x))",
+        Case(iz.InvertibleSigmoid, (3, 4)),
+        keeps="its input",
+    ),
+    Entry(
+        iz.InvertibleLogit,
+        "log(x) - log(1 - x)",
+        "-sum(log(x) + log(1 - x))",
+        Case(iz.InvertibleLogit, (3, 4)),
+        keeps="its input",
+    ),
+    Entry(
+        iz.InvertibleTanh,
+        "tanh(x)",
+        "2 sum(log 2 - x - softplus(-2 x))",
+        Case(iz.InvertibleTanh, (3, 4)),
+        keeps="its input",
+    ),
+    Entry(
+        iz.InvertibleAtanh,
+        "atanh(x)",
+        "-sum(log(1 + x) + log(1 - x))",
+        Case(iz.InvertibleAtanh, (3, 4)),
+        keeps="its input",
+    ),
+    Entry(iz.Identity, "x", "0", Case(iz.Identity, (3,))),
+    # ---- orders, splits ----
+    Entry(
+        iz.Permute,
+        "y[i] = x[permutation[i]]",
+        "0",
+        Case(lambda: iz.Permute([2, 0, 1]), (3,)),
+        Case(lambda: iz.Permute([1, 0], dim=-1), (3, 2), id="last"),
+    ),
+    Entry(iz.Shuffle, "the same with a random order", "0", Case(lambda: iz.Shuffle(5), (5, 2))),
+    Entry(iz.Reverse, "y[i] = x[n - 1 - i]", "0", Case(iz.Reverse, (3, 2))),
+    Entry(
+        iz.Swap,
+        "(x1, x2) -> (x2, x1)",
+        "0",
+        Case(iz.Swap, (4,)),
+        Case(iz.Swap, (5, 2), id="odd"),
+        Case(iz.Swap, (3,), (2,), id="streams"),
+    ),
+    Entry(
+        iz.Interleave,
+        "[a0 a1 b0 b1] -> [a0 b0 a1 b1]",
+        "0",
+        Case(iz.Interleave, (4,)),
+        Case(iz.Interleave, (5, 2), id="odd"),
+    ),
+    Entry(
+        iz.Deinterleave,
+        "[a0 b0 a1 b1] -> [a0 a1 b0 b1]",
+        "0",
+        Case(iz.Deinterleave, (4,)),
+        Case(iz.Deinterleave, (5, 2), id="odd"),
+    ),
+    Entry(
+        iz.Split,
+        "x -> (x1, x2)",
+        "0",
+        Case(iz.Split, (4,)),
+        Case(lambda: iz.Split(split="interleave"), (5, 2), id="interleave"),
+        Case(lambda: iz.Split(split=(1, 3)), (4,), id="sizes"),
+    ),
+    Entry(
+        iz.Merge,
+        "(x1, x2) -> x",
+        "0",
+        Case(iz.Merge, (2,), (2,)),
+        Case(lambda: iz.Merge(split="interleave"), (3, 2), (2, 2), id="interleave"),
+    ),
+    # ---- containers ----
+    Entry(
+        iz.InvertibleSequential,
+        "one layer after the other",
+        "sum of its layers'",
+        Case(
+            lambda: iz.InvertibleSequential(
+                iz.AffineCoupling(_subnet(2, 4)), iz.Swap(), iz.InvertibleLinear(4), iz.InvertibleLeakyReLU(0.5)
+            ),
+            (4,),
+        ),
+        Case(
+            lambda: iz.InvertibleSequential(iz.AffineCoupling(_Conditioned(2, 3, 4)), iz.Reverse()),
+            (4,),
+            id="context",
+            side={"context": (3,)},
+        ),
+        cost="sum of its layers'",
+        keeps="what its layers keep",
+    ),
+)
