@@ -12,7 +12,7 @@ from .layers.activation import (
     InvertibleTanh,
 )
 from .layers.conv import InvertibleConv1x1
-from .layers.coupling import AdditiveCoupling, AffineCoupling
+from .layers.coupling import AdditiveCoupling, AffineCoupling, GINCoupling
 from .layers.linear import InvertibleLinear
 from .layers.permutation import Deinterleave, Interleave, Permute, Reverse, Shuffle, Swap
 from .layers.split import Merge, Split
@@ -25,6 +25,7 @@ __all__ = [
     "AdditiveCoupling",
     "AffineCoupling",
     "Deinterleave",
+    "GINCoupling",
     "Identity",
     "Interleave",
     "Inverse",

@@ -9,6 +9,7 @@ from torch.nn.modules import module as torch_module
 from . import engine
 from .engine import Policy, SideNames
 from .layers.split import Partition, cut, join
+from .log_dets import total
 from .module import InvertibleModule
 
 __all__ = ["InvertibleSequential"]
@@ -65,15 +66,32 @@ class InvertibleSequential(InvertibleModule, nn.Sequential):
         return all(layer.volume_preserving for _, layer in self._layers())
 
     def function(self, *inputs: Any, **side: Any) -> Any:
-        return self._chain([*self._layers()], inputs, side)
+        return self._chain([*self._layers()], inputs, side, None)
 
     def inverse(self, *outputs: Any, **side: Any) -> Any:
-        return self._chain([(name, layer.inv) for name, layer in self._layers()][::-1], outputs, side)
+        return self._chain(self._backwards(), outputs, side, None)
+
+    def function_and_log_det(self, *inputs: Any, **side: Any) -> tuple[Any, Tensor]:
+        outputs = self._chain([*self._layers()], inputs, side, log_dets := list[Tensor]())
+        return outputs, total(self, inputs, log_dets)
+
+    def inverse_and_log_det(self, *outputs: Any, **side: Any) -> tuple[Any, Tensor]:
+        inputs = self._chain(self._backwards(), outputs, side, log_dets := list[Tensor]())
+        return inputs, total(self, outputs, log_dets)
 
     def side_names(self) -> SideNames:
         return SideNames.union(layer.side_names() for _, layer in self._layers())
 
-    def _chain(self, layers: list[tuple[str, InvertibleModule]], values: tuple[Any, ...], side: dict[str, Any]) -> Any:
+    def _backwards(self) -> list[tuple[str, InvertibleModule]]:
+        return [(name, layer.inv) for name, layer in self._layers()][::-1]
+
+    def _chain(
+        self,
+        layers: list[tuple[str, InvertibleModule]],
+        values: tuple[Any, ...],
+        side: dict[str, Any],
+        log_dets: list[Tensor] | None,
+    ) -> Any:
         self.side_names().check(self, side)
         streams: Partition | None = None  # by which the values are the streams of one tensor
         for name, layer in layers:
@@ -83,10 +101,22 @@ class InvertibleSequential(InvertibleModule, nn.Sequential):
                     values, streams = (join(streams, values, layer._policy),), None
                 if streams is None and wanted is not None:
                     values, streams = cut(wanted, values[0], layer._policy), wanted
-                values = engine.tuple_of(layer(*values, **layer.side_names().choose(side)))
+                values = step(layer, values, side, log_dets)
         if streams is not None:
             values = (join(streams, values, layer._policy),)
         return values[0] if len(values) == 1 else tuple(values)
+
+
+def step(
+    layer: InvertibleModule, values: tuple[Any, ...], side: dict[str, Any], log_dets: list[Tensor] | None
+) -> tuple[Any, ...]:
+    """Run a layer on the side inputs that it takes; add its log-determinant to the list, if there is one."""
+    side = layer.side_names().choose(side)
+    if log_dets is None or layer.volume_preserving:
+        return engine.tuple_of(layer(*values, **side))
+    outputs, log_det = layer.forward_and_log_det(*values, **side)
+    log_dets.append(log_det)
+    return engine.tuple_of(outputs)
 
 
 def _streams(layer: InvertibleModule, values: tuple[Any, ...], streams: Partition | None) -> Partition | None:

@@ -1,5 +1,6 @@
 """Log-determinants: one number per sample, in the dtype of the input but at least float32."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor
 
 from .errors import refuse
 
-__all__ = ["log_det_dtype", "sum_per_sample", "zero_log_det"]
+__all__ = ["log_det_dtype", "sum_per_sample", "total", "zero_log_det"]
 
 
 def log_det_dtype(x: Tensor) -> torch.dtype:
@@ -31,3 +32,8 @@ def zero_log_det(owner: object, inputs: tuple[Any, ...]) -> Tensor:
         got = "a scalar" if isinstance(x, Tensor) else type(x).__name__
         refuse(owner, "input", "be a Tensor with a batch dim, for a log-determinant", got)
     return x.new_zeros(len(x), dtype=log_det_dtype(x))
+
+
+def total(owner: object, inputs: tuple[Any, ...], log_dets: Sequence[Tensor]) -> Tensor:
+    """Add up the log-determinants of the steps of a map of ``inputs``; those that keep volumes may be left out."""
+    return sum(log_dets[1:], log_dets[0]) if log_dets else zero_log_det(owner, inputs)

@@ -1,146 +1,183 @@
 """Couplings: one part of the input moves by a function of the other, so any function will do."""
 
-import math
-from abc import abstractmethod
-from collections.abc import Callable, Iterator
-from typing import Any, ClassVar
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import engine
 from ..engine import Operation, SideNames, Tape
+from ..log_dets import sum_per_sample, total
 from ..module import InvertibleModule
-from ._checks import check_choice, check_positive, refuse
+from ._checks import refuse
+from .maps import Affine, Map, Shift
 from .split import Partition, SplitSpec, cut, join
 
-__all__ = ["AdditiveCoupling", "AffineCoupling"]
+__all__ = ["AdditiveCoupling", "AffineCoupling", "Coupling", "GINCoupling", "zero_last"]
 
 Subnet = Callable[..., Tensor]
-_Step = Callable[[Tensor, Tensor], Tensor]  # moves a stream by a subnet's value, or moves it back
+LogDets = list[Tensor] | None  # where the log-determinants go, if they are asked for
 
 
-class _Coupling(InvertibleModule):
-    """A coupling is a chain of updates, one for each subnet; each update is a call of its own.
+class Coupling(InvertibleModule):
+    """A chain of updates, one for each subnet; each moves one stream by a map whose parameters the other gives.
 
-    An update changes the stream ``x`` by ``h = net(source)`` and passes ``source`` on. Its replay evaluates the subnet
-    once: the value gives the inverse, the graph gives the gradient.
+    Each update is a call of its own. Abstract: a subclass chooses the map.
+
+    Args:
+        map_: how a value moves by its parameters.
+        f: a module or a function; it gets the side inputs as keyword arguments.
+        g: likewise, or None.
+        dim, split, swap: as for :class:`AdditiveCoupling`.
+        options: those of :class:`InvertibleModule`.
     """
 
     composite = True
-    records: ClassVar[bool]  # whether autograd saves anything of `couple`
 
     def __init__(
-        self, f: Subnet, g: Subnet | None, dim: int, split: SplitSpec, swap: bool, options: dict[str, Any]
+        self,
+        map_: Map,
+        f: Subnet,
+        g: Subnet | None = None,
+        *,
+        dim: int = 1,
+        split: SplitSpec = "half",
+        swap: bool = False,
+        **options: Any,
     ) -> None:
         super().__init__(**options)
         for name, net in (("f", f), ("g", g)):
             if not callable(net) and not (name == "g" and net is None):
                 refuse(self, name, "be a module or a function", type(net).__name__, TypeError)
-        self.f, self.g = f, g
+        map_.check(self)
+        self.map, self.f, self.g = map_, f, g
         self.dim, self.split, self.swap = dim, split, swap
+        self.volume_preserving = map_.volume_preserving  # type: ignore[misc]
         # The streams of one tensor; a checkerboard has none: its subnets see the whole tensor with zeros.
         self.streams = None if split == "checkerboard" else Partition(split, dim)
-
-    @abstractmethod
-    def couple(self, x: Tensor, h: Tensor) -> Tensor:
-        """Move ``x`` by ``h``."""
-
-    @abstractmethod
-    def uncouple(self, y: Tensor, h: Tensor) -> Tensor:
-        """Undo :meth:`couple`."""
-
-    @abstractmethod
-    def _check_subnet(self, name: str, x: Tensor, h: Tensor) -> None:
-        """Raise if ``h``, which the subnet called ``name`` returned, cannot move ``x``."""
 
     def side_names(self) -> SideNames:
         return SideNames.union(SideNames.of(net) for net in (self.f, self.g) if net is not None)
 
     def function(self, *inputs: Tensor, **side: Any) -> Any:
-        return self._run(inputs, list(self._updates(self.couple, self.uncouple)), side)
+        return self._run(inputs, side, self._updates(), None)
 
     def inverse(self, *outputs: Tensor, **side: Any) -> Any:
-        return self._run(outputs, list(self._updates(self.uncouple, self.couple))[::-1], side)
+        return self._run(outputs, side, self._updates(inverted=True)[::-1], None)
 
-    def _updates(self, there: _Step, back: _Step) -> Iterator[tuple[int, Operation, SideNames]]:
-        """Yield, for each subnet, which stream it updates, the update, and the side inputs that it takes."""
-        make = self._masked_update if self.streams is None else self._update
-        way = "" if there == self.couple else ".inv"
-        for index, (name, net) in enumerate((("f", self.f), ("g", self.g))):
-            if net is not None:
-                target = index ^ self.swap
-                update = make(f"{type(self).__name__}{way} ({name})", name, net, target, there, back)
-                yield target, update, SideNames.of(net)
+    def function_and_log_det(self, *inputs: Tensor, **side: Any) -> tuple[Any, Tensor]:
+        outputs = self._run(inputs, side, self._updates(), log_dets := list[Tensor]())
+        return outputs, total(self, inputs, log_dets)
+
+    def inverse_and_log_det(self, *outputs: Tensor, **side: Any) -> tuple[Any, Tensor]:
+        inputs = self._run(outputs, side, self._updates(inverted=True)[::-1], log_dets := list[Tensor]())
+        return inputs, total(self, outputs, log_dets)
+
+    def _updates(self, *, inverted: bool = False) -> "list[_Update]":
+        nets = enumerate((("f", self.f), ("g", self.g)))
+        return [_Update(self, name, net, i ^ self.swap, inverted) for i, (name, net) in nets if net is not None]
 
     def _run(
-        self, tensors: tuple[Tensor, ...], updates: list[tuple[int, Operation, SideNames]], side: dict[str, Any]
+        self, tensors: tuple[Tensor, ...], side: dict[str, Any], updates: "list[_Update]", log_dets: LogDets
     ) -> Any:
         if len(tensors) > 2 or not all(isinstance(x, Tensor) for x in tensors):
             got = ", ".join(type(x).__name__ for x in tensors)
             refuse(self, "input", "be one Tensor or two", got or "none", TypeError)
         self.side_names().check(self, side)
-        if self.streams is None:
-            return self._run_masked(tensors, updates, side)
-        if len(tensors) == 1:
-            streams = cut(self.streams, tensors[0], self._policy)
-            return join(self.streams, self._run(streams, updates, side), self._policy)
-        moving = list(tensors)
-        for target, update, names in updates:
-            moved, source = engine.call(update, (moving[target], moving[1 - target]), names.choose(side))
-            moving[target], moving[1 - target] = moved, source
-        return tuple(moving)
-
-    def _run_masked(
-        self, tensors: tuple[Tensor, ...], updates: list[tuple[int, Operation, SideNames]], side: dict[str, Any]
-    ) -> Tensor:
-        if len(tensors) != 1:
+        if self.streams is None and len(tensors) != 1:
             refuse(self, "input", "be one Tensor, for a checkerboard", "two", TypeError)
-        x = tensors[0]
-        for _, update, names in updates:
-            x = engine.call(update, (x,), names.choose(side))
-        return x
+        if self.streams is not None and len(tensors) == 1:
+            streams = cut(self.streams, tensors[0], self._policy)
+            return join(self.streams, self._run(streams, side, updates, log_dets), self._policy)
+        moving = list(tensors)
+        for update in updates:
+            order = slice(None, None, -1 if update.target else 1)  # what moves comes first
+            moving[order] = update.call(tuple(moving[order]), side, log_dets)
+        return moving[0] if self.streams is None else tuple(moving)
 
-    def _update(self, title: str, name: str, net: Subnet, target: int, there: _Step, back: _Step) -> Operation:
-        def function(x: Tensor, source: Tensor, **side: Any) -> tuple[Tensor, Tensor]:
-            h = net(source, **side)
-            self._check_subnet(name, x, h)
-            return there(x, h), source
-
-        def inverse(y: Tensor, source: Tensor, **side: Any) -> tuple[Tensor, Tensor]:
-            return back(y, net(source, **side)), source
-
-        def replay(tape: Tape, y: Tensor, source: Tensor, **side: Any) -> None:
-            h = tape.run(net, tape.input(1, source), **side)
-            x = tape.input(0, back(y, h))
-            if self.records:
-                tape.run(there, x, h)
-
-        return Operation(title, function, inverse, replay, engine.modules_of(net), self._policy)
-
-    def _masked_update(self, title: str, name: str, net: Subnet, target: int, there: _Step, back: _Step) -> Operation:
-        def evaluate(x: Tensor, **side: Any) -> Tensor:
-            return net(x.where(_checkerboard(x, self.dim, 1 - target), 0), **side)
-
-        def move(x: Tensor, h: Tensor, step: _Step = there) -> Tensor:
-            return step(x, h).where(_checkerboard(x, self.dim, target), x)
-
-        def function(x: Tensor, **side: Any) -> Tensor:
-            h = evaluate(x, **side)
-            self._check_subnet(name, x, h)
-            return move(x, h)
-
-        def inverse(y: Tensor, **side: Any) -> Tensor:
-            return move(y, evaluate(y, **side), back)
-
-        def replay(tape: Tape, y: Tensor, **side: Any) -> None:
-            h = tape.run(evaluate, tape.input(0, y), **side)  # where the subnet looks, the output is the input
-            tape.run(move, tape.input(0, move(y, h, back)), h)
-
-        return Operation(title, function, inverse, replay, engine.modules_of(net), self._policy)
+    def check_subnet(self, name: str, x: Tensor, h: Tensor) -> None:
+        """Raise if ``h``, which the subnet called ``name`` returned, cannot move ``x``."""
+        shape = [*x.shape]
+        shape[self.dim] *= self.map.parameters
+        if not isinstance(h, Tensor) or [*h.shape] != shape:
+            got = f"shape {tuple(h.shape)}" if isinstance(h, Tensor) else type(h).__name__
+            refuse(self, name, f"return a Tensor of shape {tuple(shape)}", got)
 
     def extra_repr(self) -> str:
-        return f"dim={self.dim}, split={self.split!r}" + (", swap=True" if self.swap else "")
+        return f"{self.map}, dim={self.dim}, split={self.split!r}" + (", swap=True" if self.swap else "")
+
+
+@dataclass(slots=True)
+class _Update:
+    """One stream moves by a subnet's value at the other, which is passed on; or it moves back, if ``inverted``.
+
+    A replay evaluates the subnet once: the value gives the inverse, the graph gives the gradient.
+    """
+
+    coupling: Coupling
+    name: str
+    net: Subnet
+    target: int  # the stream that moves
+    inverted: bool
+
+    def call(self, inputs: tuple[Tensor, ...], side: dict[str, Any], log_dets: LogDets) -> tuple[Tensor, ...]:
+        """Run the update through the engine."""
+        asked = log_dets is not None and not self.coupling.volume_preserving
+        side = SideNames.of(self.net).choose(side)
+        outputs = engine.tuple_of(engine.call(self._operation(log_det=asked), inputs, side))
+        if asked:
+            log_dets.append(outputs[-1])  # type: ignore[union-attr]  # it is asked for
+        return outputs[: len(inputs)]
+
+    def _operation(self, *, log_det: bool) -> Operation:
+        def function(*inputs: Tensor, **side: Any) -> tuple[Tensor, ...]:
+            h = self._evaluate(inputs[-1], **side)
+            self.coupling.check_subnet(self.name, inputs[0], h)
+            moved, *logs = there(inputs[0], h)
+            return moved, *inputs[1:], *logs
+
+        def inverse(*outputs: Tensor, **side: Any) -> tuple[Tensor, ...]:
+            return self._move(outputs[0], self._evaluate(outputs[-1], **side), not self.inverted), *outputs[1:]
+
+        def replay(tape: Tape, *outputs: Tensor, **side: Any) -> None:
+            # Where the subnet looks, the outputs are the inputs.
+            h = tape.run(self._evaluate, tape.input(len(outputs) - 1, outputs[-1]), **side)
+            x = tape.input(0, self._move(outputs[0], h, not self.inverted))
+            if self.coupling.map.records or self.coupling.streams is None:  # a mask is saved
+                tape.run(there, x, h)
+
+        there = self._there_and_log_det if log_det else self._there
+        title = f"{type(self.coupling).__name__}{'.inv' * self.inverted} ({self.name}{', log_det' * log_det})"
+        roots = engine.modules_of(self.net)
+        return Operation(title, function, inverse, replay, roots, self.coupling._policy, log_det=log_det)
+
+    def _evaluate(self, source: Tensor, **side: Any) -> Tensor:
+        return self.net(self._masked(source, 0, 1 - self.target), **side)
+
+    def _there(self, x: Tensor, h: Tensor) -> tuple[Tensor]:
+        return (self._move(x, h, self.inverted),)
+
+    def _there_and_log_det(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        map_, dim = self.coupling.map, self.coupling.dim
+        if self.inverted:
+            moved = map_.inverse(x, h, dim)
+            log_slope = -map_.log_slope(moved, h, dim)
+        else:
+            moved, log_slope = map_.forward_and_log_slope(x, h, dim)
+        log_det = sum_per_sample(self.coupling, self._masked(log_slope, 0, self.target))
+        return self._masked(moved, x, self.target), log_det
+
+    def _move(self, x: Tensor, h: Tensor, back: bool) -> Tensor:
+        step = self.coupling.map.inverse if back else self.coupling.map.forward
+        return self._masked(step(x, h, self.coupling.dim), x, self.target)
+
+    def _masked(self, values: Tensor, others: Tensor | float, parity: int) -> Tensor:
+        """Keep ``values`` on the fields of one parity, of a checkerboard; on streams there is nothing to mask."""
+        if self.coupling.streams is not None:
+            return values
+        return values.where(_checkerboard(values, self.coupling.dim, parity), others)
 
 
 def _checkerboard(x: Tensor, dim: int, parity: int) -> Tensor:
@@ -152,7 +189,7 @@ def _checkerboard(x: Tensor, dim: int, parity: int) -> Tensor:
     return torch.stack(coordinates).sum(0) % 2 == parity
 
 
-class AdditiveCoupling(_Coupling):
+class AdditiveCoupling(Coupling):
     r"""Move each half of the input by a function of the other: ``y1 = x1 + f(x2)``, ``y2 = x2 + g(y1)``.
 
     Without ``g``, ``y2 = x2``. The inverse is ``x2 = y2 - g(y1)``, ``x1 = y1 - f(x2)``; the log-determinant is 0. In
@@ -186,9 +223,6 @@ class AdditiveCoupling(_Coupling):
         True
     """
 
-    volume_preserving = True
-    records = False
-
     def __init__(
         self,
         f: Subnet,
@@ -199,20 +233,10 @@ class AdditiveCoupling(_Coupling):
         swap: bool = False,
         **options: Any,
     ) -> None:
-        super().__init__(f, g, dim, split, swap, options)
-
-    def couple(self, x: Tensor, h: Tensor) -> Tensor:
-        return x + h
-
-    def uncouple(self, y: Tensor, h: Tensor) -> Tensor:
-        return y - h
-
-    def _check_subnet(self, name: str, x: Tensor, h: Tensor) -> None:
-        if not isinstance(h, Tensor) or h.shape != x.shape:
-            refuse(self, name, f"return a Tensor of shape {tuple(x.shape)}", _shape(h))
+        super().__init__(Shift(), f, g, dim=dim, split=split, swap=swap, **options)
 
 
-class AffineCoupling(_Coupling):
+class AffineCoupling(Coupling):
     r"""Scale and shift each half by functions of the other: ``y1 = x1 exp(s(x2)) + t(x2)``, then ``y2`` with ``g(y1)``.
 
     A subnet returns the log-scale's argument ``h`` and the shift ``t``, stacked along ``dim``. The inverse is
@@ -247,7 +271,48 @@ class AffineCoupling(_Coupling):
         True
     """
 
-    records = True
+    def __init__(
+        self,
+        f: Subnet,
+        g: Subnet | None = None,
+        *,
+        dim: int = 1,
+        split: SplitSpec = "half",
+        swap: bool = False,
+        scale: str = "tanh",
+        max_log_scale: float = 2.0,
+        zero_init: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__(Affine(scale, max_log_scale), f, g, dim=dim, split=split, swap=swap, **options)
+        for net in (f, g) if zero_init else ():
+            zero_last(net)
+
+
+class GINCoupling(Coupling):
+    r"""Scale and shift like :class:`AffineCoupling`, but keep volumes: the log-scales of a sample add up to 0.
+
+    Their mean over all moved values is subtracted from them, so that they stay below twice the bound.
+
+    Args:
+        f: a module or a function; it returns the log-scale's argument and the shift, stacked along ``dim``.
+        g: likewise, or None.
+        dim, split, swap, scale, max_log_scale, zero_init: as for :class:`AffineCoupling`.
+        options: those of :class:`InvertibleModule`.
+
+    Raises:
+        ValueError: as :class:`AffineCoupling`, and for a checkerboard.
+        TypeError: as :class:`AffineCoupling`.
+
+    Reference:
+        Disentanglement by Nonlinear ICA with General Incompressible-flow Networks (GIN), Sorrenson, Rother and Köthe,
+        2020.
+
+    Example:
+        >>> layer = iz.GINCoupling(nn.Linear(2, 4))
+        >>> layer.forward_and_log_det(torch.randn(3, 4))[1]
+        tensor([0., 0., 0.])
+    """
 
     def __init__(
         self,
@@ -262,50 +327,15 @@ class AffineCoupling(_Coupling):
         zero_init: bool = False,
         **options: Any,
     ) -> None:
-        super().__init__(f, g, dim, split, swap, options)
-        check_choice(self, "scale", scale, _LOG_SCALES)
-        check_positive(self, "max_log_scale", max_log_scale)
-        self.scale, self.max_log_scale = scale, max_log_scale
+        super().__init__(Affine(scale, max_log_scale, centred=True), f, g, dim=dim, split=split, swap=swap, **options)
+        if self.streams is None:
+            refuse(self, "split", "be one into streams", "'checkerboard'")
         for net in (f, g) if zero_init else ():
-            _zero_last(net)
-
-    def couple(self, x: Tensor, h: Tensor) -> Tensor:
-        log_scale, shift = self._parts(x, h)
-        return (x * log_scale.exp() + shift).to(x.dtype)
-
-    def uncouple(self, y: Tensor, h: Tensor) -> Tensor:
-        log_scale, shift = self._parts(y, h)
-        return ((y - shift) * (-log_scale).exp()).to(y.dtype)
-
-    def _parts(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-        # In float32 at least: under autocast, exp(s) and exp(-s) in bfloat16 would not undo each other.
-        raw, shift = h.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, self.dim)
-        return _LOG_SCALES[self.scale](raw, self.max_log_scale), shift
-
-    def _check_subnet(self, name: str, x: Tensor, h: Tensor) -> None:
-        shape = [*x.shape]
-        shape[self.dim] *= 2
-        if not isinstance(h, Tensor) or [*h.shape] != shape:
-            refuse(self, name, f"return a Tensor of shape {tuple(shape)}", _shape(h))
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, scale={self.scale!r}, max_log_scale={self.max_log_scale}"
+            zero_last(net)
 
 
-_LOG_SCALES: dict[str, Callable[[Tensor, float], Tensor]] = {
-    "tanh": lambda h, a: a * torch.tanh(h * (0.1 / a)),
-    "softclip": lambda h, a: a * (2 / math.pi) * torch.atan(h / a),
-    "sigmoid": lambda h, _: torch.log(0.1 + 0.9 * torch.sigmoid(h + 2)),
-    "unit": lambda h, _: torch.log1p(torch.sigmoid(h)) - math.log(2),
-    "exp": lambda h, _: h,
-}
-
-
-def _shape(value: Any) -> str:
-    return f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-
-
-def _zero_last(net: Any) -> None:
+def zero_last(net: Any) -> None:
+    """Set the last weighted module of a subnet to zero, so that the layer starts close to the identity."""
     modules = [m for root in engine.modules_of(net) for m in root.modules()]
     weighted = [m for m in modules if isinstance(getattr(m, "weight", None), Tensor)]
     for parameter in weighted[-1].parameters() if weighted else ():
