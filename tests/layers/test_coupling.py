@@ -208,3 +208,52 @@ BAD = {
 def test_bad_input(error, message, act):
     with pytest.raises(error, match=message):
         act(coupling(iz.AdditiveCoupling))
+
+
+@pytest.mark.parametrize(("kind", "split", "two_sided", "swap"), CASES)
+@pytest.mark.parametrize("mode", iz.Mode)
+def test_log_dets(kind, split, two_sided, swap, mode):
+    layer = coupling(kind, split, two_sided=two_sided, swap=swap, mode=mode)
+    x = torch.randn(2, 7, 3, dtype=torch.float64, requires_grad=True)
+    y, log_det = layer.forward_and_log_det(x)
+    assert_close(y, layer.function(x))
+    for sample, value in zip(x, log_det, strict=True):
+        jacobian = torch.autograd.functional.jacobian(lambda s: layer.function(s[None])[0], sample)
+        assert_close(torch.linalg.slogdet(jacobian.flatten(2).flatten(0, 1)).logabsdet, value)
+    back, inverse_log_det = layer.inverse_and_log_det(y)
+    assert_close((back, inverse_log_det), (x, -log_det))
+    weights = torch.tensor([1.0, -3.0], dtype=torch.float64)
+    loss = (y.sin().sum() + (weights * log_det).sum()) + (back**3).sum() + (weights * inverse_log_det.exp()).sum()
+    got = torch.autograd.grad(loss, [x, *layer.parameters()])
+    with iz.mode(layer, "store"):
+        y, log_det = layer.function_and_log_det(x)
+        back, inverse_log_det = layer.inverse_and_log_det(y)
+    loss = (y.sin().sum() + (weights * log_det).sum()) + (back**3).sum() + (weights * inverse_log_det.exp()).sum()
+    assert_close(got, torch.autograd.grad(loss, [x, *layer.parameters()]), rtol=1e-9, atol=1e-12)
+
+
+def test_gin_couplings_keep_volumes():
+    layer = iz.GINCoupling(nn.Linear(3, 8), nn.Linear(4, 6), max_log_scale=0.1).double()
+    with torch.no_grad():
+        layer.f.weight.normal_(std=100)
+    x = torch.randn(5, 7, dtype=torch.float64)
+    y, log_det = layer.forward_and_log_det(x)
+    assert_close(log_det, torch.zeros(5, dtype=torch.float64))
+    assert_close(layer.inverse(y), x)
+    jacobian = torch.autograd.functional.jacobian(lambda s: layer(s[None])[0], x[0])
+    assert_close(torch.linalg.slogdet(jacobian).logabsdet, torch.zeros((), dtype=torch.float64), rtol=0, atol=1e-9)
+    scales = layer.map._parts(x[:, :4], layer.f(x[:, 4:]), 1)[0]
+    assert scales.std() > 0.05
+    with pytest.raises(ValueError, match="GINCoupling: Expected split to be one into streams; got 'checkerboard'"):
+        iz.GINCoupling(nn.Identity(), split="checkerboard")
+
+
+def test_an_affine_log_det_evaluates_the_subnet_once(monkeypatch):
+    calls = []
+    layer = iz.AffineCoupling(nn.Linear(2, 4))
+    layer.f.register_forward_hook(lambda *_: calls.append(1))
+    monkeypatch.setattr(layer.f, "forward", lambda x, f=layer.f.forward: calls.append(0) or f(x))
+    y, log_det = layer.forward_and_log_det(torch.randn(3, 4))
+    assert calls == [0, 1]
+    (y.sum() + log_det.sum()).backward()
+    assert calls == [0, 1, 0]  # hooks fire in forward alone
