@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..module import InvertibleModule
+from .assertions import assertions_of
 from .inputs import Draw, Shape, draw_from
 
 __all__ = ["Case", "Entry"]
@@ -73,6 +74,10 @@ class Case:
             name: torch.randn(batch, *shape, generator=generators[name], dtype=torch.float64).to(dtype)
             for name, shape in self.side.items()
         }
+
+    def assertions(self) -> dict[str, Callable[[], None]]:
+        """Return the assertions that apply, by name, on the layer away from its start; each is ready to be called."""
+        return assertions_of(self.layer(), *self.inputs(), **{**self.side_inputs(), **self.allowances})
 
     def __repr__(self) -> str:
         return f"<{self.name}>"
