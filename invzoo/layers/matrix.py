@@ -1,9 +1,4 @@
-"""Matrices that stay invertible while they are learned.
-
-The reflections are accumulated by the UT transform ("Accumulating Householder Transformations, Revisited", Joffrain,
-Low, Quintana-Ortí, van de Geijn and Van Zee, 2006). It departs from the paper in three ways: a vector of zeros stands
-for the identity, vectors are rescaled first, which their reflections do not notice, and the product is polished.
-"""
+"""Matrices that stay invertible while they are learned."""
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
@@ -11,12 +6,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ._checks import (
-    autocast_enabled,
-    check_positive,
-    check_positive_int,
-    refuse,
-)
+from ._checks import autocast_enabled, check_positive, check_positive_int, refuse
+from .orthogonal import cayley, householder, identity
 
 __all__ = ["MATRICES", "Matrix", "bounded", "cayley", "full_precision", "householder", "widen"]
 
@@ -36,45 +27,15 @@ def bounded(x: Tensor, bound: float) -> Tensor:
     return bound * torch.tanh(x / bound)
 
 
-def identity(like: Tensor, columns: int) -> Tensor:
-    """The first ``columns`` of the identity with the rows, device and dtype of ``like``."""
-    return torch.eye(len(like), columns, device=like.device, dtype=like.dtype)
-
-
-def polish(q: Tensor) -> Tensor:
-    """One Newton-Schulz step, q (3 I - q^H q) / 2, which takes q back to orthonormal columns from a few roundings off.
-
-    It changes nothing in exact arithmetic, whatever q was computed from, so it has no gradient.
-    """
-    fixed = q.detach()
-    gram = fixed.mH @ fixed
-    return q + fixed @ (identity(gram, len(gram)) - gram) / 2
-
-
-def householder(vectors: Tensor, columns: int) -> Tensor:
-    """The first ``columns`` of H_1 ... H_k, H_i = I - 2 v v^H / v^H v with v = ``vectors[:, i]``, or I where v = 0."""
-    # H does not depend on the scale of v, so the scale may be detached at every order of differentiation.
-    scale = vectors.detach().abs().amax(0)
-    u = vectors / torch.where(scale > 0, scale, 1)
-    gram = u.mH @ u
-    half = gram.diagonal().real / 2
-    t = gram.triu(1) + torch.where(half > 0, half, 1).to(gram.dtype).diag_embed()
-    return polish(identity(u, columns) - u @ torch.linalg.solve_triangular(t, u[:columns].mH, upper=True))
-
-
-def cayley(generator: Tensor, columns: int) -> Tensor:
-    """The first ``columns`` of (I + A)^-1 (I - A), where A = ``generator`` - ``generator``^H is skew."""
-    skew, eye = generator - generator.mH, identity(generator, len(generator))
-    return polish(torch.linalg.solve(eye + skew, (eye - skew)[:, :columns]))
-
-
 class Matrix(nn.Module):
     """A learned matrix W of shape (rows, columns), rows >= columns, and its left inverse. Abstract.
 
     ``factors`` does what W and its inverse have in common, in at least float32, whatever the parameters' dtype; both
-    take what it returns. The first parameter has the layer's dtype.
+    take what it returns. It and ``log_det`` take other parameters than the matrix's own, with any leading batch dims,
+    in the order of ``names``. The first parameter has the layer's dtype.
     """
 
+    names: ClassVar[tuple[str, ...]]
     square: ClassVar[bool] = False
     volume_preserving: ClassVar[bool] = False
     options: ClassVar[tuple[str, ...]] = ()
@@ -90,7 +51,22 @@ class Matrix(nn.Module):
     def reset_parameters(self) -> None:
         raise NotImplementedError
 
-    def factors(self) -> tuple[Tensor, ...]:
+    def own(self) -> tuple[Tensor, ...]:
+        """The matrix's own parameters."""
+        return tuple(getattr(self, name) for name in self.names)
+
+    def factors(self, *parameters: Tensor) -> tuple[Tensor, ...]:
+        """What W and its inverse are made of, for these parameters or the matrix's own."""
+        return self.build(*map(widen, parameters or self.own()))
+
+    def log_det(self, *parameters: Tensor) -> Tensor:
+        """Compute log abs det W of a square W, for these parameters or the matrix's own."""
+        return self.log_volume(*map(widen, parameters or self.own()))
+
+    def build(self, *parameters: Tensor) -> tuple[Tensor, ...]:
+        raise NotImplementedError
+
+    def log_volume(self, *parameters: Tensor) -> Tensor:
         raise NotImplementedError
 
     def weight(self, *factors: Tensor) -> Tensor:
@@ -108,6 +84,9 @@ class Orthonormal(Matrix):
 
     volume_preserving = True
 
+    def log_volume(self, *parameters: Tensor) -> Tensor:
+        return parameters[0].real.new_zeros(parameters[0].shape[:-2])
+
     def weight(self, *factors: Tensor) -> Tensor:
         return factors[0]
 
@@ -118,6 +97,7 @@ class Orthonormal(Matrix):
 class Householder(Orthonormal):
     """W = the first columns of H_1 ... H_k."""
 
+    names = ("vectors",)
     options = ("reflections",)
 
     reflections: int
@@ -133,12 +113,14 @@ class Householder(Orthonormal):
     def reset_parameters(self) -> None:
         nn.init.normal_(self.vectors, std=self.rows**-0.5)
 
-    def factors(self) -> tuple[Tensor, ...]:
-        return (householder(widen(self.vectors), self.columns),)
+    def build(self, *parameters: Tensor) -> tuple[Tensor, ...]:
+        return (householder(parameters[0], self.columns),)
 
 
 class Cayley(Orthonormal):
     """W = the first columns of (I + A)^-1 (I - A), A skew."""
+
+    names = ("generator",)
 
     generator: nn.Parameter
 
@@ -150,13 +132,14 @@ class Cayley(Orthonormal):
     def reset_parameters(self) -> None:
         nn.init.normal_(self.generator, std=self.rows**-0.5)
 
-    def factors(self) -> tuple[Tensor, ...]:
-        return (cayley(widen(self.generator), self.columns),)
+    def build(self, *parameters: Tensor) -> tuple[Tensor, ...]:
+        return (cayley(parameters[0], self.columns),)
 
 
 class Scaled(Matrix):
     """W = U e^s V^H, where U and V are products of k reflections and |s| <= max_log_scale."""
 
+    names = ("left", "right", "log_scale")
     options = ("reflections", "max_log_scale")
 
     reflections: int
@@ -189,9 +172,13 @@ class Scaled(Matrix):
         nn.init.normal_(self.right, std=self.columns**-0.5)
         nn.init.zeros_(self.log_scale)
 
-    def factors(self) -> tuple[Tensor, ...]:
-        u, v = (householder(widen(vectors), self.columns) for vectors in (self.left, self.right))
-        return u, bounded(widen(self.log_scale), self.max_log_scale), v
+    def build(self, *parameters: Tensor) -> tuple[Tensor, ...]:
+        left, right, log_scale = parameters
+        u, v = (householder(vectors, self.columns) for vectors in (left, right))
+        return u, bounded(log_scale, self.max_log_scale).unsqueeze(-2), v
+
+    def log_volume(self, *parameters: Tensor) -> Tensor:
+        return bounded(parameters[2], self.max_log_scale).sum(-1)
 
     def weight(self, *factors: Tensor) -> Tensor:
         u, s, v = factors
@@ -209,6 +196,7 @@ class PLU(Matrix):
     """
 
     square = True
+    names = ("packed",)
     options = ("max_log_scale",)
 
     max_log_scale: float
@@ -230,20 +218,24 @@ class PLU(Matrix):
         self.permutation.copy_(torch.randperm(self.rows, device=self.permutation.device))
         self.sigma.copy_(torch.randint_like(self.permutation, 2) * 2 - 1)
 
-    def log_scales(self) -> Tensor:
+    def log_scales(self, packed: Tensor) -> Tensor:
         """s; of a complex one the phase is free."""
-        log_scale = widen(self.packed).diagonal()
+        log_scale = packed.diagonal(dim1=-2, dim2=-1)
         return log_scale - log_scale.real + bounded(log_scale.real, self.max_log_scale)
 
-    def factors(self) -> tuple[Tensor, ...]:
+    def build(self, *parameters: Tensor) -> tuple[Tensor, ...]:
         """L and U + diag(sigma e^s)."""
-        packed = widen(self.packed) * self.rows**-0.5
-        diagonal = self.sigma * self.log_scales().exp()
-        return packed.tril(-1) + identity(packed, self.rows), packed.triu(1) + diagonal.diag_embed()
+        (packed,) = parameters
+        units = packed * self.rows**-0.5
+        diagonal = self.sigma * self.log_scales(packed).exp()
+        return units.tril(-1) + identity(packed, self.rows), units.triu(1) + diagonal.diag_embed()
+
+    def log_volume(self, *parameters: Tensor) -> Tensor:
+        return self.log_scales(parameters[0]).real.sum(-1)
 
     def weight(self, *factors: Tensor) -> Tensor:
         lower, upper = factors
-        return (lower @ upper)[self.permutation]
+        return (lower @ upper)[..., self.permutation, :]
 
     def inverse(self, *factors: Tensor) -> Tensor:
         lower, upper = factors
@@ -256,6 +248,7 @@ class Free(Matrix):
     """W = ``entries``, orthogonal at the start and whatever it learns to be later."""
 
     square = True
+    names = ("entries",)
 
     entries: nn.Parameter
 
@@ -268,8 +261,11 @@ class Free(Matrix):
     def reset_parameters(self) -> None:
         self.entries.copy_(householder(widen(self.entries.normal_()), self.rows))
 
-    def factors(self) -> tuple[Tensor, ...]:
-        return (widen(self.entries),)
+    def build(self, *parameters: Tensor) -> tuple[Tensor, ...]:
+        return parameters
+
+    def log_volume(self, *parameters: Tensor) -> Tensor:
+        return torch.linalg.slogdet(parameters[0]).logabsdet
 
     def weight(self, *factors: Tensor) -> Tensor:
         return factors[0]
@@ -283,8 +279,8 @@ class Free(Matrix):
     def _check_condition(self, weight: Tensor, inverse: Tensor, info: Tensor) -> None:
         condition = torch.linalg.matrix_norm(weight, 1) * torch.linalg.matrix_norm(inverse, 1)
         limit = 1 / torch.finfo(weight.dtype).eps
-        if not ((info == 0) & (condition < limit)):
-            got = f"{condition:.1e}" if info == 0 else "a singular weight"
+        if not ((info == 0) & (condition < limit)).all():
+            got = "a singular weight" if info.any() else f"{condition.max():.1e}"
             refuse(self.owner, "weight", f"be invertible, with a condition number below {limit:.1e}", got)
 
 

@@ -1,0 +1,229 @@
+"""The layers that multiply by one learned matrix, in what they have in common."""
+
+import math
+import sys
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..engine import Operation, SideNames, Tape, modules_of
+from ..log_dets import log_det_dtype
+from ..module import InvertibleModule
+from ._checks import (
+    check_choice,
+    check_dims,
+    check_features,
+    check_floating,
+    check_like,
+    check_positive_int,
+    refuse,
+)
+from .matrix import MATRICES, Matrix, full_precision, widen
+
+__all__ = ["MatrixLayer"]
+
+
+def times(matrix: Tensor, vector: Tensor) -> Tensor:
+    """The product of a matrix and a vector, or of a batch of each."""
+    return matrix @ vector if vector.ndim == 1 else (matrix @ vector.unsqueeze(-1)).squeeze(-1)
+
+
+def add_per_sample(parameters: Sequence[Tensor], offsets: Tensor) -> tuple[Tensor, ...]:
+    """Add a flat vector per sample, (B, numbers), to the parameters in their order; real ones take its real part."""
+    pieces = offsets.split([p.numel() for p in parameters], 1)
+    pieces = [h.real if h.is_complex() and not p.is_complex() else h for h, p in zip(pieces, parameters, strict=True)]
+    return tuple(widen(p) + widen(h).reshape(len(h), *p.shape) for h, p in zip(pieces, parameters, strict=True))
+
+
+class MatrixLayer(InvertibleModule):
+    """x -> W x + b along ``dim``, and back with the left inverse of W. Abstract: a subclass adds the product.
+
+    Everything is computed in at least float32, under autocast too: a bfloat16 product could not be undone. The output
+    has the promoted dtype of input and parameters, which without autocast is the dtype of both.
+
+    With a ``conditioner``, W and b have a batch dim of their own: each sample has the layer's parameters plus what the
+    conditioner makes of its context.
+    """
+
+    dim: ClassVar[int]
+    dims: ClassVar[Collection[int]]
+    layout: ClassVar[str]
+    sizes: ClassVar[tuple[str, str]]
+
+    matrix: Matrix
+    bias: nn.Parameter | None
+    conditioner: Callable[..., Tensor] | None
+
+    def __init__(
+        self,
+        columns: int,
+        rows: int | None,
+        bias: bool,
+        kind: str,
+        settings: dict[str, Any],
+        conditioner: Callable[..., Tensor] | None,
+        factory: dict[str, Any],
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        rows = columns if rows is None else rows
+        given = {name: value for name, value in settings.items() if value is not None}
+        self._check_arguments(columns, rows, kind, given)
+        if not (conditioner is None or callable(conditioner)):
+            refuse(self, "conditioner", "be a module or a function", type(conditioner).__name__, TypeError)
+        self.matrix = MATRICES[kind](type(self).__name__, rows, columns, **given, **factory)
+        self.bias = nn.Parameter(torch.zeros(rows, **factory)) if bias else None
+        self.conditioner = conditioner
+        self.volume_preserving = self.matrix.volume_preserving and rows == columns  # type: ignore[misc]
+
+    def _check_arguments(self, columns: int, rows: int, kind: str, settings: dict[str, Any]) -> None:
+        narrow, wide = self.sizes
+        check_positive_int(self, narrow, columns)
+        check_positive_int(self, wide, rows)
+        check_choice(self, "kind", kind, MATRICES)
+        if rows < columns:
+            refuse(self, wide, f"be at least {narrow}={columns}", rows)
+        if rows > columns and MATRICES[kind].square:
+            refuse(self, wide, f"be {narrow}={columns} with kind={kind!r}", rows)
+        for name, value in settings.items():
+            if name not in MATRICES[kind].options:
+                refuse(self, name, f"be None with kind={kind!r}", value)
+
+    def reset_parameters(self) -> None:
+        self.matrix.reset_parameters()
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    @property
+    def weight(self) -> Tensor:
+        """W, of shape (rows, columns), in at least float32."""
+        with full_precision(self._parameter):
+            return self.matrix.weight(*self.matrix.factors())
+
+    @property
+    def num_parameters(self) -> int:
+        """How many numbers a conditioner returns per sample: W's parameters, each row by row, then b if there is one.
+
+        The order is that of ``named_parameters()`` of ``matrix``.
+        """
+        return sum(p.numel() for p in self._own())
+
+    def function(self, x: Tensor, context: Any = None) -> Tensor:
+        self._check("x", x, self.matrix.columns)
+        _, factors = self._build(x, context)
+        return self._apply_weight(x, *factors)
+
+    def inverse(self, y: Tensor, context: Any = None) -> Tensor:
+        self._check("y", y, self.matrix.rows)
+        _, factors = self._build(y, context)
+        return self._apply_inverse(y, *factors)
+
+    def log_det(self, x: Tensor, context: Any = None) -> Tensor:
+        self._check("x", x, self.matrix.columns)
+        parameters, _ = self._weights(x, context)
+        return self._log_det(x, *parameters)
+
+    def function_and_log_det(self, x: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
+        self._check("x", x, self.matrix.columns)
+        parameters, factors = self._build(x, context)
+        return self._apply_weight(x, *factors), self._log_det(x, *parameters)
+
+    def replay(self, tape: Tape, *outputs: Tensor, **side: Any) -> None:
+        """Run the conditioner, and build the factors, once for both directions."""
+        self._rebuild(tape, *outputs, **side)
+
+    def side_names(self) -> SideNames:
+        return SideNames(frozenset() if self.conditioner is None else frozenset({"context"}), any=False)
+
+    def _rebuild(self, tape: Tape, y: Tensor, context: Any = None) -> tuple[Tensor, ...]:
+        parameters, factors = tape.run(self._build, y, context)
+        x = tape.input(0, self._apply_inverse(y, *factors))
+        tape.run(self._apply_weight, x, *factors)
+        return x, *parameters
+
+    def _replay_with_log_det(self, tape: Tape, *outputs: Tensor, **side: Any) -> None:
+        tape.run(self._log_det, *self._rebuild(tape, *outputs, **side))
+
+    def _operation(self) -> Operation:
+        operation = super()._operation()
+        if not isinstance(self.conditioner, nn.Module | None):
+            operation.roots = (self, *modules_of(self.conditioner))
+        return operation
+
+    def _operation_with_log_det(self) -> Operation:
+        operation = super()._operation_with_log_det()
+        operation.replay = self._replay_with_log_det
+        return operation
+
+    @staticmethod
+    def affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """``weight`` x + ``bias`` along ``dim``, all of one dtype."""
+        raise NotImplementedError
+
+    @property
+    def _parameter(self) -> Tensor:
+        return next(self.matrix.parameters())
+
+    @property
+    def _shift(self) -> Tensor:
+        return widen(self._parameter.new_zeros(self.matrix.rows) if self.bias is None else self.bias)
+
+    def _own(self) -> tuple[Tensor, ...]:
+        return self.matrix.own() if self.bias is None else (*self.matrix.own(), self.bias)
+
+    def _check(self, argument: str, x: Tensor, size: int) -> None:
+        check_floating(self, argument, x)
+        check_like(self, argument, x, self._parameter)
+        check_dims(self, argument, x, self.dims, self.layout)
+        check_features(self, argument, x, self.dim, size)
+
+    def _build(self, x: Tensor, context: Any) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Return W's parameters if they are not the layer's own; and b, and behind it what W and its inverse share."""
+        parameters, shift = self._weights(x, context)
+        with full_precision(x):
+            return parameters, (shift, *self.matrix.factors(*parameters))
+
+    def _weights(self, x: Tensor, context: Any) -> tuple[tuple[Tensor, ...], Tensor]:
+        if self.conditioner is None:
+            if context is not None:
+                self.side_names().check(self, {"context": context})
+            return (), self._shift
+        parameters, count = add_per_sample(self._own(), self._offsets(x, context)), len(self.matrix.names)
+        return parameters[:count], self._shift if self.bias is None else parameters[count]
+
+    def _offsets(self, x: Tensor, context: Any) -> Tensor:
+        if context is None:
+            refuse(self, "context", "be what the conditioner takes", None, TypeError)
+        check_dims(self, "input", x, range(2, sys.maxsize), "(batch, ...), with a conditioner")
+        offsets, shape = self.conditioner(context), (len(x), self.num_parameters)  # type: ignore[misc]
+        if not isinstance(offsets, Tensor):
+            refuse(self, "conditioner", "return a Tensor", type(offsets).__name__, TypeError)
+        if offsets.shape != shape:
+            refuse(self, "conditioner", f"return shape {shape}, (batch, num_parameters)", tuple(offsets.shape))
+        return offsets
+
+    def _apply_weight(self, x: Tensor, shift: Tensor, *factors: Tensor) -> Tensor:
+        with full_precision(x):
+            return self._map(x, self.matrix.weight(*factors), shift)
+
+    def _apply_inverse(self, y: Tensor, shift: Tensor, *factors: Tensor) -> Tensor:
+        with full_precision(y):
+            inverse = self.matrix.inverse(*factors)
+            return self._map(y, inverse, -times(inverse, shift))
+
+    def _log_det(self, x: Tensor, *parameters: Tensor) -> Tensor:
+        if self.matrix.rows != self.matrix.columns:
+            return super().log_det(x)
+        if x.ndim < 2:
+            refuse(self, "x", "have a batch dim, for a log-determinant", f"shape {tuple(x.shape)}")
+        positions = math.prod(x.shape[1:]) // self.matrix.columns * (2 if x.is_complex() else 1)
+        with full_precision(x):
+            log_det = positions * self.matrix.log_det(*parameters).to(log_det_dtype(x))
+        return log_det.expand(len(x)).contiguous()
+
+    def _map(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        dtype = torch.promote_types(x.dtype, weight.dtype)
+        y = self.affine(x.to(dtype), weight.to(dtype), bias.to(dtype))
+        return y.to(torch.promote_types(x.dtype, self._parameter.dtype))
