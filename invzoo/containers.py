@@ -1,21 +1,121 @@
 """Containers: chains of invertible layers of which only the last output stays in memory."""
 
-from collections.abc import Iterable
+from abc import abstractmethod
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from . import engine
-from .engine import Policy, SideNames
-from .layers.split import Partition, cut, join
-from .log_dets import total
+from .engine import Operation, Policy, SideNames
+from .errors import refuse
+from .layers.split import Partition, SplitSpec, cut, join
+from .log_dets import LogDets
 from .module import InvertibleModule
+from .shapes import output_shapes
 
-__all__ = ["InvertibleSequential"]
+__all__ = ["InvertibleSequential", "MultiScale", "Parallel", "Repeat"]
 
 
-class InvertibleSequential(InvertibleModule, nn.Sequential):
+class _Composite(InvertibleModule):
+    """A module made of layers that are calls of their own. Abstract: a subclass says how values pass through them."""
+
+    composite = True
+
+    @abstractmethod
+    def _layers(self) -> Iterable[tuple[str, InvertibleModule]]:
+        """Return the layers and their names, in the order of the forward."""
+
+    @abstractmethod
+    def _there(self, values: tuple[Any, ...], side: dict[str, Any], log_dets: LogDets | None) -> Any:
+        """Pass ``values`` through the layers."""
+
+    @abstractmethod
+    def _back(self, values: tuple[Any, ...], side: dict[str, Any], log_dets: LogDets | None) -> Any:
+        """Undo :meth:`_there`."""
+
+    def function(self, *inputs: Any, **side: Any) -> Any:
+        self.side_names().check(self, side)
+        return self._there(inputs, side, None)
+
+    def inverse(self, *outputs: Any, **side: Any) -> Any:
+        self.side_names().check(self, side)
+        return self._back(outputs, side, None)
+
+    def function_and_log_det(self, *inputs: Any, **side: Any) -> tuple[Any, Tensor]:
+        self.side_names().check(self, side)
+        outputs = self._there(inputs, side, log_dets := LogDets())
+        return outputs, log_dets.total(self, inputs)
+
+    def inverse_and_log_det(self, *outputs: Any, **side: Any) -> tuple[Any, Tensor]:
+        self.side_names().check(self, side)
+        inputs = self._back(outputs, side, log_dets := LogDets())
+        return inputs, log_dets.total(self, outputs)
+
+    def side_names(self) -> SideNames:
+        return SideNames.union(layer.side_names() for _, layer in self._layers())
+
+    def _policies(self) -> list[Policy]:
+        return [policy for _, layer in self._layers() for policy in layer._policies()] or [self._policy]
+
+    @property
+    def volume_preserving(self) -> bool:  # type: ignore[override]
+        return all(layer.volume_preserving for _, layer in self._layers())
+
+
+class _Chain(_Composite):
+    """Layers one after the other. Abstract: a subclass says which.
+
+    Neighbours that split one tensor into the same streams run on the streams, which are merged behind the last of them.
+    """
+
+    def _there(self, values: tuple[Any, ...], side: dict[str, Any], log_dets: LogDets | None) -> Any:
+        return _pass(self._layers(), values, side, log_dets)
+
+    def _back(self, values: tuple[Any, ...], side: dict[str, Any], log_dets: LogDets | None) -> Any:
+        layers = [(name, layer.inv) for name, layer in self._layers()]
+        return _pass(reversed(layers), values, side, log_dets)
+
+
+def _pass(
+    layers: Iterable[tuple[str, InvertibleModule]],
+    values: tuple[Any, ...],
+    side: dict[str, Any],
+    log_dets: LogDets | None,
+) -> Any:
+    streams: Partition | None = None  # by which the values are the streams of one tensor
+    for name, layer in layers:
+        with engine.place(f"layer {name} ({layer._name()})"):
+            wanted = _streams(layer, values, streams)
+            if streams is not None and wanted != streams:
+                values, streams = (join(streams, values, layer._policy),), None
+            if streams is None and wanted is not None:
+                values, streams = cut(wanted, values[0], layer._policy), wanted
+            values = _step(layer, values, side, log_dets)
+    if streams is not None:
+        values = (join(streams, values, layer._policy),)
+    return _one_or_all(values)
+
+
+def _step(
+    layer: InvertibleModule, values: tuple[Any, ...], side: dict[str, Any], log_dets: LogDets | None
+) -> tuple[Any, ...]:
+    """Run a layer on the side inputs that it takes; add its log-determinant to the list, if there is one."""
+    side = layer.side_names().choose(side)
+    if log_dets is None or layer.volume_preserving:
+        return engine.tuple_of(layer(*values, **side))
+    outputs, log_det = layer.forward_and_log_det(*values, **side)
+    log_dets.add(log_det)
+    return engine.tuple_of(outputs)
+
+
+def _one_or_all(values: Sequence[Any]) -> Any:
+    return values[0] if len(values) == 1 else tuple(values)
+
+
+class InvertibleSequential(_Chain, nn.Sequential):
     """Apply invertible layers one after the other; backward holds one activation, however many they are.
 
     It has `torch.nn.Sequential`'s interface (index, slice, append, named layers). Neighbouring couplings that split
@@ -36,87 +136,234 @@ class InvertibleSequential(InvertibleModule, nn.Sequential):
         True
     """
 
-    composite = True
-
     def __init__(self, *layers: Any, **options: Any) -> None:
         super().__init__(**options)
         given = layers[0].items() if len(layers) == 1 and isinstance(layers[0], dict) else enumerate(layers)
         for name, layer in given:
             self.add_module(str(name), layer)
-        for name, value in options.items():
-            if name != "free_input":
-                setattr(self, name, value)
+        _set_options(self, options)
 
     def add_module(self, name: str, module: nn.Module | None) -> None:
-        if not isinstance(module, InvertibleModule):
-            raise TypeError(
-                f"InvertibleSequential: Expected layer {name} to be an InvertibleModule; got {type(module).__name__}. "
-                "Plain layers belong outside the stack, or into a coupling's subnet"
-            )
-        super().add_module(name, module)
+        super().add_module(name, _checked(self, f"layer {name}", module))
 
     def _layers(self) -> Iterable[tuple[str, InvertibleModule]]:
         return self._modules.items()  # type: ignore[return-value]
 
-    def _policies(self) -> list[Policy]:
-        return [policy for _, layer in self._layers() for policy in layer._policies()]
 
-    @property
-    def volume_preserving(self) -> bool:  # type: ignore[override]
-        return all(layer.volume_preserving for _, layer in self._layers())
+class Repeat(_Chain):
+    """Apply one layer several times, with the same weights: ``y = layer(layer(... layer(x)))``.
 
-    def function(self, *inputs: Any, **side: Any) -> Any:
-        return self._chain([*self._layers()], inputs, side, None)
+    Args:
+        layer: an invertible module whose outputs can be its inputs.
+        times: how often, 0 or more.
+        options: those of :class:`InvertibleModule`. Modes and checks are those of the layer.
 
-    def inverse(self, *outputs: Any, **side: Any) -> Any:
-        return self._chain(self._backwards(), outputs, side, None)
+    Raises:
+        TypeError: for a layer that is not an invertible module.
+        ValueError: for a negative number of times.
 
-    def function_and_log_det(self, *inputs: Any, **side: Any) -> tuple[Any, Tensor]:
-        outputs = self._chain([*self._layers()], inputs, side, log_dets := list[Tensor]())
-        return outputs, total(self, inputs, log_dets)
+    Example:
+        >>> layer = iz.Repeat(iz.Permute([1, 2, 0]), 2)
+        >>> layer(torch.tensor([[10, 20, 30]]))
+        tensor([[30, 10, 20]])
+    """
 
-    def inverse_and_log_det(self, *outputs: Any, **side: Any) -> tuple[Any, Tensor]:
-        inputs = self._chain(self._backwards(), outputs, side, log_dets := list[Tensor]())
-        return inputs, total(self, outputs, log_dets)
+    def __init__(self, layer: InvertibleModule, times: int, **options: Any) -> None:
+        super().__init__(**options)
+        if not isinstance(times, int) or times < 0:
+            refuse(self, "times", "be an int of at least 0", repr(times))
+        self.layer, self.times = _checked(self, "layer", layer), times
+        _set_options(self, options)
 
-    def side_names(self) -> SideNames:
-        return SideNames.union(layer.side_names() for _, layer in self._layers())
+    def _layers(self) -> Iterable[tuple[str, InvertibleModule]]:
+        return [(f"layer, time {i}", self.layer) for i in range(self.times)]
 
-    def _backwards(self) -> list[tuple[str, InvertibleModule]]:
-        return [(name, layer.inv) for name, layer in self._layers()][::-1]
+    def extra_repr(self) -> str:
+        return f"times={self.times}"
 
-    def _chain(
+
+class Parallel(_Composite):
+    """Apply each layer to a part of its own, ``(x1, ..., xn) -> (layer1(x1), ..., layern(xn))``.
+
+    Shapes: several tensors, one for each layer, which are returned as several; or one, which is split along ``dim`` and
+    merged again.
+
+    Args:
+        layers: invertible modules that take and return one tensor each.
+        dim: the dimension that one tensor is split along.
+        sizes: those of the parts in ``dim``; as `torch.chunk` would have them, if None.
+        options: those of :class:`InvertibleModule`. Modes and checks are those of the layers.
+
+    Raises:
+        TypeError: for a layer that is not an invertible module.
+        ValueError: for other sizes, or another number of inputs than 1 or one for each layer.
+
+    Example:
+        >>> layer = iz.Parallel(iz.Identity(), iz.Reverse())
+        >>> layer(torch.arange(4).unsqueeze(0))
+        tensor([[0, 1, 3, 2]])
+    """
+
+    def __init__(
+        self, *layers: InvertibleModule, dim: int = 1, sizes: Sequence[int] | None = None, **options: Any
+    ) -> None:
+        super().__init__(**options)
+        if sizes is not None and len(sizes) != len(layers):
+            refuse(self, "sizes", f"hold {len(layers)} sizes, one for each layer", list(sizes))
+        self.layers = nn.ModuleList(_checked(self, f"layer {i}", layer) for i, layer in enumerate(layers))
+        self.dim, self.sizes = dim, None if sizes is None else tuple(sizes)
+        two = len(layers) == 2  # then neighbours may leave it two streams
+        self.streams = Partition(self.sizes or "half", dim) if two else None  # type: ignore[arg-type]
+        _set_options(self, options)
+
+    def _layers(self) -> Iterable[tuple[str, InvertibleModule]]:
+        return self.layers.named_children()  # type: ignore[return-value]
+
+    def _there(self, values: tuple[Any, ...], side: dict[str, Any], log_dets: LogDets | None) -> Any:
+        return self._run([*self._layers()], values, side, log_dets)
+
+    def _back(self, values: tuple[Any, ...], side: dict[str, Any], log_dets: LogDets | None) -> Any:
+        return self._run([(name, layer.inv) for name, layer in self._layers()], values, side, log_dets)
+
+    def _run(
         self,
         layers: list[tuple[str, InvertibleModule]],
         values: tuple[Any, ...],
         side: dict[str, Any],
-        log_dets: list[Tensor] | None,
+        log_dets: LogDets | None,
     ) -> Any:
-        self.side_names().check(self, side)
-        streams: Partition | None = None  # by which the values are the streams of one tensor
-        for name, layer in layers:
+        if len(values) == 1 != len(layers):
+            parts = engine.call(Operation("Split", self._cut, self._join, None, (), self._policy), values, {})
+            outputs = self._run(layers, parts, side, log_dets)
+            sizes = [y.shape[self.dim] for y in outputs]
+
+            def cut_back(y: Tensor) -> tuple[Tensor, ...]:
+                return y.split(sizes, self.dim)
+
+            return engine.call(Operation("Merge", self._join, cut_back, None, (), self._policy), outputs, {})
+        if len(values) != len(layers):
+            refuse(self, "inputs", f"be 1 or {len(layers)} tensors", len(values))
+        outputs = []
+        for (name, layer), value in zip(layers, values, strict=True):
             with engine.place(f"layer {name} ({layer._name()})"):
-                wanted = _streams(layer, values, streams)
-                if streams is not None and wanted != streams:
-                    values, streams = (join(streams, values, layer._policy),), None
-                if streams is None and wanted is not None:
-                    values, streams = cut(wanted, values[0], layer._policy), wanted
-                values = step(layer, values, side, log_dets)
-        if streams is not None:
-            values = (join(streams, values, layer._policy),)
-        return values[0] if len(values) == 1 else tuple(values)
+                outputs += _step(layer, (value,), side, log_dets)
+        return _one_or_all(outputs)
+
+    def _cut(self, x: Tensor) -> tuple[Tensor, ...]:
+        if not -x.ndim <= self.dim < x.ndim:
+            refuse(self, "input", f"have a dim {self.dim}", f"shape {tuple(x.shape)}")
+        parts = x.chunk(len(self.layers), self.dim)
+        sizes = self.sizes or [part.shape[self.dim] for part in parts]
+        if sum(sizes) != x.shape[self.dim] or len(sizes) != len(self.layers):
+            expected = f"{sum(self.sizes)} features" if self.sizes else f"at least {len(self.layers)} features"
+            refuse(self, "input", f"have {expected} in dim {self.dim}", f"shape {tuple(x.shape)}")
+        return x.split(sizes, self.dim)
+
+    def _join(self, *parts: Tensor) -> Tensor:
+        return torch.cat(parts, self.dim)
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}, sizes={self.sizes}"
 
 
-def step(
-    layer: InvertibleModule, values: tuple[Any, ...], side: dict[str, Any], log_dets: list[Tensor] | None
-) -> tuple[Any, ...]:
-    """Run a layer on the side inputs that it takes; add its log-determinant to the list, if there is one."""
-    side = layer.side_names().choose(side)
-    if log_dets is None or layer.volume_preserving:
-        return engine.tuple_of(layer(*values, **side))
-    outputs, log_det = layer.forward_and_log_det(*values, **side)
-    log_dets.append(log_det)
-    return engine.tuple_of(outputs)
+class MultiScale(_Composite):
+    """Apply stages of layers, and let a part of the features go after each: ``x -> (z1, z2, ..., zn)``.
+
+    After every stage but the last the features are split into two streams. The first one goes on to the next stage, the
+    second one is a latent; what the last stage returns is the last latent.
+
+    Shapes: one tensor -> n tensors, one for each of the n stages; or one of shape (B, D), if ``input_shape`` is given.
+
+    Args:
+        stages: invertible modules that take and return one tensor each.
+        dim, split: how the features are split, as for :class:`AdditiveCoupling`.
+        input_shape: the shape of one sample; with it the latents are flattened and concatenated. The stages must then
+            do without side inputs.
+        options: those of :class:`InvertibleModule`. Modes and checks are those of the stages.
+
+    Raises:
+        TypeError: for a stage that is not an invertible module.
+        ValueError: for another ``split``, another number of latents, or without stages.
+
+    Reference:
+        "Density estimation using Real NVP", Dinh, Sohl-Dickstein and Bengio, 2016.
+
+    Example:
+        >>> net = iz.MultiScale(iz.Reverse(), iz.Reverse())
+        >>> net(torch.arange(4.).unsqueeze(0))
+        (tensor([[1., 0.]]), tensor([[2., 3.]]))
+    """
+
+    def __init__(
+        self,
+        *stages: InvertibleModule,
+        dim: int = 1,
+        split: SplitSpec = "half",
+        input_shape: Sequence[int] | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        if not stages:
+            refuse(self, "stages", "be at least one", "none")
+        self.stages = nn.ModuleList(_checked(self, f"stage {i}", stage) for i, stage in enumerate(stages))
+        self.partition = Partition(split, dim)
+        self.latent_shapes: list[torch.Size] | None = None
+        if input_shape is not None:
+            self.latent_shapes = [shape[1:] for shape in output_shapes(self, (1, *input_shape), {})]
+        _set_options(self, options)
+
+    def _layers(self) -> Iterable[tuple[str, InvertibleModule]]:
+        return self.stages.named_children()  # type: ignore[return-value]
+
+    def _there(self, values: tuple[Any, ...], side: dict[str, Any], log_dets: LogDets | None) -> Any:
+        latents = self._descend([*self._layers()], values, side, log_dets)
+        if self.latent_shapes is None:
+            return _one_or_all(latents)
+        return engine.call(Operation("Concatenate", self._join, self._cut, None, (), self._policy), latents, {})
+
+    def _descend(
+        self,
+        stages: list[tuple[str, InvertibleModule]],
+        values: tuple[Any, ...],
+        side: dict[str, Any],
+        log_dets: LogDets | None,
+    ) -> tuple[Tensor, ...]:
+        latents: list[Tensor] = []
+        for i, (name, stage) in enumerate(stages):
+            with engine.place(f"stage {name} ({stage._name()})"):
+                if i:
+                    operation = Operation("Split", self._let_go, self.partition.join, None, (), stage._policy)
+                    going, latent = engine.call(operation, values, {})
+                    values, latents = (going,), [*latents, latent]
+                values = _step(stage, values, side, log_dets)
+        return *latents, *values
+
+    def _let_go(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        going, latent = self.partition.cut(x)
+        return going, latent.clone()  # a view would keep all of x
+
+    def _back(self, values: tuple[Any, ...], side: dict[str, Any], log_dets: LogDets | None) -> Any:
+        if self.latent_shapes is not None:
+            values = engine.call(Operation("Cut", self._cut, self._join, None, (), self._policy), values, {})
+        if len(values) != len(self.stages):
+            refuse(self, "latents", f"be {len(self.stages)} tensors, one for each stage", len(values))
+        *latents, x = values
+        for i, (name, stage) in reversed([*enumerate(self._layers())]):
+            with engine.place(f"stage {name} ({stage._name()})"):
+                (x,) = _step(stage.inv, (x,), side, log_dets)
+                if i:
+                    x = join(self.partition, (x, latents.pop()), stage._policy)
+        return x
+
+    def _join(self, *latents: Tensor) -> Tensor:
+        return torch.cat([z.flatten(1) for z in latents], 1)
+
+    def _cut(self, y: Tensor) -> tuple[Tensor, ...]:
+        shapes = self.latent_shapes or []
+        sizes = [shape.numel() for shape in shapes]
+        if y.ndim != 2 or y.shape[1] != sum(sizes):
+            refuse(self, "y", f"have shape (batch, {sum(sizes)})", f"shape {tuple(y.shape)}")
+        return tuple(z.unflatten(1, shape) for z, shape in zip(y.split(sizes, 1), shapes, strict=True))
 
 
 def _streams(layer: InvertibleModule, values: tuple[Any, ...], streams: Partition | None) -> Partition | None:
@@ -134,3 +381,17 @@ def _has_hooks(layer: nn.Module) -> bool:
     """Whether somebody watches the layer; then it gets the tensors that it would get alone, not streams."""
     tables = (layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks)
     return any(tables) or torch_module._has_any_global_hook()
+
+
+def _checked(owner: nn.Module, argument: str, layer: Any) -> InvertibleModule:
+    if not isinstance(layer, InvertibleModule):
+        hint = "Plain layers belong outside the stack, or into a coupling's subnet"
+        refuse(owner, argument, "be an InvertibleModule", f"{type(layer).__name__}. {hint}", TypeError)
+    return layer
+
+
+def _set_options(owner: InvertibleModule, options: dict[str, Any]) -> None:
+    """Pass a container's options on to its layers."""
+    for name, value in options.items():
+        if name != "free_input":
+            setattr(owner, name, value)

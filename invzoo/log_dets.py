@@ -1,6 +1,5 @@
 """Log-determinants: one number per sample, in the dtype of the input but at least float32."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -8,7 +7,7 @@ from torch import Tensor
 
 from .errors import refuse
 
-__all__ = ["log_det_dtype", "sum_per_sample", "total", "zero_log_det"]
+__all__ = ["LogDets", "log_det_dtype", "sum_per_sample", "zero_log_det"]
 
 
 def log_det_dtype(x: Tensor) -> torch.dtype:
@@ -34,6 +33,18 @@ def zero_log_det(owner: object, inputs: tuple[Any, ...]) -> Tensor:
     return x.new_zeros(len(x), dtype=log_det_dtype(x))
 
 
-def total(owner: object, inputs: tuple[Any, ...], log_dets: Sequence[Tensor]) -> Tensor:
-    """Add up the log-determinants of the steps of a map of ``inputs``; those that keep volumes may be left out."""
-    return sum(log_dets[1:], log_dets[0]) if log_dets else zero_log_det(owner, inputs)
+class LogDets:
+    """The sum of the log-determinants of the steps of a map; steps that keep volumes may be left out."""
+
+    __slots__ = ("_sum",)
+
+    def __init__(self) -> None:
+        self._sum: Tensor | None = None
+
+    def add(self, log_det: Tensor) -> None:
+        """Add that of one step."""
+        self._sum = log_det if self._sum is None else self._sum + log_det
+
+    def total(self, owner: object, inputs: tuple[Any, ...]) -> Tensor:
+        """Return the sum, for ``inputs`` of the first step."""
+        return zero_log_det(owner, inputs) if self._sum is None else self._sum

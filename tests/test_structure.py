@@ -9,7 +9,7 @@ import invzoo as iz
 
 ROOT = pathlib.Path(iz.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
-ORDER = ["errors", "log_dets", "engine", "contract", "module", "layers", "containers", "testing"]
+ORDER = ["errors", "log_dets", "engine", "contract", "module", "layers", "shapes", "containers", "flows", "testing"]
 ORDER += ["demo", "cli", "__main__"]
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .. import engine
 from ..engine import Operation, SideNames, Tape
-from ..log_dets import sum_per_sample, total
+from ..log_dets import LogDets, sum_per_sample
 from ..module import InvertibleModule
 from ._checks import refuse
 from .maps import Affine, Map, Shift
@@ -18,7 +18,6 @@ from .split import Partition, SplitSpec, cut, join
 __all__ = ["AdditiveCoupling", "AffineCoupling", "Coupling", "GINCoupling", "zero_last"]
 
 Subnet = Callable[..., Tensor]
-LogDets = list[Tensor] | None  # where the log-determinants go, if they are asked for
 
 
 class Coupling(InvertibleModule):
@@ -68,19 +67,19 @@ class Coupling(InvertibleModule):
         return self._run(outputs, side, self._updates(inverted=True)[::-1], None)
 
     def function_and_log_det(self, *inputs: Tensor, **side: Any) -> tuple[Any, Tensor]:
-        outputs = self._run(inputs, side, self._updates(), log_dets := list[Tensor]())
-        return outputs, total(self, inputs, log_dets)
+        outputs = self._run(inputs, side, self._updates(), log_dets := LogDets())
+        return outputs, log_dets.total(self, inputs)
 
     def inverse_and_log_det(self, *outputs: Tensor, **side: Any) -> tuple[Any, Tensor]:
-        inputs = self._run(outputs, side, self._updates(inverted=True)[::-1], log_dets := list[Tensor]())
-        return inputs, total(self, outputs, log_dets)
+        inputs = self._run(outputs, side, self._updates(inverted=True)[::-1], log_dets := LogDets())
+        return inputs, log_dets.total(self, outputs)
 
     def _updates(self, *, inverted: bool = False) -> "list[_Update]":
         nets = enumerate((("f", self.f), ("g", self.g)))
         return [_Update(self, name, net, i ^ self.swap, inverted) for i, (name, net) in nets if net is not None]
 
     def _run(
-        self, tensors: tuple[Tensor, ...], side: dict[str, Any], updates: "list[_Update]", log_dets: LogDets
+        self, tensors: tuple[Tensor, ...], side: dict[str, Any], updates: "list[_Update]", log_dets: LogDets | None
     ) -> Any:
         if len(tensors) > 2 or not all(isinstance(x, Tensor) for x in tensors):
             got = ", ".join(type(x).__name__ for x in tensors)
@@ -122,13 +121,13 @@ class _Update:
     target: int  # the stream that moves
     inverted: bool
 
-    def call(self, inputs: tuple[Tensor, ...], side: dict[str, Any], log_dets: LogDets) -> tuple[Tensor, ...]:
+    def call(self, inputs: tuple[Tensor, ...], side: dict[str, Any], log_dets: LogDets | None) -> tuple[Tensor, ...]:
         """Run the update through the engine."""
         asked = log_dets is not None and not self.coupling.volume_preserving
         side = SideNames.of(self.net).choose(side)
         outputs = engine.tuple_of(engine.call(self._operation(log_det=asked), inputs, side))
         if asked:
-            log_dets.append(outputs[-1])  # type: ignore[union-attr]  # it is asked for
+            log_dets.add(outputs[-1])  # type: ignore[union-attr]  # it is asked for
         return outputs[: len(inputs)]
 
     def _operation(self, *, log_det: bool) -> Operation:
