@@ -89,6 +89,12 @@ CATALOGUE: tuple[Entry, ...] = (
         Case(lambda: iz.AffineCoupling(_convolutions(2, 4), split="checkerboard"), (2, 3, 2), id="checkerboard"),
         Case(lambda: iz.AffineCoupling(_Conditioned(2, 3, 4)), (4,), id="context", side={"context": (3,)}),
     ),
+    Entry(
+        iz.GINCoupling,
+        "as AffineCoupling, the log-scales of a sample centred",
+        "0",
+        Case(lambda: iz.GINCoupling(_subnet(3, 6), _subnet(3, 6)), (6,)),
+    ),
     # ---- linear layers and convolutions ----
     Entry(
         iz.InvertibleLinear,
