@@ -1,0 +1,146 @@
+"""Space to depth: pixels become channels, and back."""
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+from einops import rearrange
+from torch import Tensor
+
+from ..module import InvertibleModule
+from ._checks import check_choice, check_positive_int, refuse
+from .reshape import check_tensor
+
+__all__ = ["ORDERS", "Squeeze", "Unsqueeze", "cells", "check_pixels", "positions"]
+
+ORDERS = ("channels_first", "positions_first")
+
+
+@lru_cache(maxsize=64)
+def cells(dims: int, order: str) -> tuple[str, str, str]:
+    """Return the einops patterns of an image, of its cells, and of the image whose channels are the cells' entries.
+
+    The cells are split off as (b, channels, rows, position in the row, columns, position in the column, ...).
+    """
+    rows, positions = [f"h{i}" for i in range(dims)], [f"p{i}" for i in range(dims)]
+    pairs = [*zip(rows, positions, strict=True)]
+    channels = " ".join(["c", *positions] if order == "channels_first" else [*positions, "c"])
+    return (
+        f"b c {' '.join(f'({h} {p})' for h, p in pairs)}",
+        f"b c {' '.join(f'{h} {p}' for h, p in pairs)}",
+        f"b ({channels}) {' '.join(rows)}",
+    )
+
+
+def positions(factors: Sequence[int]) -> dict[str, int]:
+    """Return the sizes of a cell, as the patterns name them."""
+    return {f"p{i}": factor for i, factor in enumerate(factors)}
+
+
+def check_pixels(
+    owner: InvertibleModule, argument: str, x: Any, factor: tuple[int, ...] | int, *, deep: bool
+) -> tuple[int, ...]:
+    """Return the factor for each dim of pixels of ``x``, which it divides; or the channels, if ``deep``."""
+    check_tensor(owner, argument, x)
+    dims = {len(factor)} if not isinstance(factor, int) else {1, 2, 3}
+    if x.ndim - 2 not in dims:
+        number = "one to three dims" if isinstance(factor, int) else f"{len(factor)} dims"
+        refuse(owner, argument, f"have dims (batch, channels, ...) with {number} of pixels", f"shape {tuple(x.shape)}")
+    factors = (factor,) * (x.ndim - 2) if isinstance(factor, int) else tuple(factor)
+    if deep and x.shape[1] % math.prod(factors):
+        refuse(owner, argument, f"have a multiple of {math.prod(factors)} channels", f"shape {tuple(x.shape)}")
+    if not deep and any(n % f for n, f in zip(x.shape[2:], factors, strict=True)):
+        refuse(owner, argument, f"have sizes that are multiples of {factors} in dims 2, ...", f"shape {tuple(x.shape)}")
+    return factors
+
+
+class _Cells(InvertibleModule):
+    """Space to depth and back. Abstract: a subclass says which of the two is the function."""
+
+    volume_preserving = True
+    exact = True
+
+    factor: int | tuple[int, ...]
+    order: str
+
+    def __init__(self, factor: int | Sequence[int] = 2, *, order: str = "channels_first", **options: Any) -> None:
+        super().__init__(**options)
+        factors = tuple(factor) if isinstance(factor, Sequence) else (factor,)
+        for each in factors:
+            check_positive_int(self, "factor", each)
+        if not 1 <= len(factors) <= 3:
+            refuse(self, "factor", "be an int or one to three of them", factor)
+        check_choice(self, "order", order, ORDERS)
+        self.factor, self.order = factor if isinstance(factor, int) else factors, order
+
+    def _squeeze(self, argument: str, x: Tensor) -> Tensor:
+        factors = check_pixels(self, argument, x, self.factor, deep=False)
+        image, _, deep = cells(len(factors), self.order)
+        return rearrange(x, f"{image} -> {deep}", **positions(factors))
+
+    def _unsqueeze(self, argument: str, y: Tensor) -> Tensor:
+        factors = check_pixels(self, argument, y, self.factor, deep=True)
+        image, _, deep = cells(len(factors), self.order)
+        return rearrange(y, f"{deep} -> {image}", **positions(factors))
+
+    def extra_repr(self) -> str:
+        return f"{self.factor}, order={self.order!r}"
+
+
+class Squeeze(_Cells):
+    """Move pixels into channels, ``(c, h p, w q) -> (c p q, h, w)``: space to depth.
+
+    An image is cut into cells of ``factor`` pixels a side; each becomes one pixel, with all its entries as channels.
+
+    Shapes: ``(B, C, h p) -> (B, C p, h)``, likewise with two and three dims of pixels.
+
+    Args:
+        factor: of each dim of pixels, or one for all.
+        order: of the new channels. ``'channels_first'``: ``c p q``, each channel's positions side by side, as in
+            `torch.nn.PixelUnshuffle`. ``'positions_first'``: ``p q c``, each position's channels side by side, as in
+            TensorFlow's `space_to_depth`; the halves of the channels are then the even and the odd rows.
+
+    Raises:
+        ValueError: for an input with another number of dims, or sizes that the factor does not divide.
+
+    Reference:
+        "Density estimation using Real NVP", Dinh, Sohl-Dickstein and Bengio, 2016.
+
+    Example:
+        >>> x = torch.tensor([[[[1, 2], [3, 4]], [[5, 6], [7, 8]]]])
+        >>> iz.Squeeze()(x).flatten()
+        tensor([1, 2, 3, 4, 5, 6, 7, 8])
+        >>> iz.Squeeze(order="positions_first")(x).flatten()
+        tensor([1, 5, 2, 6, 3, 7, 4, 8])
+    """
+
+    def function(self, x: Tensor) -> Tensor:
+        return self._squeeze("x", x)
+
+    def inverse(self, y: Tensor) -> Tensor:
+        return self._unsqueeze("y", y)
+
+
+class Unsqueeze(_Cells):
+    """Move channels into pixels, ``(c p q, h, w) -> (c, h p, w q)``: the inverse of :class:`Squeeze`.
+
+    Shapes: ``(B, C p, h) -> (B, C, h p)``, likewise with two and three dims of pixels.
+
+    Args:
+        factor, order: as for :class:`Squeeze`; ``'channels_first'`` is the order of `torch.nn.PixelShuffle`.
+
+    Raises:
+        ValueError: for an input with another number of dims, or channels that cannot be shared out.
+
+    Example:
+        >>> iz.Unsqueeze()(torch.arange(4).reshape(1, 4, 1, 1))
+        tensor([[[[0, 1],
+                  [2, 3]]]])
+    """
+
+    def function(self, x: Tensor) -> Tensor:
+        return self._unsqueeze("x", x)
+
+    def inverse(self, y: Tensor) -> Tensor:
+        return self._squeeze("y", y)
