@@ -78,14 +78,16 @@ def _watch(
     if any(y.requires_grad for y in outputs):
         torch.autograd.backward([y.abs().sum() for y in outputs if y.requires_grad])
     for name, tensor in given.items():
-        version, values = before[name]
-        expect(tensor._version == version, layer, f"{name} of {where} to be left alone", "a write into it")
-        expect(torch.equal(tensor, values), layer, f"{name} of {where} to be left alone", "other values")
+        version, requires_grad, values = before[name]
+        what = f"{name} of {where} to be left alone"
+        expect(tensor._version == version, layer, what, "a write into it")
+        expect(tensor.requires_grad == requires_grad, layer, what, f"requires_grad={tensor.requires_grad}")
+        expect(torch.equal(tensor, values), layer, what, "other values")
     return tuple(y.detach().clone() for y in outputs)
 
 
-def _state(tensors: dict[str, Tensor]) -> dict[str, tuple[int, Tensor]]:
-    return {name: (tensor._version, tensor.detach().clone()) for name, tensor in tensors.items()}
+def _state(tensors: dict[str, Tensor]) -> dict[str, tuple[int, bool, Tensor]]:
+    return {name: (tensor._version, tensor.requires_grad, tensor.detach().clone()) for name, tensor in tensors.items()}
 
 
 @assertion

@@ -139,7 +139,7 @@ def assert_near(layer: InvertibleModule, what: str, actual: Any, expected: Any, 
     actual, expected = tuple_of(actual), tuple_of(expected)
     expect(len(actual) == len(expected), layer, f"{len(expected)} tensors of {what}", len(actual))
     for index, (a, e) in enumerate(zip(actual, expected, strict=True)):
-        name = what if len(expected) == 1 else f"{what} {index}"
+        name = what if len(expected) == 1 else f"{what} ({index})"
         expect(isinstance(a, Tensor) == isinstance(e, Tensor), layer, f"{name} to be {_kind(e)}", _kind(a))
         if isinstance(e, Tensor):
             relative = tolerance_of(e) if tolerance is None else tolerance

@@ -44,7 +44,7 @@ def assert_round_trip(
     outputs = tuple_of(layer(*clones(inputs), **side))
     _check_domain(layer, "inputs in its domain", layer.domain, inputs)
     _check_domain(layer, "outputs in its codomain", layer.codomain, outputs)
-    tolerance = round_trip_tolerance or tolerance_of(*inputs, *outputs)
+    tolerance = round_trip_tolerance or tolerance_of(*inputs, *outputs, *layer.parameters(), *layer.buffers())
     for inverse in (layer.inverse, layer.inv):
         back = tuple_of(inverse(*clones(outputs), **side))
         assert_near(layer, "inverse of the outputs", back, inputs, 0.0 if layer.exact else tolerance)
