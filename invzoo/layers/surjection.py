@@ -1,0 +1,275 @@
+"""Surjections: layers that lose something in one direction and draw it in the other.
+
+They follow "SurVAE Flows: Surjections to Bridge the Gap between VAEs and Flows", Nielsen, Jaini, Hoogeboom, Winther
+and Welling, 2020.
+"""
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.distributions import Bernoulli, Distribution, Normal, constraints
+
+from ..engine import SideNames
+from ..log_dets import sum_per_sample
+from ..module import Inverse, InvertibleModule
+from ._checks import check_positive_int, refuse
+from .elementwise import check_real
+from .matrix import widen
+
+__all__ = ["Abs", "Augment", "Noise", "Slice", "Surjection", "fair_coin", "standard_normal", "zero_and_one"]
+
+Noise = Callable[..., Distribution]
+
+
+def standard_normal(x: Tensor) -> Distribution:
+    """Features that do not depend on the others."""
+    return Normal(*zero_and_one(x), validate_args=False)
+
+
+def fair_coin(x: Tensor) -> Distribution:
+    """Signs that do not depend on the size."""
+    return Bernoulli(logits=zero_and_one(x)[0], validate_args=False)
+
+
+def zero_and_one(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return these scalars, in at least float32, where ``x`` is."""
+    zero = widen(x).new_zeros(())
+    return zero, zero + 1
+
+
+class Surjection(InvertibleModule):
+    """A map that loses something one way and draws it the other way, from a distribution given what is left. Abstract.
+
+    In place of the log-determinant stands a term of a bound on the likelihood: the log-density of what is lost, or
+    minus that of what is drawn. With it ``log p(x) >= E[log p(y) + log_det]``, and equal where the function loses. The
+    inverse has minus the term, at the values at hand.
+
+    Draws are from torch's global generators, and a replay in backward draws the same again. Nothing rebuilds what is
+    lost, so that mode ``invert`` keeps the input.
+
+    A subclass writes :meth:`lose`, :meth:`join`, :meth:`lost_shape` and, if it scales, :meth:`log_prob`.
+
+    Args:
+        distribution: a module or a function; it gets what is left, and the side inputs as keyword arguments, and
+            returns the `torch.distributions.Distribution` of what is lost. Gradients go through draws with `rsample`.
+        options: those of :class:`InvertibleModule`.
+    """
+
+    bijective: ClassVar[bool] = False
+    draws: ClassVar[bool]  # whether the function is the way that draws
+    saturating = True
+
+    def __init__(self, distribution: Noise, **options: Any) -> None:
+        super().__init__(**options)
+        if not callable(distribution):
+            expected = "be a module or a function that returns a Distribution"
+            refuse(self, "distribution", expected, type(distribution).__name__, TypeError)
+        self.distribution = distribution
+
+    def lose(self, argument: str, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what is left of ``x``, which errors call ``argument``, and what is lost."""
+        raise NotImplementedError
+
+    def lost_shape(self, argument: str, left: Tensor) -> tuple[int, ...]:
+        """Return the shape of what was lost beside ``left``, if it can have been."""
+        raise NotImplementedError
+
+    def join(self, left: Tensor, lost: Tensor) -> Tensor:
+        """Undo :meth:`lose`."""
+        raise NotImplementedError
+
+    def log_prob(self, noise: Distribution, lost: Tensor) -> Tensor:
+        """Compute the log-density of the whole given what is left, per sample."""
+        return sum_per_sample(self, noise.log_prob(widen(lost)))
+
+    def function(self, x: Tensor, **side: Any) -> Tensor:
+        return self._draw("x", x, side)[0] if self.draws else self.lose("x", x)[0]
+
+    def inverse(self, y: Tensor, **side: Any) -> Tensor:
+        return self.lose("y", y)[0] if self.draws else self._draw("y", y, side)[0]
+
+    def log_det(self, x: Tensor, **side: Any) -> Tensor:
+        return self.function_and_log_det(x, **side)[1]
+
+    def function_and_log_det(self, x: Tensor, **side: Any) -> tuple[Tensor, Tensor]:
+        return self._draw_with_log_det("x", x, side) if self.draws else self._lose_with_log_det("x", x, side)
+
+    def inverse_with_log_det(self, y: Tensor, **side: Any) -> tuple[Tensor, Tensor]:
+        """Compute the inverse and minus the log-determinant there, both of the same draw."""
+        return self._lose_with_log_det("y", y, side) if self.draws else self._draw_with_log_det("y", y, side)
+
+    def _lose_with_log_det(self, argument: str, x: Tensor, side: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        left, lost = self.lose(argument, x)
+        return left, self.log_prob(self._noise(left, tuple(lost.shape), side), lost)
+
+    def _draw_with_log_det(self, argument: str, left: Tensor, side: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        whole, noise, lost = self._draw(argument, left, side)
+        return whole, -self.log_prob(noise, lost)
+
+    def _draw(self, argument: str, left: Tensor, side: dict[str, Any]) -> tuple[Tensor, Distribution, Tensor]:
+        noise = self._noise(left, self.lost_shape(argument, left), side)
+        lost = noise.rsample() if noise.has_rsample else noise.sample()
+        lost = lost.to(left.dtype) if left.is_floating_point() else lost
+        return self.join(left, lost), noise, lost
+
+    def _noise(self, left: Tensor, shape: tuple[int, ...], side: dict[str, Any]) -> Distribution:
+        """Return the distribution of what is lost, in this shape."""
+        self.side_names().check(self, side)
+        noise = self.distribution(left if left.is_floating_point() else left.to(torch.get_default_dtype()), **side)
+        if not isinstance(noise, Distribution):
+            refuse(self, "distribution", "return a Distribution", type(noise).__name__, TypeError)
+        batch = shape[: len(shape) - len(noise.event_shape)]
+        try:
+            fits = batch and torch.broadcast_shapes(batch, noise.batch_shape) + noise.event_shape == shape
+        except RuntimeError:
+            fits = False
+        if not fits:
+            got = f"batch shape {tuple(noise.batch_shape)} and event shape {tuple(noise.event_shape)}"
+            refuse(self, "distribution", f"return one of values of shape {shape}", got)
+        return noise if noise.batch_shape == batch else noise.expand(torch.Size(batch))
+
+    def side_names(self) -> SideNames:
+        return SideNames.of(self.distribution)
+
+    @property
+    def inv(self) -> InvertibleModule:
+        return _Swapped(self)
+
+
+class _Swapped(Inverse):
+    """A surjection with its directions swapped: what one draws, the log-determinant must know."""
+
+    layer: Surjection
+
+    def function_and_log_det(self, *inputs: Any, **side: Any) -> tuple[Any, Tensor]:
+        return self.layer.inverse_with_log_det(*inputs, **side)
+
+
+class _Features(Surjection):
+    """Features that are lost or drawn. Abstract."""
+
+    def __init__(self, features: int, dim: int = 1, *, distribution: Noise = standard_normal, **options: Any) -> None:
+        super().__init__(distribution, **options)
+        check_positive_int(self, "features", features)
+        self.features, self.dim = features, dim
+
+    def lose(self, argument: str, x: Tensor) -> tuple[Tensor, Tensor]:
+        self._check(argument, x, self.features)
+        left, lost = x.split((x.shape[self.dim] - self.features, self.features), self.dim)
+        return left, lost
+
+    def lost_shape(self, argument: str, left: Tensor) -> tuple[int, ...]:
+        self._check(argument, left, 0)
+        dim = self.dim % left.ndim
+        return (*left.shape[:dim], self.features, *left.shape[dim + 1 :])
+
+    def join(self, left: Tensor, lost: Tensor) -> Tensor:
+        return torch.cat((left, lost), self.dim)
+
+    def _check(self, argument: str, x: Tensor, at_least: int) -> None:
+        check_real(self, argument, x)
+        if self.dim == 0 or not -x.ndim < self.dim < x.ndim or x.shape[self.dim] < at_least:
+            entries = f", with at least {at_least} entries" if at_least else ""
+            refuse(self, argument, f"have a dim {self.dim} behind the batch{entries}", f"shape {tuple(x.shape)}")
+
+    def extra_repr(self) -> str:
+        return f"{self.features}, dim={self.dim}"
+
+
+class Slice(_Features):
+    """Drop the last features, ``(x1, x2) -> x1``; the inverse draws them: ``x2 ~ p(x2 | x1)``.
+
+    The log-likelihood term is ``log p(x2 | x1)``, and the likelihood exact.
+
+    Shapes: ``(B, ..., n, ...) -> (B, ..., n - features, ...)``.
+
+    Args:
+        features: how many are dropped.
+        dim: the dimension, which may be negative, but not the batch's.
+        distribution: gives p(x2 | x1), as in :class:`Surjection`; standard normal by default.
+
+    Raises:
+        ValueError: for an input without ``dim`` or with fewer features in it, or a distribution of other shapes.
+        TypeError: for values that are not real floating point, or a distribution that is none.
+
+    Reference:
+        "SurVAE Flows", Nielsen, Jaini, Hoogeboom, Winther and Welling, 2020.
+
+    Example:
+        >>> y, log_det = iz.Slice(1).forward_and_log_det(torch.tensor([[1., 2., 0.]]))
+        >>> y, log_det
+        (tensor([[1., 2.]]), tensor([-0.9189]))
+    """
+
+    draws = False
+
+
+class Augment(_Features):
+    """Draw more features, ``x -> (x, e)`` with ``e ~ q(e | x)``; the inverse drops them.
+
+    The log-likelihood term is ``-log q(e | x)``, of one draw.
+
+    Shapes: ``(B, ..., n, ...) -> (B, ..., n + features, ...)``.
+
+    Args:
+        features: how many are drawn.
+        dim: the dimension, which may be negative, but not the batch's.
+        distribution: gives q(e | x), as in :class:`Surjection`; standard normal by default.
+
+    Raises:
+        ValueError: for an input without ``dim``, or a distribution of other shapes.
+        TypeError: for values that are not real floating point, or a distribution that is none.
+
+    Reference:
+        "SurVAE Flows", Nielsen, Jaini, Hoogeboom, Winther and Welling, 2020.
+
+    Example:
+        >>> layer = iz.Augment(2)
+        >>> y, log_det = layer.forward_and_log_det(torch.ones(5, 3))
+        >>> y.shape, torch.allclose(log_det, -torch.distributions.Normal(0, 1).log_prob(y[:, 3:]).sum(1))
+        (torch.Size([5, 5]), True)
+    """
+
+    draws = True
+
+
+class Abs(Surjection):
+    """Drop the signs, ``x -> |x|``; the inverse draws them.
+
+    The log-likelihood term is ``log p(sign | y)``, which is ``-n log(2)`` for fair signs, and the likelihood exact.
+
+    Shapes: ``(B, ...) -> (B, ...)``.
+
+    Args:
+        distribution: gives p(sign | y), of 1 and 0 for plus and minus, as in :class:`Surjection`; fair by default.
+
+    Raises:
+        ValueError: for a distribution of other shapes.
+        TypeError: for values that are not real floating point, or a distribution that is none.
+
+    Reference:
+        "SurVAE Flows", Nielsen, Jaini, Hoogeboom, Winther and Welling, 2020.
+
+    Example:
+        >>> iz.Abs().forward_and_log_det(torch.tensor([[1., -2.]]))
+        (tensor([[1., 2.]]), tensor([-1.3863]))
+    """
+
+    codomain = constraints.nonnegative
+    draws = False
+
+    def __init__(self, *, distribution: Noise = fair_coin, **options: Any) -> None:
+        super().__init__(distribution, **options)
+
+    def lose(self, argument: str, x: Tensor) -> tuple[Tensor, Tensor]:
+        check_real(self, argument, x)
+        return x.abs(), (x > 0).to(x.dtype)
+
+    def lost_shape(self, argument: str, left: Tensor) -> tuple[int, ...]:
+        check_real(self, argument, left)
+        return tuple(left.shape)
+
+    def join(self, left: Tensor, lost: Tensor) -> Tensor:
+        return left * (2 * lost - 1)
