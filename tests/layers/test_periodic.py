@@ -1,0 +1,228 @@
+"""PeriodicConv: a convolution around the edges, and a solve per frequency."""
+
+import math
+
+import pytest
+import torch
+from torch.autograd import gradcheck, gradgradcheck
+from torch.testing import assert_close
+
+import invzoo as iz
+from invzoo.layers.periodic import frequency_response, multiplicity
+
+CASES = [
+    (3, (2, 3, 4, 5)),
+    (3, (2, 3, 5, 4)),
+    ((5, 2), (2, 2, 6, 3)),
+    ((3,), (2, 3, 6)),
+    ((4,), (2, 3, 7)),
+    ((3, 1, 2), (2, 2, 3, 2, 4)),
+    (1, (2, 3, 2, 3)),
+]
+SMALL = [(3, (2, 2, 1, 1)), (5, (2, 2, 2, 3)), ((7,), (2, 2, 2)), ((3, 3), (2, 2, 2, 1))]
+
+all_cases = pytest.mark.parametrize(("kernel_size", "shape"), CASES + SMALL, ids=str)
+directions = pytest.mark.parametrize("direction", ["function", "inverse"])
+
+
+def conv(channels, kernel_size, std=1.0, dtype=torch.float64, **options):
+    layer = iz.PeriodicConv(channels, kernel_size, dtype=dtype, **options)
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.add_(std * torch.randn_like(p))
+    return layer
+
+
+def inputs(*shape, dtype=torch.float64):
+    return torch.randn(shape, dtype=dtype, requires_grad=True)
+
+
+def jacobian(function, x):
+    """Of one sample: (n, n)."""
+    matrix = torch.autograd.functional.jacobian(lambda sample: function(sample[None])[0], x)
+    return matrix.reshape(x.numel(), x.numel())
+
+
+def rolled(x, kernel, bias):
+    """The convolution as a sum of rolled images, which may be smaller than the kernel."""
+    dims, y = tuple(range(2, x.ndim)), bias.view(-1, *[1] * (x.ndim - 2))
+    for tap in torch.cartesian_prod(*(torch.arange(k) for k in kernel.shape[2:])).reshape(-1, len(dims)).tolist():
+        offset = [t - (k - 1) // 2 for t, k in zip(tap, kernel.shape[2:])]
+        moved = torch.roll(x, [-o for o in offset], dims)
+        y = y + torch.einsum("oi,bi...->bo...", kernel[(..., *tap)], moved)
+    return y
+
+
+@all_cases
+def test_equals_a_sum_of_rolled_images(kernel_size, shape):
+    layer, x = conv(shape[1], kernel_size), inputs(*shape)
+    assert_close(layer(x), rolled(x, layer.kernel, layer.bias))
+
+
+@pytest.mark.parametrize("kernel_size", [1, 3, (3, 5), (5, 1)])
+def test_equals_a_circular_convolution_of_torch(kernel_size):
+    layer, x = conv(3, kernel_size), inputs(2, 3, 6, 7)
+    other = torch.nn.Conv2d(3, 3, kernel_size, padding="same", padding_mode="circular", dtype=torch.float64)
+    other.load_state_dict({"weight": layer.kernel, "bias": layer.bias})
+    assert_close(layer(x), other(x))
+
+
+@all_cases
+def test_round_trip_and_log_det_in_both_directions(kernel_size, shape):
+    layer, x = conv(shape[1], kernel_size), inputs(*shape)
+    y, log_det = layer.forward_and_log_det(x)
+    back, inverse_log_det = layer.inverse_and_log_det(y.detach())
+    assert_close(back, x)
+    assert_close(layer(layer.inverse(x)), x)
+    expected = torch.linalg.slogdet(jacobian(layer.function, x[0])).logabsdet.expand(2)
+    assert_close(log_det, expected)
+    assert_close(layer.log_det(x), expected)
+    assert_close(inverse_log_det, -expected)
+    assert_close(torch.linalg.slogdet(jacobian(layer.inverse, y[0].detach())).logabsdet, -expected[0])
+
+
+@pytest.mark.parametrize("sizes", [(1,), (2,), (5,), (6,), (3, 4), (4, 3), (1, 1), (2, 3, 4)], ids=str)
+def test_frequencies_are_those_of_the_full_transform(sizes):
+    image = torch.zeros(sizes, dtype=torch.float64)
+    assert multiplicity(sizes, image.device).sum() == math.prod(sizes)
+    kernel = torch.randn(2, 2, *[3] * len(sizes), dtype=torch.float64)
+    half = torch.linalg.slogdet(frequency_response(kernel, sizes)).logabsdet * multiplicity(sizes, image.device)
+    matrix = jacobian(lambda x: rolled(x, kernel, kernel.new_zeros(2)), torch.zeros(2, *sizes, dtype=torch.float64))
+    assert_close(half.sum(), torch.linalg.slogdet(matrix).logabsdet)
+
+
+def test_starts_as_the_identity():
+    layer, x = iz.PeriodicConv(3, 3), torch.randn(2, 3, 4, 5)
+    y, log_det = layer.forward_and_log_det(x)
+    assert_close(y, x, rtol=0, atol=1e-6)
+    assert_close(log_det, torch.zeros(2))
+    y.square().sum().backward()
+    assert all(p.grad.any() for p in layer.parameters())
+
+
+@pytest.mark.parametrize("sizes", [(6, 6), (1, 5), (2, 2)], ids=str)
+@pytest.mark.parametrize("weights", ["normal", "constant"])
+def test_condition_number_is_bounded(sizes, weights):
+    layer = conv(3, 3, 100.0, max_norm=0.8)
+    if weights == "constant":
+        torch.nn.init.constant_(layer.weight, -1e4)
+    singular = torch.linalg.svdvals(jacobian(layer.function, inputs(3, *sizes)))
+    assert singular.max() / singular.min() < 9 * math.exp(2)
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0, 1e3])
+def test_large_images_survive_training_in_float32(scale):
+    layer = conv(4, 3, dtype=torch.float32)
+    with torch.no_grad():
+        layer.weight.mul_(scale), layer.log_scale.mul_(scale)
+        x = torch.randn(2, 4, 32, 32)
+        assert_close(layer.inverse(layer(x)), x, rtol=0, atol=1e-4)
+        single = layer.log_det(x)
+        assert_close(single, layer.double().log_det(x.double()).float(), rtol=1e-5, atol=1e-3)
+
+
+def test_round_trip_at_depth_16():
+    layers = [conv(4, 3, dtype=torch.float32) for _ in range(16)]
+    x = torch.randn(2, 4, 6, 5)
+    y = x
+    with torch.no_grad():
+        for layer in layers:
+            y = layer(y)
+        for layer in reversed(layers):
+            y = layer.inverse(y)
+    assert_close(y, x, rtol=0, atol=1e-4)
+
+
+@directions
+@pytest.mark.parametrize(("kernel_size", "shape"), [(3, (2, 2, 2, 3)), ((2,), (1, 2, 4))], ids=str)
+def test_gradients(direction, kernel_size, shape):
+    layer = conv(2, kernel_size)
+    apply, leaves = getattr(layer, direction), (inputs(*shape), *layer.parameters())
+    assert gradcheck(lambda x, *_: apply(x), leaves)
+    assert gradgradcheck(lambda x, *_: apply(x), leaves)
+
+
+def test_gradients_of_the_log_det():
+    layer = conv(2, 3)
+    leaves = (inputs(2, 2, 3, 2), *layer.parameters())
+    assert gradcheck(lambda x, *_: layer.log_det(x), leaves)
+    assert gradgradcheck(lambda x, *_: layer.log_det(x), leaves)
+
+
+def test_modes_agree():
+    layer = conv(3, 3)
+    x, w = inputs(2, 3, 4, 4), torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    found = []
+    for mode in ("store", "recompute", "invert"):
+        with iz.mode(layer, mode):
+            for module in (layer, layer.inv):
+                y, log_det = module.forward_and_log_det(x)
+                found.append(torch.autograd.grad((y * w).sum() + log_det.square().sum(), (x, *layer.parameters())))
+    for both in (found[0::2], found[1::2]):
+        for other in both[1:]:
+            assert_close(other, both[0])
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_memory_formats_batches_and_compile(memory_format):
+    layer = conv(4, 3)
+    x = torch.randn(3, 4, 3, 5, dtype=torch.float64)
+    for direction in (layer.function, layer.inverse):
+        y = direction(x)
+        assert_close(direction(x.to(memory_format=memory_format)), y)
+        assert_close(torch.cat([direction(x[i : i + 1]) for i in range(3)]), y)
+        assert direction(x[:0]).shape == (0, 4, 3, 5)
+        assert_close(torch.vmap(lambda sample, f=direction: f(sample[None])[0])(x), y)
+        assert_close(torch.compile(direction, fullgraph=True, backend="eager")(x), y)
+    assert layer.log_det(x[:0]).shape == (0,)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_and_autocast(dtype):
+    layer = conv(4, 3, dtype=dtype)
+    x = torch.randn(2, 4, 5, 5, dtype=dtype)
+    y, log_det = layer.forward_and_log_det(x)
+    assert (y.dtype, log_det.dtype, layer.inverse(y).dtype) == (dtype, torch.float32, dtype)
+    assert_close(y.double(), layer.double().function(x.double()), rtol=0.02, atol=0.02)
+    layer = conv(4, 3, dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(x.bfloat16())
+        assert y.dtype == torch.float32
+        assert_close(layer.inverse(y), x.bfloat16().float(), rtol=0, atol=1e-5)
+
+
+def test_repr():
+    assert repr(iz.PeriodicConv(4, 3)) == "PeriodicConv(4, kernel_size=(3, 3))"
+    assert repr(iz.PeriodicConv(4, (5,), bias=False)) == "PeriodicConv(4, kernel_size=(5,), bias=False)"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "match"),
+    [
+        ((0, 3), {}, ValueError, "PeriodicConv: Expected channels to be at least 1; got 0"),
+        ((4, None), {}, TypeError, "Expected kernel_size to be an int or a tuple of them; got None"),
+        ((4, 3), {"max_norm": 1.5}, ValueError, "PeriodicConv: Expected max_norm to be below 1; got 1.5"),
+        ((4, 3), {"max_log_scale": 0}, ValueError, "Expected max_log_scale to be positive and finite; got 0"),
+    ],
+)
+def test_bad_arguments(arguments, options, error, match):
+    with pytest.raises(error, match=match):
+        iz.PeriodicConv(*arguments, **options)
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "match"),
+    [
+        (torch.zeros(2, 4, 3), ValueError, r"to have dims \(batch, channels, height, width\); got shape \(2, 4, 3\)"),
+        (torch.zeros(2, 3, 4, 4), ValueError, r"to have size 4 in dim 1; got shape \(2, 3, 4, 4\)"),
+        (torch.zeros(2, 4, 4, 0), ValueError, r"to have at least one pixel; got shape \(2, 4, 4, 0\)"),
+        (torch.zeros(2, 4, 4, 4, dtype=torch.cfloat), TypeError, "to be real floating point; got torch.complex64"),
+    ],
+)
+def test_bad_inputs(value, error, match):
+    layer = iz.PeriodicConv(4, 3)
+    for name in ("function", "log_det"):
+        with pytest.raises(error, match="PeriodicConv: Expected x " + match):
+            getattr(layer, name)(value)
+    with pytest.raises(error, match="PeriodicConv: Expected y " + match):
+        layer.inverse(value)
