@@ -1,4 +1,11 @@
-"""What a layer must do, as assertions for any layer, and the catalogue of this library's layers."""
+"""What a layer must do, as assertions for any layer, and the catalogue of this library's layers.
+
+:func:`assert_invertible` makes all assertions on a layer of yours. ``strategies`` draws inputs and stacks of layers;
+it needs hypothesis, which nothing else here does.
+"""
+
+from importlib import import_module
+from typing import Any
 
 from .assertions import ASSERTIONS, assert_invertible, assertions_of
 from .catalogue import CATALOGUE, cases
@@ -25,4 +32,16 @@ __all__ = [
     "assert_trainable",
     "assertions_of",
     "cases",
+    "strategies",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name != "strategies":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        return import_module(".strategies", __name__)
+    except ModuleNotFoundError as error:
+        if error.name != "hypothesis":
+            raise
+        raise ImportError("invzoo.testing.strategies needs hypothesis; pip install hypothesis") from error

@@ -7,23 +7,38 @@ import torch
 from torch import Generator, Tensor
 from torch.distributions import constraints
 
-__all__ = ["Draw", "Shape", "draw_from"]
+__all__ = ["Draw", "Shape", "bounds", "draw_from", "elementwise"]
 
 Shape = tuple[int, ...]
 Draw = Callable[[Shape, Generator], Tensor]
 
 
+def elementwise(domain: constraints.Constraint) -> constraints.Constraint:
+    """Return the domain of a single element."""
+    return elementwise(domain.base_constraint) if isinstance(domain, constraints.independent) else domain
+
+
+def bounds(domain: constraints.Constraint) -> tuple[float | None, float | None]:
+    """Return the bounds of a domain of real numbers, None for those that it has not.
+
+    Raises:
+        TypeError: for another domain.
+    """
+    domain = elementwise(domain)
+    low: Any = getattr(domain, "lower_bound", None)
+    high: Any = getattr(domain, "upper_bound", None)
+    real = domain is constraints.real or domain is constraints.real_vector
+    if not real and (domain.is_discrete or low is high is None):
+        raise TypeError(f"bounds: Expected a domain of real numbers between bounds; got {domain}")
+    return low, high
+
+
 def draw_from(domain: constraints.Constraint, shape: Shape, generator: Generator) -> Tensor:
     """Draw a float64 tensor inside a domain, away from its ends and of size about 1."""
     normal = torch.randn(shape, generator=generator, dtype=torch.float64)
-    if isinstance(domain, constraints.independent):
-        return draw_from(domain.base_constraint, shape, generator)
-    if domain is constraints.real or domain is constraints.real_vector:
-        return normal
-    low: Any = getattr(domain, "lower_bound", None)
-    high: Any = getattr(domain, "upper_bound", None)
-    if domain.is_discrete or low is high is None:
-        raise TypeError(f"draw_from: Expected a domain of real numbers between bounds; got {domain}: give draw")
+    low, high = bounds(domain)
     if low is not None and high is not None:
         return low + (high - low) * (0.02 + 0.96 * normal.sigmoid())
-    return high - normal.exp() if low is None else low + normal.exp()
+    if low is not None:
+        return low + normal.exp()
+    return normal if high is None else high - normal.exp()

@@ -142,9 +142,8 @@ def assert_near(layer: InvertibleModule, what: str, actual: Any, expected: Any, 
         name = what if len(expected) == 1 else f"{what} ({index})"
         expect(isinstance(a, Tensor) == isinstance(e, Tensor), layer, f"{name} to be {_kind(e)}", _kind(a))
         if isinstance(e, Tensor):
-            relative = tolerance_of(e) if tolerance is None else tolerance
-            finite = e.detach().abs().to(torch.float64).nan_to_num(0, 0, 0)
-            largest = max(finite.amax().item(), 1e-2) if e.numel() else 0.0
+            relative = (tolerance_of(e) if tolerance is None else tolerance) if _floats(e) else 0.0
+            largest = max(_largest(e), 1e-2)
             torch.testing.assert_close(
                 a.detach(),
                 e.detach(),
@@ -153,6 +152,12 @@ def assert_near(layer: InvertibleModule, what: str, actual: Any, expected: Any, 
                 equal_nan=True,
                 msg=lambda text, name=name: f"{layer._name()}: Expected another {name}; got: {text}",  # type: ignore[misc]
             )
+
+
+def _largest(x: Tensor) -> float:
+    """Return the size of the largest finite element."""
+    sizes = x.detach().to(torch.complex128 if x.is_complex() else torch.float64).abs()
+    return sizes.nan_to_num(0, 0, 0).amax().item() if x.numel() else 0.0
 
 
 def _kind(value: Any) -> str:
