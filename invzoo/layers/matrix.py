@@ -1,5 +1,6 @@
 """Matrices that stay invertible while they are learned."""
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
@@ -30,19 +31,14 @@ def bounded(x: Tensor, bound: float) -> Tensor:
 class Matrix(nn.Module):
     """A learned matrix W of shape (rows, columns), rows >= columns, and its left inverse. Abstract.
 
-    ``factors`` does what W and its inverse have in common, in at least float32, whatever the parameters' dtype; both
-    take what it returns. It and ``log_det`` take other parameters than the matrix's own, with any leading batch dims,
-    in the order of ``names``. The first parameter has the layer's dtype.
+    ``factors`` does what W and its inverse share, in at least float32; both take what it returns. It and ``log_det``
+    take parameters in the order of ``names``, with leading batch dims, or the matrix's own; the first has its dtype.
     """
 
     names: ClassVar[tuple[str, ...]]
     square: ClassVar[bool] = False
     volume_preserving: ClassVar[bool] = False
     options: ClassVar[tuple[str, ...]] = ()
-
-    owner: str
-    rows: int
-    columns: int
 
     def __init__(self, owner: str, rows: int, columns: int) -> None:
         super().__init__()
@@ -103,11 +99,19 @@ class Householder(Orthonormal):
     reflections: int
     vectors: nn.Parameter
 
-    def __init__(self, owner: str, rows: int, columns: int, reflections: int | None = None, **factory: Any) -> None:
+    def __init__(
+        self,
+        owner: str,
+        rows: int,
+        columns: int,
+        reflections: int | None = None,
+        batch: Sequence[int] = (),
+        **factory: Any,
+    ) -> None:
         super().__init__(owner, rows, columns)
         self.reflections = columns if reflections is None else reflections
         check_positive_int(owner, "reflections", self.reflections)
-        self.vectors = nn.Parameter(torch.empty(rows, self.reflections, **factory))
+        self.vectors = nn.Parameter(torch.empty(*batch, rows, self.reflections, **factory))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -124,9 +128,9 @@ class Cayley(Orthonormal):
 
     generator: nn.Parameter
 
-    def __init__(self, owner: str, rows: int, columns: int, **factory: Any) -> None:
+    def __init__(self, owner: str, rows: int, columns: int, batch: Sequence[int] = (), **factory: Any) -> None:
         super().__init__(owner, rows, columns)
-        self.generator = nn.Parameter(torch.empty(rows, rows, **factory))
+        self.generator = nn.Parameter(torch.empty(*batch, rows, rows, **factory))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

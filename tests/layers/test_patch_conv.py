@@ -1,0 +1,190 @@
+"""InvertiblePatchConv against torch's own convolutions."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+from torch.testing import assert_close
+
+import invzoo as iz
+
+CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+KERNELS = [(3,), (2, 2), (1, 3), (2, 1, 2)]
+
+kernels = pytest.mark.parametrize("kernel", KERNELS, ids=str)
+all_kinds = pytest.mark.parametrize("kind", ["householder", "cayley"])
+extra_channels = pytest.mark.parametrize("extra", [0, 3])
+
+
+def conv(channels: int, kernel: Any, extra: int = 0, size: float = 0.3, **options: Any) -> iz.InvertiblePatchConv:
+    options = {"dtype": torch.float64} | options
+    wanted = channels * iz.InvertiblePatchConv(1, None, kernel).out_channels + extra
+    layer = iz.InvertiblePatchConv(channels, wanted, kernel, **options)
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.add_(size * torch.randn_like(p))
+    return layer
+
+
+def image(channels: int, kernel: tuple[int, ...], dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(2, channels, *((2 + i) * k for i, k in enumerate(kernel)), dtype=dtype, requires_grad=True)
+
+
+@kernels
+@all_kinds
+@extra_channels
+def test_is_a_strided_convolution_with_orthonormal_columns(kernel: tuple[int, ...], kind: str, extra: int) -> None:
+    layer, x = conv(2, kernel, extra, kind=kind), image(2, kernel)
+    y = layer(x)
+    q = layer.weight.flatten(1)
+    assert_close(q.mT @ q, torch.eye(q.shape[1], dtype=q.dtype))
+    assert_close(y, CONV[len(kernel)](x, layer.weight, layer.bias, stride=kernel))
+    assert_close(layer.inverse(y), x)
+
+
+@kernels
+def test_wide_inverse_is_the_nearest_patch(kernel: tuple[int, ...]) -> None:
+    layer = conv(2, kernel, 3)
+    y = torch.randn(2, layer.out_channels, *(2 for _ in kernel), dtype=torch.float64)
+    gap = (layer(layer.inverse(y)) - y).flatten(2)
+    assert (gap.abs() > 1e-3).any()
+    assert_close(layer.weight.flatten(1).mT @ gap, torch.zeros(2, layer.weight[0].numel(), gap.shape[-1]).double())
+
+
+def test_square_keeps_volumes_and_wide_has_none() -> None:
+    layer, x = conv(1, 2), torch.randn(3, 1, 2, 4, dtype=torch.float64)
+    jacobian = torch.autograd.functional.jacobian(layer.function, x[:1]).reshape(8, 8)
+    assert_close(torch.linalg.slogdet(jacobian).logabsdet, torch.tensor(0.0, dtype=torch.float64), rtol=0, atol=1e-12)
+    assert_close(layer.forward_and_log_det(x)[1], torch.zeros(3, dtype=torch.float64))
+    wide = conv(1, 2, 1)
+    assert not wide.volume_preserving
+    for call in (wide.log_det, wide.forward_and_log_det):
+        with pytest.raises(TypeError, match="InvertiblePatchConv: Expected layer to be a bijection with a log-determ"):
+            call(x)
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 4, 4), (2, 2, 0, 4), (1, 2, 2, 2)], ids=str)
+def test_odd_sizes(shape: tuple[int, ...]) -> None:
+    layer, x = conv(2, 2, 1), torch.randn(shape, dtype=torch.float64)
+    assert_close(layer.inverse(layer(x)), x)
+
+
+@all_kinds
+@extra_channels
+@pytest.mark.parametrize("direction", ["function", "inverse"])
+def test_gradients(kind: str, extra: int, direction: str) -> None:
+    layer = conv(1, (2,), extra, kind=kind)
+    shape = (2, 1, 4) if direction == "function" else (2, 2 + extra, 2)
+    leaves = (torch.randn(shape, dtype=torch.float64, requires_grad=True), *layer.parameters())
+    assert gradcheck(lambda x, *_: getattr(layer, direction)(x), leaves)
+    assert gradgradcheck(lambda x, *_: getattr(layer, direction)(x), leaves)
+
+
+def test_complex() -> None:
+    layer, x = conv(2, 2, dtype=torch.complex128), image(2, (2, 2), torch.complex128)
+    assert_close(layer(x), F.conv2d(x, layer.weight, layer.bias, stride=2))
+    assert_close(layer.inverse(layer(x)), x)
+
+
+@pytest.mark.parametrize("mode", ["store", "recompute", "invert"])
+@all_kinds
+@extra_channels
+def test_modes_agree(mode: str, kind: str, extra: int) -> None:
+    first, second = conv(1, 2, extra, kind=kind), conv(4 + extra, 2, extra, kind=kind)
+    x = torch.randn(2, 1, 8, 4, dtype=torch.float64, requires_grad=True)
+    leaves = (x, *first.parameters(), *second.parameters())
+    expected = torch.autograd.grad(second.function(first.function(x)).pow(3).sum(), leaves)
+    with iz.mode(first, mode), iz.mode(second, mode):
+        y = second(first(x))
+    assert_close(torch.autograd.grad(y.pow(3).sum(), leaves), expected)
+
+
+def test_a_replay_builds_the_matrix_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, builds = conv(2, 2), []
+    factors = layer.matrix.factors
+    monkeypatch.setattr(layer.matrix, "factors", lambda: builds.append(1) or factors())
+    layer(image(2, (2, 2))).sum().backward()
+    assert len(builds) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype: torch.dtype) -> None:
+    layer, x = conv(2, 2, dtype=dtype), image(2, (2, 2), dtype)
+    y = layer(x)
+    assert y.dtype == layer.inverse(y).dtype == dtype
+    assert layer.weight.dtype == torch.float32
+    assert_close(layer.inverse(y), x, rtol=0, atol=16 * torch.finfo(dtype).eps)
+
+
+def test_autocast_loses_nothing() -> None:
+    layer, x = conv(2, 2, dtype=torch.float32), image(2, (2, 2), torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(x)
+    assert_close(y, layer(x), rtol=0, atol=0)
+
+
+def test_channels_last() -> None:
+    layer, x = conv(2, 2), image(2, (2, 2)).detach()
+    y = layer(x)
+    assert_close(layer(x.to(memory_format=torch.channels_last)), y)
+    assert_close(layer.inverse(y.to(memory_format=torch.channels_last)), x)
+
+
+def test_reset_and_repr() -> None:
+    layer = iz.InvertiblePatchConv(1, device="meta", kind="cayley").to_empty(device="cpu")
+    layer.reset_parameters()
+    assert_close(layer.bias.detach(), torch.zeros(4))
+    q = layer.weight.flatten(1)
+    assert_close(q.mT @ q, torch.eye(4))
+    expected = (
+        "InvertiblePatchConv(\n  channels=1, out_channels=4, kernel_size=(2, 2), bias=True\n  (matrix): Cayley(4, 4)\n)"
+    )
+    assert repr(layer) == expected
+    assert [n for n, _ in iz.InvertiblePatchConv(1, bias=False).named_parameters()] == ["matrix.vectors"]
+
+
+@pytest.mark.parametrize("direction", ["function", "inverse"])
+def test_compiles_without_a_break(direction: str) -> None:
+    layer, x = conv(1, (1, 2)), torch.randn(2, 2 if direction == "inverse" else 1, 2, 4, dtype=torch.float64)
+    apply = getattr(layer, direction)
+    assert_close(torch.compile(apply, fullgraph=True, backend="aot_eager")(x), apply(x))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "match"),
+    [
+        ((0,), {}, ValueError, "Expected channels to be at least 1; got 0"),
+        ((3, 11, 2), {}, ValueError, "Expected out_channels to be at least 12, the entries of a patch; got 11"),
+        ((3, 12.0, 2), {}, TypeError, "Expected out_channels to be an int; got 12.0"),
+        ((3, None, 0), {}, ValueError, "Expected kernel_size to be at least 1; got 0"),
+        ((3, None, (1,) * 4), {}, ValueError, "Expected kernel_size to be an int or one to three of them; got"),
+        ((3,), {"kind": "free"}, ValueError, "Expected kind to be one of 'householder', 'cayley'; got 'free'"),
+        ((3,), {"kind": "cayley", "reflections": 2}, ValueError, "Expected reflections to be None with kind='cayley'"),
+    ],
+)
+def test_bad_arguments(arguments: tuple[Any, ...], options: dict[str, Any], error: type[Exception], match: str) -> None:
+    with pytest.raises(error, match=f"InvertiblePatchConv: {match}"):
+        iz.InvertiblePatchConv(*arguments, **options)
+
+
+def test_bad_inputs() -> None:
+    layer = iz.InvertiblePatchConv(2, 9, 2)
+    with pytest.raises(ValueError, match=r"Expected x to have size 2 in dim 1; got shape \(2, 3, 4, 4\)"):
+        layer(torch.zeros(2, 3, 4, 4))
+    with pytest.raises(
+        ValueError, match=r"Expected x to have sizes that are multiples of \(2, 2\) in dims 2, ...; got"
+    ):
+        layer(torch.zeros(2, 2, 3, 4))
+    with pytest.raises(
+        ValueError, match=r"Expected y to have dims \(batch, channels, ...\) with 2 dims of pixels; got"
+    ):
+        layer.inverse(torch.zeros(2, 9, 4))
+    with pytest.raises(ValueError, match=r"Expected y to have size 9 in dim 1; got shape \(2, 8, 2, 2\)"):
+        layer.inverse(torch.zeros(2, 8, 2, 2))
+    with pytest.raises(
+        TypeError, match="InvertiblePatchConv: Expected x to be of the layer's dtype torch.float32; got"
+    ):
+        layer(torch.zeros(2, 2, 4, 4).double())

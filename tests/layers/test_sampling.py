@@ -1,0 +1,315 @@
+"""OrthogonalDownsample and OrthogonalUpsample against torch's own convolutions, and transforms known by name."""
+
+import copy
+import io
+import pickle
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+from torch.testing import assert_close
+
+import invzoo as iz
+from invzoo.layers.sampling import dct_matrix, haar_matrix
+
+CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
+STRIDES = [(2,), (4,), (2, 2), (2, 4), (2, 1, 2)]
+
+strides = pytest.mark.parametrize("stride", STRIDES, ids=str)
+all_kinds = pytest.mark.parametrize("kind", ["householder", "cayley"])
+inits = pytest.mark.parametrize("init", ["haar", "dct", "random"])
+classes = pytest.mark.parametrize("cls", [iz.OrthogonalDownsample, iz.OrthogonalUpsample])
+
+Sampling = iz.OrthogonalDownsample | iz.OrthogonalUpsample
+
+
+def perturbed(layer: Any, size: float = 0.3) -> Any:
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.add_(size * torch.randn_like(p))
+    return layer
+
+
+def down(*arguments: Any, dtype: torch.dtype = torch.float64, **options: Any) -> iz.OrthogonalDownsample:
+    return perturbed(iz.OrthogonalDownsample(*arguments, dtype=dtype, **options))
+
+
+def image(channels: int, stride: tuple[int, ...], dtype: torch.dtype = torch.float64) -> Tensor:
+    sizes = [(2 + i) * s for i, s in enumerate(stride)]
+    return torch.randn(2, channels, *sizes, dtype=dtype, requires_grad=True)
+
+
+@pytest.mark.parametrize("n", [1, 2, 4, 8])
+def test_haar_matrix_is_orthonormal_and_starts_with_the_mean(n: int) -> None:
+    h = haar_matrix(n)
+    assert_close(h @ h.mT, torch.eye(n, dtype=torch.float64))
+    assert_close(h[0], torch.full((n,), n**-0.5, dtype=torch.float64))
+
+
+def test_haar_matrix_of_four_is_the_known_one() -> None:
+    r = 2**0.5
+    rows = [[1.0, 1, 1, 1], [1, 1, -1, -1], [r, -r, 0, 0], [0, 0, r, -r]]
+    assert_close(haar_matrix(4), torch.tensor(rows, dtype=torch.float64) / 2)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 8])
+def test_dct_matrix_is_the_cosine_transform(n: int) -> None:
+    k, j = torch.arange(n, dtype=torch.float64)[:, None], torch.arange(n, dtype=torch.float64)
+    scale = torch.where(k == 0, 1.0, 2.0).to(torch.float64).div(n).sqrt()
+    assert_close(dct_matrix(n), scale * torch.cos(torch.pi * k * (2 * j + 1) / (2 * n)))
+
+
+@strides
+@all_kinds
+@inits
+def test_is_a_strided_grouped_convolution(stride: tuple[int, ...], kind: str, init: str) -> None:
+    layer, x = down(3, stride, kind=kind, init=init), image(3, stride)
+    kernel = layer.weight.reshape(-1, 1, *stride)
+    y = layer(x)
+    assert_close(y, CONV[len(stride)](x, kernel, stride=stride, groups=3))
+    assert_close(layer.inverse(y), TRANSPOSED[len(stride)](y, kernel, stride=stride, groups=3))
+    assert_close(layer.inverse(y), x)
+    assert_close(torch.linalg.vector_norm(y), torch.linalg.vector_norm(x))
+
+
+@strides
+@all_kinds
+def test_upsample_is_downsample_the_other_way_round(stride: tuple[int, ...], kind: str) -> None:
+    layer = down(3, stride, kind=kind)
+    cell = layer.weight.shape[-1]
+    up = iz.OrthogonalUpsample(3 * cell, stride, kind=kind, dtype=torch.float64)
+    up.load_state_dict(layer.state_dict())
+    x = image(3, stride)
+    y = layer(x)
+    assert_close(up(y), x)
+    assert_close(up.inverse(x), y)
+    assert_close(up(up.inverse(x)), x)
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@all_kinds
+def test_haar_at_the_start_is_haar_downsample(dims: int, kind: str) -> None:
+    layer, x = iz.OrthogonalDownsample(2, (2,) * dims, kind=kind, dtype=torch.float64), image(2, (2,) * dims)
+    assert_close(layer(x), iz.HaarDownsample()(x))
+
+
+@all_kinds
+@pytest.mark.parametrize("reflections", [None, 1, 3])
+def test_starts_where_init_says_and_learns_from_there(kind: str, reflections: int | None) -> None:
+    if kind == "cayley" and reflections is not None:
+        reflections = None
+    layer = iz.OrthogonalDownsample(2, (3, 2), kind=kind, init="dct", reflections=reflections, dtype=torch.float64)
+    assert_close(layer.weight, torch.kron(dct_matrix(3), dct_matrix(2)).expand(2, -1, -1))
+    layer(image(2, (3, 2))).pow(3).sum().backward()
+    grad = layer.matrix.own()[0].grad
+    assert grad is not None
+    assert (grad.abs().amax(-2) > 0).all()
+
+
+def test_random_channels_differ() -> None:
+    weight = iz.OrthogonalDownsample(2, init="random").weight
+    assert (weight[0] - weight[1]).abs().max() > 0.1
+
+
+@all_kinds
+@given(
+    stride=st.lists(st.sampled_from([1, 2, 4]), min_size=1, max_size=3),
+    batch=st.integers(0, 2),
+    channels=st.integers(1, 3),
+    init=st.sampled_from(["haar", "dct", "random"]),
+)
+def test_round_trip(kind: str, stride: list[int], batch: int, channels: int, init: str) -> None:
+    layer = down(channels, stride, kind=kind, init=init)
+    x = torch.randn(batch, channels, *(s * i for i, s in enumerate(stride, 1)), dtype=torch.float64)
+    assert_close(layer.inverse(layer(x)), x)
+
+
+def test_empty_image() -> None:
+    layer, x = down(2, 2), torch.zeros(2, 2, 0, 4, dtype=torch.float64)
+    assert layer(x).shape == (2, 8, 0, 2)
+    assert layer.inverse(layer(x)).shape == x.shape
+
+
+@classes
+def test_log_det_is_zero(cls: type[Sampling]) -> None:
+    layer, x = perturbed(cls(4, 2, dtype=torch.float64)), image(4, (2, 2))
+    jacobian = torch.autograd.functional.jacobian(layer.function, x[:1]).reshape(x[0].numel(), -1)
+    assert_close(torch.linalg.slogdet(jacobian).logabsdet, torch.tensor(0.0, dtype=torch.float64), rtol=0, atol=1e-12)
+    assert layer.volume_preserving
+    assert_close(layer.forward_and_log_det(x)[1], torch.zeros(2, dtype=torch.float64))
+
+
+@all_kinds
+@pytest.mark.parametrize("direction", ["function", "inverse"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+def test_gradients(kind: str, direction: str, dtype: torch.dtype) -> None:
+    layer = down(2, (2,), kind=kind, dtype=dtype)
+    shape = (2, 2, 4) if direction == "function" else (2, 4, 2)
+    leaves = (torch.randn(shape, dtype=dtype, requires_grad=True), *layer.parameters())
+    assert gradcheck(lambda x, *_: getattr(layer, direction)(x), leaves)
+    assert gradgradcheck(lambda x, *_: getattr(layer, direction)(x), leaves)
+
+
+@pytest.mark.parametrize("mode", ["store", "recompute", "invert"])
+@all_kinds
+def test_modes_agree(mode: str, kind: str) -> None:
+    layers = down(1, 2, kind=kind), down(4, 2, kind=kind), perturbed(iz.OrthogonalUpsample(16, 2, dtype=torch.float64))
+    stack, x = iz.InvertibleSequential(*layers), torch.randn(2, 1, 8, 4, dtype=torch.float64, requires_grad=True)
+    h: Tensor = x
+    for layer in layers:
+        h = layer.function(h)
+    expected = torch.autograd.grad(h.pow(3).sum(), (x, *stack.parameters()))
+    with iz.mode(stack, mode):
+        y = stack(x)
+        assert_close(torch.autograd.grad(y.pow(3).sum(), (x, *stack.parameters())), expected)
+        y, _ = stack.forward_and_log_det(x)
+        assert_close(torch.autograd.grad(y.pow(3).sum(), (x, *stack.parameters())), expected)
+
+
+@all_kinds
+@inits
+def test_orthogonal_at_every_precision(kind: str, init: str) -> None:
+    layer = perturbed(iz.OrthogonalDownsample(8, (4, 2), kind=kind, init=init).bfloat16())
+    eye = torch.eye(8).expand(8, -1, -1)
+    assert layer.weight.dtype == torch.float32
+    assert_close(layer.weight @ layer.weight.mT, eye, rtol=0, atol=2e-6)
+    assert_close(layer.float().weight @ layer.weight.mT, eye, rtol=0, atol=2e-6)
+    double = layer.double().weight
+    assert_close(double @ double.mT, eye.double(), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_loses_one_rounding(dtype: torch.dtype) -> None:
+    layer, x = down(2, 2, dtype=dtype), image(2, (2, 2), dtype)
+    y = layer(x)
+    assert y.dtype == layer.inverse(y).dtype == dtype
+    assert_close(y, layer.float()(x.float()).to(dtype), rtol=0, atol=4 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_loses_nothing(dtype: torch.dtype) -> None:
+    layer, x = down(2, 2, dtype=torch.float32), image(2, (2, 2)).detach().to(dtype)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(x)
+        back = layer.inverse(y)
+    assert y.dtype == back.dtype == torch.float32
+    assert_close(back, x.float(), rtol=0, atol=1e-5)
+
+
+def test_drift_of_a_deep_stack_in_float32() -> None:
+    layers = [down(1, (1, 2), dtype=torch.float32)] + [down(2, 1, dtype=torch.float32) for _ in range(15)]
+    x = h = torch.randn(4, 1, 8, 8)
+    with torch.no_grad():
+        for layer in layers:
+            h = layer(h)
+        for layer in reversed(layers):
+            h = layer.inverse(h)
+    assert_close(h, x, rtol=0, atol=1e-5)
+
+
+def test_channels_last() -> None:
+    layer, x = down(2, 2), image(2, (2, 2)).detach()
+    y = layer(x)
+    assert_close(layer(x.to(memory_format=torch.channels_last)), y)
+    assert_close(layer.inverse(y.to(memory_format=torch.channels_last)), x)
+
+
+@classes
+def test_a_module_like_others(cls: type[Sampling]) -> None:
+    layer, other, x = perturbed(cls(4, init="dct")), cls(4, init="random"), torch.randn(2, 4, 2, 4)
+    buffer = io.BytesIO()
+    torch.save(layer.state_dict(), buffer)
+    buffer.seek(0)
+    other.load_state_dict(torch.load(buffer, weights_only=True))
+    for twin in (other, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert_close(twin(x), layer(x), rtol=0, atol=0)
+
+
+@inits
+def test_from_the_meta_device(init: str) -> None:
+    layer = iz.OrthogonalDownsample(2, 2, init=init, device="meta").to_empty(device="cpu")
+    layer.reset_parameters()
+    start = {"haar": haar_matrix, "dct": dct_matrix}.get(init)
+    weight = layer.weight
+    assert_close(weight @ weight.mT, torch.eye(4).expand(2, -1, -1))
+    if start is not None:
+        assert_close(weight, torch.kron(start(2), start(2)).float().expand(2, -1, -1))
+
+
+@pytest.mark.parametrize("direction", ["function", "inverse"])
+def test_compiles_without_a_break(direction: str) -> None:
+    layer, x = down(4, (1, 2)), torch.randn(2, 8 if direction == "inverse" else 4, 2, 4, dtype=torch.float64)
+    apply = getattr(layer, direction)
+    assert_close(torch.compile(apply, fullgraph=True, backend="aot_eager")(x), apply(x))
+
+
+def test_repr() -> None:
+    expected = (
+        "OrthogonalDownsample(\n  channels=3, stride=(2, 2), init='haar'\n"
+        "  (matrix): Householder(4, 4, reflections=4)\n)"
+    )
+    assert repr(iz.OrthogonalDownsample(3)) == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "match"),
+    [
+        ((0,), {}, ValueError, "Expected channels to be at least 1; got 0"),
+        ((4, 0), {}, ValueError, "Expected stride to be at least 1; got 0"),
+        ((4, (2, 2.0)), {}, TypeError, "Expected stride to be an int; got 2.0"),
+        ((4, (1, 1, 1, 1)), {}, ValueError, "Expected stride to be an int or one to three of them; got"),
+        ((4, ()), {}, ValueError, r"Expected stride to be an int or one to three of them; got \(\)"),
+        ((9, 3), {}, ValueError, r"Expected stride to be powers of two with init='haar'; got \(3, 3\)"),
+        ((4,), {"init": "db2"}, ValueError, "Expected init to be one of 'haar', 'dct', 'random'; got 'db2'"),
+        ((4,), {"kind": "plu"}, ValueError, "Expected kind to be one of 'householder', 'cayley'; got 'plu'"),
+        ((4,), {"reflections": 0}, ValueError, "Expected reflections to be at least 1; got 0"),
+        (
+            (4,),
+            {"kind": "cayley", "reflections": 2},
+            ValueError,
+            "Expected reflections to be None with kind='cayley'; got 2",
+        ),
+    ],
+)
+@classes
+def test_bad_arguments(
+    cls: type[Sampling], arguments: tuple[Any, ...], options: dict[str, Any], error: type[Exception], match: str
+) -> None:
+    with pytest.raises(error, match=f"{cls.__name__}: {match}"):
+        cls(*arguments, **options)
+
+
+def test_upsample_takes_whole_cells() -> None:
+    with pytest.raises(ValueError, match="OrthogonalUpsample: Expected channels to be a multiple of 4, the pixels of"):
+        iz.OrthogonalUpsample(6)
+
+
+@pytest.mark.parametrize(
+    ("shape", "match"),
+    [
+        ((2, 4, 4), r"to have dims \(batch, channels, ...\) with 2 dims of pixels; got shape \(2, 4, 4\)"),
+        ((2, 3, 4, 4), r"to have size 4 in dim 1; got shape \(2, 3, 4, 4\)"),
+        ((2, 4, 3, 4), r"to have sizes that are multiples of \(2, 2\) in dims 2, ...; got shape \(2, 4, 3, 4\)"),
+    ],
+    ids=str,
+)
+def test_bad_shapes(shape: tuple[int, ...], match: str) -> None:
+    with pytest.raises(ValueError, match="OrthogonalDownsample: Expected x " + match):
+        iz.OrthogonalDownsample(4)(torch.zeros(shape))
+    with pytest.raises(ValueError, match="OrthogonalUpsample: Expected y " + match):
+        iz.OrthogonalUpsample(16).inverse(torch.zeros(shape))
+
+
+def test_bad_inputs() -> None:
+    with pytest.raises(ValueError, match=r"OrthogonalDownsample: Expected y to have size 16 in dim 1; got shape"):
+        iz.OrthogonalDownsample(4).inverse(torch.zeros(2, 8, 2, 2))
+    with pytest.raises(TypeError, match="OrthogonalUpsample: Expected x to be of the layer's dtype torch.float32; got"):
+        iz.OrthogonalUpsample(4)(torch.zeros(2, 4, 2, 2).double())
+    with pytest.raises(TypeError, match="OrthogonalUpsample: Expected x to be floating point or complex; got"):
+        iz.OrthogonalUpsample(4)(torch.zeros(2, 4, 2, 2).long())
