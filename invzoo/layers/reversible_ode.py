@@ -1,0 +1,149 @@
+"""Reversible steps through an ordinary differential equation: two streams, moved by any function of one of them."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..engine import Tape
+from ..log_dets import zero_log_det
+from ._checks import check_floating, check_positive, refuse
+from .branch import BranchLayer
+
+__all__ = ["Leapfrog", "MomentumResidual"]
+
+
+def _check_streams(owner: BranchLayer, *streams: Any) -> None:
+    for name, stream in zip(("first stream", "second stream"), streams, strict=True):
+        check_floating(owner, name, stream)
+    first, second = streams
+    if first.shape != second.shape or first.dtype != second.dtype:
+        got = f"{second.dtype} of shape {tuple(second.shape)}"
+        refuse(owner, "second stream", f"be {first.dtype} of shape {tuple(first.shape)}, as the first", got)
+
+
+class Leapfrog(BranchLayer):
+    """Take a step of the leapfrog scheme: ``(x_prev, x) -> (x, 2 x - x_prev + step_size ** 2 f(x))``.
+
+    The map discretises x'' = f(x). Its inverse is the same step backwards, its log-determinant 0. Rounding errors grow
+    linearly with depth where the equation is stable. In mode ``invert`` backward evaluates f once. Start a chain with
+    ``layer(x, x)``: at rest.
+
+    Shapes: ``(...), (...) -> (...), (...)``, all alike.
+
+    Args:
+        f: a module or a function that keeps the shape; it gets the side inputs as keyword arguments.
+        step_size: the step in time.
+        options: those of :class:`InvertibleModule`.
+
+    Raises:
+        ValueError: for a step size that is not positive and finite, or streams or an f of other shapes.
+        TypeError: for an f that cannot be called, or inputs that are not floating point.
+
+    Reference:
+        Fully Hyperbolic Convolutional Neural Networks, Lensink, Peters and Haber, 2019.
+
+    Example:
+        >>> layer = iz.Leapfrog(nn.Sequential(nn.Linear(4, 4), nn.Tanh()), step_size=0.5)
+        >>> x = torch.randn(3, 4)
+        >>> x_prev, again = layer.inverse(*layer(x, x))
+        >>> torch.allclose(x_prev, x, atol=1e-6)
+        True
+    """
+
+    volume_preserving = True
+
+    step_size: float
+
+    def __init__(self, f: Callable[..., Tensor], step_size: float = 1.0, **options: Any) -> None:
+        super().__init__(f, **options)
+        check_positive(self, "step_size", step_size)
+        self.step_size = step_size
+
+    def function(self, x_prev: Tensor, x: Tensor, **side: Any) -> tuple[Tensor, Tensor]:
+        return x, self._leap(x_prev, x, self._force(x_prev, x, side))
+
+    def inverse(self, x: Tensor, x_next: Tensor, **side: Any) -> tuple[Tensor, Tensor]:
+        return self._leap(x_next, x, self._force(x_next, x, side)), x
+
+    def replay(self, tape: Tape, *outputs: Tensor, **side: Any) -> None:
+        x, x_next = outputs
+        h = tape.run(self.evaluate, tape.input(1, x), side)
+        tape.input(0, self._leap(x_next, x, h))
+
+    def _force(self, other: Tensor, x: Tensor, side: dict[str, Any]) -> Tensor:
+        _check_streams(self, other, x)
+        return self.evaluate(x, side)
+
+    def _leap(self, other: Tensor, x: Tensor, h: Tensor) -> Tensor:
+        """Mirror ``other`` in ``x`` and add the force; autograd saves nothing of it."""
+        return torch.add(x + (x - other), h, alpha=self.step_size**2)
+
+    def extra_repr(self) -> str:
+        return f"step_size={self.step_size}"
+
+
+class MomentumResidual(BranchLayer):
+    """Take a residual step with momentum: ``v' = gamma v + (1 - gamma) f(x)``, ``x' = x + v'``.
+
+    The inverse is ``x = x' - v'``, ``v = (v' - (1 - gamma) f(x)) / gamma``. The log-determinant is log(gamma) for each
+    value of x. Each layer enlarges rounding errors of v by 1 / gamma on the way back: choose gamma near 1 in deep
+    stacks (0.9 costs 5 of the 24 bits of float32 in 32 layers). In mode ``invert`` backward evaluates f once. Start a
+    chain with ``layer(x, torch.zeros_like(x))``.
+
+    Shapes: ``(...), (...) -> (...), (...)``, all alike: x and v.
+
+    Args:
+        f: a module or a function that keeps the shape; it gets the side inputs as keyword arguments.
+        gamma: the share of the velocity that stays, between 0 and 1.
+        options: those of :class:`InvertibleModule`.
+
+    Raises:
+        ValueError: for a gamma that is not between 0 and 1, or streams or an f of other shapes.
+        TypeError: for an f that cannot be called, or inputs that are not floating point.
+
+    Reference:
+        Momentum Residual Neural Networks, Sander, Ablin, Blondel and Peyré, 2021.
+
+    Example:
+        >>> layer = iz.MomentumResidual(nn.Sequential(nn.Linear(4, 4), nn.Tanh()))
+        >>> x = torch.randn(3, 4)
+        >>> again, v = layer.inverse(*layer(x, torch.zeros_like(x)))
+        >>> torch.allclose(again, x, atol=1e-6)
+        True
+    """
+
+    gamma: float
+
+    def __init__(self, f: Callable[..., Tensor], gamma: float = 0.9, **options: Any) -> None:
+        super().__init__(f, **options)
+        check_positive(self, "gamma", gamma)
+        if gamma >= 1:
+            refuse(self, "gamma", "be below 1", gamma)
+        self.gamma = gamma
+
+    def function(self, x: Tensor, v: Tensor, **side: Any) -> tuple[Tensor, Tensor]:
+        _check_streams(self, x, v)
+        v = torch.lerp(self.evaluate(x, side), v, self.gamma)  # of which autograd saves nothing
+        return x + v, v
+
+    def inverse(self, x: Tensor, v: Tensor, **side: Any) -> tuple[Tensor, Tensor]:
+        _check_streams(self, x, v)
+        x = x - v
+        return x, self._slow_down(v, self.evaluate(x, side))
+
+    def replay(self, tape: Tape, *outputs: Tensor, **side: Any) -> None:
+        x, v = outputs
+        h = tape.run(self.evaluate, tape.input(0, x - v), side)
+        tape.input(1, self._slow_down(v, h))
+
+    def log_det(self, x: Tensor, v: Tensor, **side: Any) -> Tensor:
+        return zero_log_det(self, (x, v)) + x.shape[1:].numel() * math.log(self.gamma)
+
+    def _slow_down(self, v: Tensor, h: Tensor) -> Tensor:
+        return torch.sub(v, h, alpha=1 - self.gamma) / self.gamma
+
+    def extra_repr(self) -> str:
+        return f"gamma={self.gamma}"

@@ -1,0 +1,436 @@
+"""Residual blocks of contractions: inverse, derivatives through it, log-determinants."""
+
+import copy
+import math
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd import gradcheck, gradgradcheck
+from torch.nn.utils.parametrizations import spectral_norm
+from torch.testing import assert_close
+
+import invzoo as iz
+from invzoo.layers.residual import exact_log_det, power_series, series_coefficients
+
+ESTIMATORS = ["exact", "series", "roulette"]
+
+
+class Net(nn.Module):
+    """A contraction that may see a context."""
+
+    def __init__(self, features=3, coeff=0.9, hidden=8, dtype=torch.float64):
+        super().__init__()
+        inner, outer = nn.Linear(features, hidden, dtype=dtype), nn.Linear(hidden, features, dtype=dtype)
+        self.net = iz.lipschitz(nn.ModuleList([inner, outer]), coeff)
+
+    def forward(self, x, context=None):
+        h = self.net[0](x)
+        return self.net[1](torch.tanh(h if context is None else h + context))
+
+
+def trained(net, scale=5.0):
+    """Blow up the weights, as training may."""
+    with torch.no_grad():
+        for p in net.parameters():
+            p.mul_(scale)
+    return net
+
+
+def block(features=3, **options):
+    return iz.InvertibleResidual(trained(Net(features)), **options)
+
+
+def _swapped(function, side, x):
+    return function(x, *side)
+
+
+def reference(function, *inputs):
+    """log abs det of the Jacobian of each sample, by autograd."""
+    values = []
+    for sample in zip(*inputs):
+        jacobian = torch.autograd.functional.jacobian(partial(_swapped, function, sample[1:]), sample[0])
+        values.append(torch.linalg.slogdet(jacobian.reshape(sample[0].numel(), -1)).logabsdet)
+    return torch.stack(values)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_round_trip_at_depth_16(dtype):
+    net = iz.InvertibleSequential(*(iz.InvertibleResidual(trained(Net(8, 0.8, 32, dtype))) for _ in range(16)))
+    x = torch.randn(16, 8, dtype=dtype)
+    with torch.no_grad():
+        y = net(x)
+        assert y.dtype is dtype
+        eps = torch.finfo(dtype).eps
+        assert_close(net.inverse(y), x, rtol=0, atol=500 * eps)
+    assert (y - x).abs().max() > 0.5
+
+
+@pytest.mark.parametrize("slope", [0.5, 0.9, -0.9, 0.99])
+@pytest.mark.parametrize("kind", ["linear", "abs", "relu"])
+def test_the_hardest_contractions_are_undone(kind, slope):
+    q = torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64))[0]
+    act = {"linear": lambda h: h, "abs": torch.abs, "relu": torch.relu}[kind]
+    layer = iz.InvertibleResidual(lambda x: slope * act(x @ q) @ q.mT.roll(1, 0))
+    x = 10 ** torch.randn(32, 1, dtype=torch.float64) * torch.randn(32, 8, dtype=torch.float64)
+    back = layer.inverse(layer(x))
+    assert ((back - x).abs().amax(1) / x.abs().amax(1)).max() < 1e-11
+
+
+def test_acceleration_saves_evaluations():
+    calls = []
+    net = trained(Net(16, 0.97, 64))
+    net.register_forward_hook(lambda *_: calls.append(1))
+    layer, x = iz.InvertibleResidual(net), torch.randn(8, 16, dtype=torch.float64)
+    with torch.no_grad():
+        y = layer(x)
+        calls.clear()
+        layer.inverse(y)
+        accelerated = len(calls)
+        z = y
+        while (layer(z) - y).abs().max() > 1e-14:
+            z = y - net(z)
+            calls.append(1)
+    assert 2 * accelerated < len(calls) - accelerated
+
+
+def test_samples_do_not_see_each_other():
+    layer = block()
+    y = torch.randn(4, 3, dtype=torch.float64) * torch.tensor([[1e-6], [1.0], [1e6], [0.0]])
+    assert_close(layer.inverse(y), torch.cat([layer.inverse(row) for row in y.split(1)]), rtol=1e-12, atol=1e-14)
+    broken = torch.cat((y, torch.full((1, 3), math.nan), torch.full((1, 3), math.inf)))
+    assert_close(layer.inverse(broken)[:4], layer.inverse(y), rtol=1e-12, atol=1e-14)
+    assert layer.inverse(broken)[4].isnan().all()
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (1, 3), (3,), (2, 4, 3)])
+@pytest.mark.parametrize("mode", iz.Mode)
+def test_shapes(shape, mode):
+    layer, x = block(mode=mode), torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    y = layer(x)
+    assert_close(layer.inverse(y), x)
+    layer.inv(y).sum().backward()
+    if len(shape) > 1:
+        assert layer.forward_and_log_det(x)[1].shape == shape[:1]
+        assert layer.inverse_and_log_det(y)[1].shape == shape[:1]
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("way", ["forward", "inverse"])
+@pytest.mark.parametrize("solve", [False, True])
+def test_gradients_are_the_same_in_every_mode(estimator, way, solve):
+    layer = block(log_det=estimator, solve=solve)
+    x, leaf = (torch.randn(4, n, dtype=torch.float64, requires_grad=True) for n in (3, 8))
+    weights = torch.randn(4, dtype=torch.float64)
+
+    def outcome(mode):
+        torch.manual_seed(1)
+        with iz.mode(layer, mode):
+            call = layer.forward_and_log_det if way == "forward" else layer.inverse_and_log_det
+            y, log_det = call(x, context=leaf.exp() / 8)
+            loss = y.square().sum() + (weights * log_det).sum()
+            return y, log_det, *torch.autograd.grad(loss, [x, leaf, *layer.parameters()])
+
+    expected = outcome("store")
+    assert all(g.abs().sum() > 0 for g in expected[2:])
+    for mode in ("recompute", "invert"):
+        assert_close(outcome(mode), expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("mode", iz.Mode)
+@pytest.mark.parametrize("solve", [False, True])
+def test_gradients_in_a_chain(mode, solve):
+    net = iz.InvertibleSequential(*(block(solve=solve) for _ in range(4)), iz.Reverse(), block(solve=solve))
+    x = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    with iz.mode(net, "store"):
+        expected = torch.autograd.grad(net(x).square().sum(), [x, *net.parameters()])
+    with iz.mode(net, mode):
+        got = torch.autograd.grad(net(x).square().sum(), [x, *net.parameters()])
+    assert_close(got, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_the_inverse_has_two_derivatives():
+    layer = block(2, mode="store")
+    y = torch.randn(2, 2, dtype=torch.float64, requires_grad=True)
+    context = torch.randn(2, 8, dtype=torch.float64, requires_grad=True)
+    weight = layer.f.net[0].parametrizations.weight.original
+
+    def inverse(y, context, _):
+        return layer.inverse(y, context=context)
+
+    assert gradcheck(inverse, (y, context, weight))
+    assert gradgradcheck(inverse, (y, context, weight))
+
+
+@pytest.mark.parametrize("mode", iz.Mode)
+def test_a_third_derivative_of_the_inverse_is_refused(mode):
+    layer, y = block(mode=mode), torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+    (first,) = torch.autograd.grad(layer.inv(y).square().sum(), y, create_graph=True)
+    (second,) = torch.autograd.grad(first.square().sum(), y, create_graph=True)
+    with pytest.raises(RuntimeError, match="Expected at most two derivatives of an iterative inverse; got a third"):
+        torch.autograd.grad(second.sum(), y)
+
+
+@pytest.mark.parametrize("mode", iz.Mode)
+def test_a_backward_through_the_inverse_replays_it_once(mode):
+    layer, y, calls = block(mode=mode), torch.randn(2, 3, dtype=torch.float64, requires_grad=True), []
+    layer.f.register_forward_pre_hook(lambda *_: calls.append(1))
+    x = layer.inv(y)
+    forward = len(calls)
+    layer.f._forward_pre_hooks.clear()
+    evaluate, replayed = layer.f.forward, []
+    layer.f.forward = lambda *args, **side: (replayed.append(1), evaluate(*args, **side))[1]
+    x.sum().backward()
+    assert forward > 4
+    assert len(replayed) == (0 if mode == "store" else forward)
+
+
+# Log-determinants
+
+
+def test_exact_log_det_both_ways():
+    layer = block()
+    x, context = torch.randn(4, 3, dtype=torch.float64), torch.randn(4, 8, dtype=torch.float64)
+    y, log_det = layer.forward_and_log_det(x, context=context)
+    expected = reference(lambda x, c: layer.function(x, context=c), x, context)
+    assert_close(log_det, expected)
+    back, inverse_log_det = layer.inverse_and_log_det(y, context=context)
+    assert_close(back, x)
+    assert_close(inverse_log_det, -expected)
+    assert expected.abs().min() > 0.01
+
+
+@pytest.mark.parametrize("shape", [(4,), (4, 1), (4, 2, 3)])
+def test_exact_log_det_of_other_shapes(shape):
+    layer = iz.InvertibleResidual(lambda x: 0.5 * torch.sin(x + x.sum(-1, keepdim=x.ndim > 1) / 4))
+    layer = iz.InvertibleResidual(lambda x: 0.5 * torch.sin(x)) if len(shape) == 1 else layer
+    x = torch.randn(shape, dtype=torch.float64)
+    assert_close(layer.log_det(x), reference(layer.function, x))
+
+
+@pytest.mark.parametrize("estimator", ["series", "roulette"])
+def test_estimates_have_the_right_mean(estimator):
+    q = torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64))[0]
+    matrix = q * torch.linspace(0.1, 0.7, 6, dtype=torch.float64) @ q.mT
+    options = {"terms": 30} if estimator == "series" else {"terms": 2}
+    layer = iz.InvertibleResidual(lambda x: x @ matrix, log_det=estimator, **options)
+    estimates = torch.stack([layer.log_det(torch.zeros(64, 6, dtype=torch.float64)) for _ in range(400)]).mean(1)
+    expected = torch.linalg.slogdet(torch.eye(6, dtype=torch.float64) + matrix).logabsdet
+    error = estimates.std() / len(estimates) ** 0.5
+    assert error < 0.05
+    assert abs(estimates.mean() - expected) < 4 * error
+
+
+@pytest.mark.parametrize("terms", [1, 2, 9])
+def test_the_series_of_a_diagonal_is_that_of_the_logarithm(terms):
+    # With a diagonal Jacobian the noise, whose square is 1, drops out.
+    slopes = torch.tensor([0.5, -0.3, 0.8], dtype=torch.float64)
+    layer = iz.InvertibleResidual(lambda x: slopes * x, log_det="series", terms=terms)
+    expected = sum(-((-slopes) ** k) / k for k in range(1, terms + 1)).sum()
+    assert_close(layer.log_det(torch.zeros(2, 3, dtype=torch.float64)), expected.expand(2))
+
+
+def test_the_roulette_weighs_a_term_by_its_probability():
+    torch.manual_seed(0)
+    drawn = torch.zeros(8, dtype=torch.float64)
+    layer = iz.InvertibleResidual(lambda x: 0.0 * x + x / 2, log_det="roulette", terms=2, stop=0.4)
+    for _ in range(4000):
+        products = []
+        layer._estimate("roulette", lambda v, products=products: products.append(v) or v, torch.ones(1, 1))
+        drawn[: len(products)] += 1
+    chance = torch.tensor([1, 1, *(0.6**k for k in range(1, 7))], dtype=torch.float64)
+    assert_close(drawn / 4000, chance, rtol=0, atol=0.03)
+    coefficients = torch.tensor(series_coefficients(8, 2, 0.6), dtype=torch.float64)
+    plain = torch.tensor([(-1) ** (k + 1) / k for k in range(1, 9)], dtype=torch.float64)
+    assert_close(coefficients * chance, plain)
+
+
+def test_the_default_is_exact_for_few_values_and_random_for_many():
+    few, many = torch.randn(2, 4, 8), torch.randn(2, 3, 11)
+    layer = iz.InvertibleResidual(lambda x: torch.sin(x) / 2)
+    assert torch.equal(layer.log_det(few), layer.log_det(few))
+    q = torch.linalg.qr(torch.randn(11, 11))[0]
+    layer = iz.InvertibleResidual(lambda x: torch.sin(x @ q) / 2)
+    assert not torch.equal(layer.log_det(many), layer.log_det(many))
+    torch.manual_seed(1)
+    first = layer.log_det(many)
+    torch.manual_seed(1)
+    assert torch.equal(layer.log_det(many), first)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("mode", iz.Mode)
+def test_gradients_of_the_log_det_are_per_sample(estimator, mode):
+    layer = block(log_det=estimator, mode=mode)
+    x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    torch.manual_seed(1)
+    _, log_det = layer.forward_and_log_det(x)
+    (got,) = torch.autograd.grad(log_det[1], x)
+    assert got[1].abs().sum() > 0
+    assert torch.equal(got[[0, 2, 3]], torch.zeros(3, 3, dtype=torch.float64))
+    if estimator == "exact":
+        alone = x[1:2].detach().requires_grad_()
+        expected = torch.autograd.grad(reference_graph(layer, alone), alone)[0]
+        assert_close(got[1:2], expected)
+
+
+def reference_graph(layer, x):
+    jacobian = torch.autograd.functional.jacobian(lambda x: layer.function(x)[0], x, create_graph=True)
+    return torch.linalg.slogdet(jacobian[:, 0]).logabsdet
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_derivatives_of_the_log_det(estimator):
+    layer = block(2, log_det=estimator, mode="store")
+    x = torch.randn(2, 2, dtype=torch.float64, requires_grad=True)
+    weight = layer.f.net[1].parametrizations.weight.original
+
+    def log_det(x, _):
+        torch.manual_seed(3)
+        return layer.log_det(x)
+
+    assert gradcheck(log_det, (x, weight))
+    assert gradgradcheck(log_det, (x, weight))
+
+
+@pytest.mark.parametrize("mode", iz.Mode)
+def test_double_backward_through_both(mode):
+    layer, x = block(mode=mode), torch.randn(3, 3, dtype=torch.float64, requires_grad=True)
+
+    def penalty(m):
+        with iz.mode(layer, m):
+            y, log_det = layer.forward_and_log_det(x)
+            loss = y.square().sum() + log_det.square().sum() + layer.inv(x).square().sum()
+        (g,) = torch.autograd.grad(loss, x, create_graph=True)
+        return torch.autograd.grad(g.square().sum(), [x, *layer.parameters()])
+
+    assert_close(penalty(mode), penalty("store"), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_the_input_is_left_alone(estimator):
+    layer, seen = block(log_det=estimator), []
+    x = torch.randn(4, 3, dtype=torch.float64)
+    before = x.clone()
+    with torch.no_grad():
+        y, log_det = layer.forward_and_log_det(x)
+        layer.inverse_and_log_det(y)
+    assert not any(t.requires_grad for t in (x, y, log_det))
+    layer.forward_and_log_det(x)
+    layer.inverse_and_log_det(x)
+    assert not x.requires_grad
+    assert torch.equal(x, before)
+    leaf = x.clone().requires_grad_()
+    leaf.register_hook(seen.append)
+    y, log_det = layer.forward_and_log_det(leaf)
+    assert not seen
+    (y.sum() + log_det.sum()).backward()
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize("mode", iz.Mode)
+@pytest.mark.parametrize("estimator", ["exact", "series"])
+def test_power_iterations_move_once_a_step(mode, estimator):
+    def make():
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+        net[0], net[2] = spectral_norm(net[0]), spectral_norm(net[2])
+        return iz.InvertibleResidual(lambda x: 0.8 * net(x), log_det=estimator, mode=mode), net
+
+    (layer, net), (_, plain) = make(), make()
+    x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    y, log_det = layer.forward_and_log_det(x)
+    (y.sum() + log_det.sum()).backward()
+    plain(x)
+    assert_close(dict(net.named_buffers()), dict(plain.named_buffers()), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_half_precision_has_a_log_det_in_float32(dtype, estimator):
+    layer, x = block(log_det=estimator).to(dtype), torch.randn(4, 3, dtype=dtype)
+    torch.manual_seed(1)
+    y, log_det = layer.forward_and_log_det(x)
+    assert (y.dtype, log_det.dtype) == (dtype, torch.float32)
+    torch.manual_seed(1)
+    assert_close(log_det, copy.deepcopy(layer).double().log_det(x.double()).float(), rtol=0.1, atol=0.1)
+
+
+def test_autocast_changes_nothing():
+    layer = iz.InvertibleResidual(trained(Net(dtype=torch.float32)))
+    x = torch.randn(4, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, log_det = layer.forward_and_log_det(x)
+        assert_close((y, log_det), (layer.function(x), layer.log_det(x)), rtol=0, atol=0)
+        assert_close(layer.inverse(y), x, rtol=1e-5, atol=1e-5)
+
+
+def test_products_of_the_pieces():
+    jacobian = torch.randn(2, 3, 3, dtype=torch.float64) / 5
+
+    def product(v):
+        return (v.unsqueeze(1) @ jacobian).squeeze(1)
+
+    x, noise = torch.zeros(2, 3, dtype=torch.float64), torch.randn(2, 3, dtype=torch.float64)
+    expected = torch.linalg.slogdet(torch.eye(3, dtype=torch.float64) + jacobian).logabsdet
+    assert_close(exact_log_det(product, x), expected)
+    terms = [torch.einsum("bi,bij,bj->b", noise, torch.linalg.matrix_power(jacobian, k), noise) for k in (1, 2)]
+    assert_close(power_series(product, noise, [2.0, -3.0]), 2 * terms[0] - 3 * terms[1])
+
+
+X = torch.randn(3, 3, dtype=torch.float64)
+BAD = {
+    "callable": (TypeError, "InvertibleResidual: Expected f to be a module or a function; got int", lambda: (3, {})),
+    "shape": (
+        ValueError,
+        r"InvertibleResidual: Expected f to return a Tensor of shape \(3, 3\); got shape \(3, 2\)",
+        lambda: (nn.Linear(3, 2).double(), {}),
+    ),
+    "type": (ValueError, r"Expected f to return a Tensor of shape \(3, 3\); got tuple", lambda: (lambda x: (x,), {})),
+    "estimator": (
+        ValueError,
+        "log_det to be one of None, 'exact', .*; got 'guess'",
+        lambda: (Net(), {"log_det": "guess"}),
+    ),
+    "terms": (ValueError, "Expected terms to be at least 1; got 0", lambda: (Net(), {"terms": 0})),
+    "iterations": (
+        TypeError,
+        "Expected max_iterations to be an int; got 1.5",
+        lambda: (Net(), {"max_iterations": 1.5}),
+    ),
+    "stop": (ValueError, "Expected stop to be below 1; got 1.0", lambda: (Net(), {"stop": 1.0})),
+    "tolerance": (ValueError, "Expected tolerance to be positive and finite; got 0", lambda: (Net(), {"tolerance": 0})),
+}
+
+
+@pytest.mark.parametrize(("error", "message", "make"), BAD.values(), ids=BAD)
+def test_bad_arguments(error, message, make):
+    f, options = make()
+    with pytest.raises(error, match=message):
+        iz.InvertibleResidual(f, **options)(X)
+
+
+def test_bad_inputs():
+    layer = block()
+    for call in (layer, layer.inverse, layer.log_det):
+        with pytest.raises(
+            TypeError, match="InvertibleResidual: Expected [xy] to be floating point or complex; got torch"
+        ):
+            call(torch.ones(2, 3, dtype=torch.long))
+    with pytest.raises(TypeError, match="side inputs|unexpected keyword"):
+        layer(X, mask=X)
+
+
+@pytest.mark.parametrize("f", [lambda x: 1.5 * x.abs().roll(1, -1), lambda x: torch.rand_like(x) / 2])
+def test_no_contraction(f):
+    layer = iz.InvertibleResidual(f, max_iterations=50)
+    message = r"InvertibleResidual: Expected inverse to come to steps of at most .*, within 50; got .*Lipschitz"
+    with pytest.raises(RuntimeError, match=message):
+        layer.inverse(X)
+
+
+def test_repr():
+    text = "log_det='series', terms=5, solve=True"
+    assert block(log_det="series", terms=5, solve=True).extra_repr() == text
+    assert block().extra_repr() == ""

@@ -1,0 +1,195 @@
+"""Leapfrog and momentum steps."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd import gradcheck, gradgradcheck
+from torch.testing import assert_close
+
+import invzoo as iz
+
+
+def leapfrog(f, **options):
+    return iz.Leapfrog(f, step_size=0.5, **options)
+
+
+KINDS = [leapfrog, iz.MomentumResidual]
+
+
+class Net(nn.Module):
+    """A small net that may see a context and counts its evaluations."""
+
+    def __init__(self, features=3, dtype=torch.float64):
+        super().__init__()
+        self.inner, self.outer = nn.Linear(features, 5, dtype=dtype), nn.Linear(5, features, dtype=dtype)
+        self.evaluations = 0
+
+    def forward(self, x, context=None):
+        self.evaluations += 1
+        h = self.inner(x)
+        return self.outer(torch.tanh(h if context is None else h + context))
+
+
+def streams(*shape, dtype=torch.float64, requires_grad=True):
+    shape = shape or (4, 3)
+    return tuple(torch.randn(shape, dtype=dtype, requires_grad=requires_grad) for _ in range(2))
+
+
+def test_maps_are_the_documented_ones():
+    f, (a, b) = Net(), streams()
+    assert_close(iz.Leapfrog(f, 0.3)(a, b), (b, 2 * b - a + 0.09 * f(b)))
+    v = 0.7 * b + 0.3 * f(a)
+    assert_close(iz.MomentumResidual(f, 0.7)(a, b), (a + v, v))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_log_det_both_ways(kind):
+    layer, (a, b) = kind(Net()), streams(requires_grad=False)
+
+    def flat(z):
+        return torch.cat(layer.function(*z.unsqueeze(0).chunk(2, 1)), 1)[0]
+
+    jacobians = [torch.autograd.functional.jacobian(flat, z) for z in torch.cat((a, b), 1)]
+    expected = torch.linalg.slogdet(torch.stack(jacobians)).logabsdet
+    outputs, log_det = layer.forward_and_log_det(a, b)
+    assert_close(log_det, expected)
+    back, inverse_log_det = layer.inverse_and_log_det(*outputs)
+    assert_close(back, (a, b))
+    assert_close(inverse_log_det, -expected)
+    assert_close(log_det[0].item(), 0.0 if kind is leapfrog else 3 * math.log(0.9))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("way", ["forward", "inverse"])
+@pytest.mark.parametrize("mode", iz.Mode)
+def test_gradients_and_one_evaluation(kind, way, mode):
+    layer, inputs = kind(Net(), mode=mode), streams()
+    context = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
+
+    def outcome(m):
+        with iz.mode(layer, m):
+            call = layer.forward_and_log_det if way == "forward" else layer.inverse_and_log_det
+            (a, b), log_det = call(*inputs, context=context)
+            loss = a.square().sum() + b.exp().sum() + log_det.sum()
+            layer.f.evaluations = 0
+            return a, b, *torch.autograd.grad(loss, [*inputs, context, *layer.parameters()])
+
+    expected = outcome("store")
+    assert_close(outcome(mode), expected, rtol=1e-9, atol=1e-12)
+    if way == "forward":
+        assert layer.f.evaluations == (0 if mode == "store" else 1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("mode", iz.Mode)
+@pytest.mark.parametrize("same", [True, False])
+def test_chains_from_one_tensor(kind, mode, same):
+    net = iz.InvertibleSequential(*(kind(Net()) for _ in range(6)))
+    x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+
+    def outcome(m):
+        with iz.mode(net, m):
+            h = 1 * x
+            a, b = net(h, h if same else torch.zeros_like(h))
+        return a, b, *torch.autograd.grad(a.square().sum() + b.exp().sum(), [x, *net.parameters()])
+
+    assert_close(outcome(mode), outcome("store"), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_derivatives(kind):
+    layer, inputs = kind(Net(2)), streams(2, 2)
+    assert gradcheck(layer, inputs)
+    assert gradgradcheck(layer, inputs)
+    assert gradgradcheck(layer.inverse, inputs)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_round_trip_at_depth_16(kind):
+    net = iz.InvertibleSequential(*(kind(Net(dtype=torch.float32)) for _ in range(16)))
+    inputs = streams(64, 3, dtype=torch.float32)
+    outputs = net(*inputs)
+    largest = max(y.abs().max().item() for y in (*inputs, *outputs))  # at a constant speed, leapfrog goes far
+    assert_close(net.inverse(*outputs), inputs, rtol=0, atol=5e-6 * largest)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(kind, dtype):
+    layer, inputs = kind(Net(dtype=dtype)), streams(dtype=dtype)
+    outputs, log_det = layer.forward_and_log_det(*inputs)
+    assert [y.dtype for y in (*outputs, log_det)] == [dtype, dtype, torch.float32]
+    assert_close(layer.inverse(*outputs), inputs, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bfloat16_autocast_can_be_undone(kind):
+    layer, inputs = kind(Net(dtype=torch.float32)), streams(dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = layer(*inputs)
+        assert {y.dtype for y in outputs} == {torch.float32}
+        assert_close(layer.inverse(*outputs), inputs, rtol=1e-5, atol=1e-5)
+    sum(y.sum() for y in outputs).backward()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [(0, 3), (1, 3), (2, 4, 3), (3,)])
+def test_shapes(kind, shape):
+    layer, inputs = kind(Net()), streams(*shape)
+    outputs = layer(*inputs)
+    assert_close(layer.inverse(*outputs), inputs)
+    sum(y.sum() for y in outputs).backward()
+    assert layer.forward_and_log_det(*inputs)[1].shape == shape[:1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_batch_norm_statistics_move_once(kind):
+    norm, plain = nn.BatchNorm1d(3).double(), nn.BatchNorm1d(3).double()
+    inputs = streams()
+    layer = kind(norm)
+    sum(y.square().sum() for y in layer(*inputs)).backward()
+    plain(inputs[1] if kind is leapfrog else inputs[0])
+    assert_close(dict(norm.named_buffers()), dict(plain.named_buffers()))
+
+
+A, B = streams(requires_grad=False)
+BAD = {
+    "callable": (TypeError, "Leapfrog: Expected f to be a module or a function; got int", lambda: iz.Leapfrog(3)),
+    "momentum's": (TypeError, "MomentumResidual: Expected f to be", lambda: iz.MomentumResidual(None)),
+    "step": (ValueError, "step_size to be positive and finite; got 0", lambda: iz.Leapfrog(Net(), 0)),
+    "gamma": (
+        ValueError,
+        "MomentumResidual: Expected gamma to be below 1; got 1",
+        lambda: iz.MomentumResidual(Net(), 1),
+    ),
+    "no gamma": (ValueError, "gamma to be positive and finite; got -1", lambda: iz.MomentumResidual(Net(), -1)),
+    "shapes": (
+        ValueError,
+        r"Leapfrog: Expected second stream to be torch.float64 of shape \(4, 3\), as the first; got .*\(4, 2\)",
+        lambda: iz.Leapfrog(Net())(A, B[:, :2]),
+    ),
+    "inverse shapes": (
+        ValueError,
+        "Expected second stream to be",
+        lambda: iz.MomentumResidual(Net()).inverse(A, B[:2]),
+    ),
+    "dtypes": (
+        ValueError,
+        r"second stream to be torch.float64 of shape \(4, 3\), as the first; got torch.float32",
+        lambda: iz.MomentumResidual(Net())(A, B.float()),
+    ),
+    "integers": (TypeError, "first stream to be floating point", lambda: iz.Leapfrog(Net())(A.long(), B)),
+    "f": (
+        ValueError,
+        r"MomentumResidual: Expected f to return a Tensor of shape \(4, 3\); got shape \(4, 2\)",
+        lambda: iz.MomentumResidual(nn.Linear(3, 2).double())(A, B),
+    ),
+}
+
+
+@pytest.mark.parametrize(("error", "message", "act"), BAD.values(), ids=BAD)
+def test_bad_input(error, message, act):
+    with pytest.raises(error, match=message):
+        act()
