@@ -98,15 +98,13 @@ def _sources(
     offsets: tuple[Offset, ...], times: tuple[int, ...], sizes: tuple[int, ...], device: torch.device
 ) -> tuple[Tensor, int]:
     """Where each tap finds what it adds to each line: behind a zero, in the steps of a delay; and the delay."""
-    lags = [-sum(o * time for o, time in zip(offset, times, strict=True)) for offset in offsets]
-    lines, limits = _coordinates(sizes, device), torch.tensor(sizes, dtype=torch.long, device=device)
-    sources = []
-    for offset, lag in zip(offsets, lags, strict=True):
-        source = lines + torch.tensor(offset[:-1], dtype=torch.long, device=device)
-        exists = ((source >= 0) & (source < limits)).all(1)
-        place = 1 + (max(lags) - lag) * len(lines) + _dot(source, _strides(sizes))
-        sources.append(place.where(exists, 0))
-    return torch.cat(sources), max(lags)
+    lines, moves = _coordinates(sizes, device), _integers([offset[:-1] for offset in offsets], device)
+    lags = -_dot(_integers(offsets, device), times)
+    delay = max(-sum(o * time for o, time in zip(offset, times, strict=True)) for offset in offsets)
+    source = lines + moves[:, None]
+    exists = ((source >= 0) & (source < _integers(sizes, device))).all(-1)
+    place = 1 + (delay - lags[:, None]) * len(lines) + _dot(source, _strides(sizes))
+    return place.where(exists, 0).flatten(), delay
 
 
 def _spread(values: Tensor, place: Tensor, size: int) -> Tensor:
@@ -116,8 +114,8 @@ def _spread(values: Tensor, place: Tensor, size: int) -> Tensor:
 
 def _coordinates(sizes: tuple[int, ...], device: torch.device) -> Tensor:
     """The coordinates of all pixels in raster order: (pixels, dims)."""
-    limits, strides = (torch.tensor(v, dtype=torch.long, device=device) for v in (sizes, _strides(sizes)))
-    return torch.arange(math.prod(sizes), device=device)[:, None] // strides % limits
+    index = torch.arange(math.prod(sizes), device=device)
+    return index[:, None] // _integers(_strides(sizes), device) % _integers(sizes, device)
 
 
 def _strides(sizes: tuple[int, ...]) -> tuple[int, ...]:
@@ -125,7 +123,11 @@ def _strides(sizes: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _dot(coordinates: Tensor, weights: tuple[int, ...]) -> Tensor:
-    return (coordinates * torch.tensor(weights, dtype=torch.long, device=coordinates.device)).sum(1)
+    return (coordinates * _integers(weights, coordinates.device)).sum(-1)
+
+
+def _integers(values: Sequence[Any], device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=torch.long, device=device)
 
 
 class EmergingConv(KernelConv):

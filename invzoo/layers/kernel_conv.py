@@ -105,9 +105,9 @@ class KernelConv(InvertibleModule):
         return self._log_scales.exp()[..., None, None] * (one + n)
 
     def _check(self, argument: str, x: Tensor) -> None:
-        check_floating(self, argument, x)
-        if x.is_complex():
+        if isinstance(x, Tensor) and not x.is_floating_point():
             refuse(self, argument, "be real floating point", x.dtype, TypeError)
+        check_floating(self, argument, x)
         check_like(self, argument, x, self.weight)
         spatial = len(self.kernel_size)
         check_dims(self, argument, x, (spatial + 2,), _LAYOUTS[spatial])

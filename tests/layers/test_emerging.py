@@ -314,7 +314,7 @@ def test_bad_arguments(arguments, options, error, match):
         (torch.zeros(2, 4, 3), ValueError, r"to have dims \(batch, channels, height, width\); got shape \(2, 4, 3\)"),
         (torch.zeros(2, 3, 4, 4), ValueError, r"to have size 4 in dim 1; got shape \(2, 3, 4, 4\)"),
         (torch.zeros(2, 4, 0, 4), ValueError, r"to have at least one pixel; got shape \(2, 4, 0, 4\)"),
-        (torch.zeros(2, 4, 4, 4, dtype=torch.long), TypeError, "to be floating point or complex; got torch.int64"),
+        (torch.zeros(2, 4, 4, 4, dtype=torch.long), TypeError, "to be real floating point; got torch.int64"),
         (torch.zeros(2, 4, 4, 4, dtype=torch.cfloat), TypeError, "to be real floating point; got torch.complex64"),
         (torch.zeros(2, 4, 4, 4).double(), TypeError, "to be of the layer's dtype torch.float32; got torch.float64"),
         ([1.0], TypeError, "to be a Tensor; got list"),

@@ -59,7 +59,7 @@ def test_equals_a_sum_of_rolled_images(kernel_size, shape):
     assert_close(layer(x), rolled(x, layer.kernel, layer.bias))
 
 
-@pytest.mark.parametrize("kernel_size", [1, 3, (3, 5), (5, 1)])
+@pytest.mark.parametrize("kernel_size", [1, 3, (3, 5), (5, 1), (2, 4)])
 def test_equals_a_circular_convolution_of_torch(kernel_size):
     layer, x = conv(3, kernel_size), inputs(2, 3, 6, 7)
     other = torch.nn.Conv2d(3, 3, kernel_size, padding="same", padding_mode="circular", dtype=torch.float64)
