@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
-from ..engine._torch import is_fake, version_of
-from ._checks import check_features, check_like, check_positive, check_positive_int
+from ..engine._torch import functorch_active, is_fake, tracing, version_of
+from ._checks import check_features, check_like, check_positive, check_positive_int, refuse
 from .affine import ElementwiseMap, per_feature
 from .elementwise import check_real
 from .maps import Affine
@@ -51,9 +51,9 @@ class ActNorm(ElementwiseMap):
 
     Until it is initialised the layer takes the data as standardised. The first forward in training mode whose batch has
     two values or more for each feature, all of them finite, initialises it, with or without gradients; the eval mode,
-    the inverse and backward never do. To initialise it again, ``reset_parameters()``. If `torch.distributed` is
-    initialised, that batch is all ranks' together, so all have to run the layer; if it is not, ranks agree once
-    DistributedDataParallel has broadcast its buffers.
+    the inverse and backward never do. To initialise it again, ``reset_parameters()``. Initialise it before you compile
+    it with ``fullgraph=True``. If `torch.distributed` is initialised, the statistics are those of all ranks' batches
+    together, so every rank of the default group has to run the layer.
 
     Shapes: ``(B, ...) -> (B, ...)`` with ``features`` in ``dim``.
 
@@ -68,7 +68,8 @@ class ActNorm(ElementwiseMap):
         options: those of :class:`InvertibleModule`.
 
     Raises:
-        ValueError: if sizes, shapes or devices do not fit.
+        ValueError: if sizes, shapes or devices do not fit, and for a `torch.func` transform or `torch.jit` trace of a
+            layer in training that is not initialised.
         TypeError: for values that are not real floating point.
 
     Reference:
@@ -89,6 +90,7 @@ class ActNorm(ElementwiseMap):
     mean: Tensor
     std: Tensor
     initialized: Tensor
+    _seen: tuple[Tensor, int] | None  # the flag, and its version, when it was read and set
 
     def __init__(
         self,
@@ -111,7 +113,6 @@ class ActNorm(ElementwiseMap):
         for name in ("mean", "std"):
             self.register_buffer(name, torch.empty(features, device=device, dtype=dtype))
         self.register_buffer("initialized", torch.empty((), device=device, dtype=torch.bool))
-        self._seen: tuple[Tensor, int] | None = None  # the flag, and its version, when it was seen to be set
         self.reset_parameters()
 
     @torch.no_grad()
@@ -120,6 +121,7 @@ class ActNorm(ElementwiseMap):
         for parameter in (self.log_scale, self.bias, self.mean, self.initialized):
             parameter.zero_()
         self.std.fill_(1)
+        self._seen = None
 
     # A buffer that changed inside the engine's call would be as it was when backward inverts, so it changes before.
     def forward(self, *inputs: Any, **side: Any) -> Any:
@@ -155,13 +157,14 @@ class ActNorm(ElementwiseMap):
 
     def _known_to_be_initialized(self) -> bool:
         """Whether this very flag was read before; reading it again would wait for a GPU."""
-        return (
-            self._seen is not None and self._seen[0] is self.initialized and self._seen[1] == version_of(self._seen[0])
-        )
+        flag, version = self._seen or (None, 0)
+        return flag is self.initialized and (torch.compiler.is_compiling() or version == version_of(flag))
 
     @torch.no_grad()
     def _initialize(self, x: Tensor) -> None:
         self._check(x)
+        if functorch_active() or tracing() is not None:
+            refuse(self, "layer", "have seen a training batch before it is transformed or traced", "one that has not")
         mean, std, count = moments_of_all_ranks(x, self.dim)
         if count < 2 or not torch.stack((mean, std)).isfinite().all():
             return

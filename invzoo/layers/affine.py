@@ -79,8 +79,8 @@ class ElementwiseMap(InvertibleModule):
             refuse(self, "conditioner", "return a Tensor", type(h).__name__, TypeError)
         aligned = _aligned(h, x.ndim, self.dim)
         if not _broadcasts(aligned, shape, self.dim):
-            flat = shape[0], shape[self.dim]
-            refuse(self, "conditioner", f"return shape {flat} or {tuple(shape)}", tuple(h.shape))
+            shapes = dict.fromkeys(((shape[0], shape[self.dim]), tuple(shape)))
+            refuse(self, "conditioner", f"return shape {' or '.join(map(str, shapes))}", tuple(h.shape))
         return aligned.to(torch.promote_types(x.dtype, torch.float32))
 
     def _log_det(self, x: Tensor, h: Tensor) -> Tensor:

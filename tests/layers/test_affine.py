@@ -1,0 +1,261 @@
+"""ElementwiseAffine and ConditionalAffine: their formulas, their conditioners, and what they refuse."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd import gradcheck, gradgradcheck
+from torch.testing import assert_close
+
+import invzoo as iz
+from invzoo.layers.maps import Affine
+
+MODES = ("store", "recompute", "invert")
+
+
+def randn(*shape, **options):
+    return torch.randn(shape, dtype=torch.float64, **options)
+
+
+def perturbed(layer, size=0.3):
+    layer.double()
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.add_(size * torch.randn_like(p))
+    return layer
+
+
+class Counting(nn.Module):
+    """A conditioner that counts how often it is evaluated."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net, self.calls = net, 0
+
+    def forward(self, context):
+        self.calls += 1
+        return self.net(context)
+
+
+def gradients(layer, mode, x, context, log_det=True):
+    x, side = x.clone().requires_grad_(), {"context": context.clone().requires_grad_()}
+    with iz.mode(layer, mode):
+        y, logs = layer.forward_and_log_det(x, **side) if log_det else (layer(x, **side), x.new_zeros(()))
+        loss = (y.sin().sum() + logs.square().sum()) / 3
+    return loss, torch.autograd.grad(loss, (x, *side.values(), *layer.parameters()))
+
+
+# ---- the maps ----
+
+
+@pytest.mark.parametrize("dim", [1, -1, 2])
+@pytest.mark.parametrize("bias", [True, False])
+def test_elementwise_affine_scales_and_shifts_each_feature(dim, bias):
+    x = randn(2, 3, 4, 5)
+    layer = perturbed(iz.ElementwiseAffine(x.shape[dim], dim=dim, bias=bias, max_log_scale=0.5), 2.0)
+    shape = [1] * 4
+    shape[dim] = -1
+    s = 0.5 * torch.tanh(layer.log_scale / 0.5)
+    b = layer.bias if bias else torch.zeros_like(s)
+    y, log_det = layer.forward_and_log_det(x)
+    assert_close(y, x * s.exp().view(shape) + b.view(shape), rtol=1e-12, atol=1e-12)
+    assert_close(log_det, (s.sum() * (60 / x.shape[dim])).expand(2), rtol=1e-12, atol=1e-12)
+    x_again, inverse_log_det = layer.inverse_and_log_det(y)
+    assert_close(x_again, x, rtol=1e-12, atol=1e-12)
+    assert_close(inverse_log_det, -log_det, rtol=1e-12, atol=1e-12)
+
+
+def test_elementwise_affine_starts_as_the_identity_and_stays_bounded():
+    layer, x = iz.ElementwiseAffine(3), torch.randn(4, 3)
+    assert_close(layer(x), x, rtol=0, atol=0)
+    with torch.no_grad():
+        layer.log_scale.copy_(torch.tensor([-1e9, 0.0, 1e9]))
+    assert_close(layer.forward_and_log_det(torch.ones(1, 3))[0], torch.tensor([[-2.0, 0.0, 2.0]]).exp())
+    layer.reset_parameters()
+    assert_close(layer(x), x, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("scale", ["tanh", "softclip", "sigmoid", "unit", "exp"])
+def test_conditional_affine_is_the_map_of_the_couplings(scale):
+    x, context = randn(2, 3, 4), randn(2, 5)
+    layer = perturbed(iz.ConditionalAffine(nn.Linear(5, 6), scale=scale, max_log_scale=1.5))
+    h = layer.conditioner(context)[..., None]
+    map_ = Affine(scale, 1.5)
+    y, log_det = layer.forward_and_log_det(x, context=context)
+    assert_close(y, map_.forward(x, h, 1), rtol=1e-12, atol=1e-12)
+    assert_close(log_det, map_.log_slope(x, h, 1).sum((1, 2)), rtol=1e-12, atol=1e-12)
+    assert_close(layer.inverse(y, context=context), x, rtol=1e-9, atol=1e-9)
+
+
+# ---- conditioners ----
+
+
+@pytest.mark.parametrize(
+    ("dim", "shape"),
+    [(1, (2, 6)), (1, (2, 6, 4, 5)), (1, (2, 6, 1, 1)), (1, (1, 6, 4, 1)), (-1, (2, 10)), (-1, (2, 3, 4, 10))],
+)
+def test_a_conditioner_adds_to_the_parameters_in_any_shape_that_broadcasts(dim, shape):
+    x, h = randn(2, 3, 4, 5), randn(*shape)
+    layer = perturbed(iz.ElementwiseAffine(x.shape[dim], dim=dim, conditioner=nn.Identity()))
+    blocks = h if len(shape) == 4 else (h[:, :, None, None] if dim == 1 else h[:, None, None, :])
+    r, t = blocks.expand(*x.shape[: dim % 4], 2 * x.shape[dim], *x.shape[dim % 4 + 1 :]).chunk(2, dim)
+    view = (1, -1, 1, 1) if dim == 1 else (-1,)
+    s = 2 * torch.tanh((layer.log_scale.view(view) + r) / 2)
+    y, log_det = layer.forward_and_log_det(x, context=h)
+    assert_close(y, x * s.exp() + layer.bias.view(view) + t, rtol=1e-12, atol=1e-12)
+    assert_close(log_det, s.sum((1, 2, 3)), rtol=1e-12, atol=1e-12)
+    assert_close(layer.inverse(y, context=h), x, rtol=1e-12, atol=1e-12)
+
+
+def test_a_conditioner_of_zeros_changes_nothing():
+    plain, x = perturbed(iz.ElementwiseAffine(3)), randn(2, 3, 4)
+    conditioned = iz.ElementwiseAffine(3, conditioner=lambda context: context.new_zeros(len(context), 6)).double()
+    conditioned.load_state_dict(plain.state_dict())
+    assert_close(conditioned(x, context=randn(2, 1)), plain(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", [iz.ElementwiseAffine, iz.ConditionalAffine])
+@pytest.mark.parametrize("log_det", [True, False])
+def test_a_replay_evaluates_the_conditioner_once(kind, log_det):
+    net = Counting(nn.Linear(2, 6))
+    layer = perturbed(kind(3, conditioner=net) if kind is iz.ElementwiseAffine else kind(net))
+    loss, _ = gradients(layer, "invert", randn(4, 3, 2), randn(4, 2), log_det)
+    assert net.calls == 2  # in forward, and in the replay
+    assert loss.isfinite()
+
+
+@pytest.mark.parametrize("log_det", [True, False])
+def test_modes_agree(log_det):
+    for layer in (
+        perturbed(iz.ElementwiseAffine(3, conditioner=nn.Sequential(nn.Linear(2, 6), nn.Tanh()))),
+        perturbed(iz.ConditionalAffine(nn.Sequential(nn.Linear(2, 6), nn.Tanh()))),
+    ):
+        x, context = randn(4, 3, 2), randn(4, 2)
+        expected = gradients(layer, "store", x, context, log_det)
+        for mode in MODES[1:]:
+            assert_close(gradients(layer, mode, x, context, log_det), expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_function_as_conditioner_moves_the_buffers_of_its_modules_once(mode):
+    norm = nn.BatchNorm1d(6).double()
+    layer = iz.ConditionalAffine(lambda context: norm(context), mode=mode)
+    layer(randn(4, 3, requires_grad=True), context=randn(4, 6)).sum().backward()
+    assert norm.num_batches_tracked == 1
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_derivatives_of_two_orders(mode):
+    layer = perturbed(iz.ElementwiseAffine(2, conditioner=nn.Linear(2, 4), mode=mode))
+    given = randn(2, 2, 2, requires_grad=True), randn(2, 2, requires_grad=True)
+    for run in (layer.forward_and_log_det, layer.inverse_and_log_det):
+        assert gradcheck(lambda x, c, run=run: run(x, context=c), given)
+        assert gradgradcheck(lambda x, c, run=run: run(x, context=c), given)
+
+
+def test_a_chain_gives_the_context_to_the_layers_that_take_it():
+    conditioned = iz.ElementwiseAffine(3, conditioner=nn.Linear(2, 6))
+    chain = perturbed(iz.InvertibleSequential(iz.ElementwiseAffine(3), conditioned, iz.Reverse()))
+    x, context = randn(2, 3), randn(2, 2)
+    y, log_det = chain.forward_and_log_det(x, context=context)
+    assert_close(chain.inverse(y, context=context), x, rtol=1e-10, atol=1e-10)
+    assert_close(log_det, chain[0].log_det(x) + chain[1].log_det(x, context=context), rtol=1e-10, atol=1e-10)
+    with pytest.raises(TypeError, match="Expected side inputs among"):
+        iz.InvertibleSequential(iz.ElementwiseAffine(3))(x.float(), context=context)
+
+
+# ---- precision ----
+
+
+def test_a_deep_stack_comes_back_in_float32():
+    layers = [iz.ElementwiseAffine(3, max_log_scale=0.3, conditioner=nn.Linear(2, 6)) for _ in range(16)]
+    chain = perturbed(iz.InvertibleSequential(*layers)).float()
+    x, context = torch.randn(5, 3, 4), torch.randn(5, 2)
+    assert_close(chain.inverse(chain(x, context=context), context=context), x, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_computed_in_single(dtype):
+    layer, x = perturbed(iz.ElementwiseAffine(3)).to(dtype), torch.randn(4, 3, 2).to(dtype)
+    y, log_det = layer.forward_and_log_det(x)
+    assert y.dtype == dtype
+    assert log_det.dtype == torch.float32
+    wide = copy.deepcopy(layer).float()
+    assert_close(y, wide(x.float()).to(dtype), rtol=0, atol=0)
+    assert_close(log_det, wide.log_det(x.float()), rtol=0, atol=0)
+
+
+def test_autocast_leaves_scales_in_single_precision():
+    layer, x = iz.ConditionalAffine(nn.Linear(2, 6)), torch.randn(4, 3, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x, context=torch.randn(4, 2))
+    assert y.dtype == torch.float32
+    y.sum().backward()
+    assert x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("batch", [0, 1])
+def test_small_batches(batch):
+    layer = iz.ElementwiseAffine(3, conditioner=nn.Linear(2, 6))
+    x, context = torch.randn(batch, 3, 4, requires_grad=True), torch.randn(batch, 2)
+    y, log_det = layer.forward_and_log_det(x, context=context)
+    (y.sum() + log_det.sum()).backward()
+    assert y.shape == x.shape
+    assert log_det.shape == (batch,)
+    assert layer.log_scale.grad.isfinite().all()
+
+
+# ---- what they refuse ----
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "match"),
+    [
+        (lambda: iz.ElementwiseAffine(0), ValueError, "ElementwiseAffine: Expected features to be at least 1; got 0"),
+        (lambda: iz.ElementwiseAffine(3, max_log_scale=0.0), ValueError, "Expected max_log_scale to be positive"),
+        (lambda: iz.ElementwiseAffine(3, conditioner=3), TypeError, "Expected conditioner to be a module or a fun"),
+        (lambda: iz.ConditionalAffine(None), TypeError, "ConditionalAffine: Expected conditioner to be a module or a"),
+        (lambda: iz.ConditionalAffine(nn.Identity(), scale="no"), ValueError, "Expected scale to be one of 'tanh'"),
+        (lambda: iz.ElementwiseAffine(3)(torch.ones(2, 4)), ValueError, r"have size 3 in dim 1; got shape \(2, 4\)"),
+        (lambda: iz.ElementwiseAffine(3)(torch.ones(3)), ValueError, r"have size 3 in dim 1; got shape \(3,\)"),
+        (lambda: iz.ElementwiseAffine(3)(torch.ones(2, 3).double()), TypeError, "be of the layer's dtype torch.float3"),
+        (lambda: iz.ElementwiseAffine(3)(torch.ones(2, 3).int()), TypeError, "be real floating point; got torch.int32"),
+        (lambda: iz.ElementwiseAffine(3)(torch.ones(2, 3) * 1j), TypeError, "be real floating point; got torch.comp"),
+        (lambda: iz.ElementwiseAffine(3)([1.0]), TypeError, "Expected input to be a Tensor; got list"),
+        (lambda: iz.ElementwiseAffine(3)(torch.ones(2, 3), context=1), TypeError, r"side inputs among \[\]; got \['con"),
+        (
+            lambda: iz.ElementwiseAffine(3, conditioner=nn.Identity())(torch.ones(2, 3)),
+            TypeError,
+            "Expected context to be what the conditioner takes; got None",
+        ),
+        (
+            lambda: iz.ElementwiseAffine(3, conditioner=nn.Identity())(torch.ones(2, 3), context=torch.ones(2, 3)),
+            ValueError,
+            r"Expected conditioner to return shape \(2, 6\); got \(2, 3\)",
+        ),
+        (
+            lambda: iz.ConditionalAffine(nn.Identity())(torch.ones(2, 3, 4), context=torch.ones(2, 6, 3)),
+            ValueError,
+            r"return shape \(2, 6\) or \(2, 6, 4\); got \(2, 6, 3\)",
+        ),
+        (
+            lambda: iz.ConditionalAffine(nn.Identity())(torch.ones(2, 3, 4), context=torch.ones(3, 6)),
+            ValueError,
+            r"return shape \(2, 6\) or \(2, 6, 4\); got \(3, 6\)",
+        ),
+        (
+            lambda: iz.ConditionalAffine(lambda c: [c])(torch.ones(2, 3), context=torch.ones(2, 6)),
+            TypeError,
+            "Expected conditioner to return a Tensor; got list",
+        ),
+        (
+            lambda: iz.ConditionalAffine(nn.Identity(), dim=3)(torch.ones(2, 3), context=torch.ones(2, 6)),
+            ValueError,
+            r"Expected input to have a dim 3; got shape \(2, 3\)",
+        ),
+    ],
+)
+def test_errors(call, error, match):
+    with pytest.raises(error, match=match):
+        call()
