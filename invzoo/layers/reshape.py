@@ -31,20 +31,16 @@ class _Reshaping(InvertibleModule):
 
     def __init__(self, input_shape: Sizes, output_shape: Sizes, **options: Any) -> None:
         super().__init__(**options)
-        self.input_shape, self.output_shape = self._shape("input_shape", input_shape), tuple(output_shape)
-        size = math.prod(self.input_shape)
-        if self.output_shape.count(-1) == 1 and (known := -math.prod(self.output_shape)) > 0:
-            self.output_shape = tuple(size // known if n == -1 else n for n in self.output_shape)
-        self._shape("output_shape", self.output_shape)
-        if math.prod(self.output_shape) != size:
+        for argument, shape in (("input_shape", input_shape), ("output_shape", output_shape)):
+            if not isinstance(shape, Sequence) or not all(isinstance(n, int) for n in shape):
+                refuse(self, argument, "be a sequence of ints", repr(shape), TypeError)
+        if any(n < 1 for n in input_shape):
+            refuse(self, "input_shape", "have sizes of at least 1", tuple(input_shape))
+        self.input_shape, size = tuple(input_shape), math.prod(input_shape)
+        known = math.prod(n for n in output_shape if n != -1)
+        self.output_shape = tuple(size // known if n == -1 and known > 0 else n for n in output_shape)
+        if math.prod(self.output_shape) != size or any(n < 1 for n in self.output_shape):
             refuse(self, "output_shape", f"have the {size} entries of {self.input_shape}", tuple(output_shape))
-
-    def _shape(self, argument: str, shape: Any) -> tuple[int, ...]:
-        if not isinstance(shape, Sequence) or not all(isinstance(n, int) for n in shape):
-            refuse(self, argument, "be a sequence of ints", repr(shape), TypeError)
-        if any(n < 1 for n in shape):
-            refuse(self, argument, "have sizes of at least 1", tuple(shape))
-        return tuple(shape)
 
     def function(self, x: Tensor) -> Tensor:
         return self._reshape("x", x, self.input_shape, self.output_shape)
@@ -55,7 +51,7 @@ class _Reshaping(InvertibleModule):
     def _reshape(self, argument: str, x: Any, shape: tuple[int, ...], other: tuple[int, ...]) -> Tensor:
         check_tensor(self, argument, x)
         if x.ndim == 0 or x.shape[1:] != shape:
-            refuse(self, argument, f"have shape (batch, {', '.join(map(str, shape))})", f"shape {tuple(x.shape)}")
+            refuse(self, argument, f"have shape (batch{''.join(f', {n}' for n in shape)})", f"shape {tuple(x.shape)}")
         return x.reshape(len(x), *other)
 
 
@@ -215,11 +211,9 @@ class Pad(InvertibleModule):
         self.dim = (dim,) if isinstance(dim, int) else tuple(dim)
 
     def function(self, x: Tensor) -> Tensor:
-        before, after = self.padding
-        padding = [(0, 0)] * x.ndim
-        for dim in self._dims("x", x, 0):
-            padding[dim] = before, after
-        return F.pad(x, [n for pair in reversed(padding) for n in pair])
+        dims = self._dims("x", x, 0)
+        pairs = [self.padding if dim in dims else (0, 0) for dim in reversed(range(x.ndim))]
+        return F.pad(x, [n for pair in pairs for n in pair])
 
     def inverse(self, y: Tensor) -> Tensor:
         before, after = self.padding

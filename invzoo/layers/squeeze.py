@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 from einops import rearrange
@@ -17,7 +16,6 @@ __all__ = ["ORDERS", "Squeeze", "Unsqueeze", "cells", "check_pixels", "positions
 ORDERS = ("channels_first", "positions_first")
 
 
-@lru_cache(maxsize=64)
 def cells(dims: int, order: str) -> tuple[str, str, str]:
     """Return the einops patterns of an image, of its cells, and of the image whose channels are the cells' entries.
 
