@@ -1,0 +1,471 @@
+"""What InvertibleLinear and InvertibleConv1x1 share: log-determinants, and parameters per sample from a conditioner."""
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd import gradcheck, gradgradcheck
+from torch.testing import assert_close
+
+import invzoo as iz
+from invzoo.layers.matrix import MATRICES
+from invzoo.layers.matrix_layer import MatrixLayer
+
+KINDS = ["householder", "cayley", "scaled", "plu", "free"]
+WIDE = ["householder", "cayley", "scaled"]
+MODES = ["store", "recompute", "invert"]
+LAYERS: dict[str, tuple[Callable[..., Any], tuple[int, ...]]] = {
+    "linear": (iz.InvertibleLinear, (4,)),
+    "linear, positions": (iz.InvertibleLinear, (2, 3, 4)),
+    "conv": (iz.InvertibleConv1x1, (4, 5)),
+    "conv, pixels": (iz.InvertibleConv1x1, (4, 2, 3)),
+}
+
+all_kinds = pytest.mark.parametrize("kind", KINDS)
+all_layers = pytest.mark.parametrize("name", LAYERS)
+all_modes = pytest.mark.parametrize("mode", MODES)
+real_and_complex = pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+directions = pytest.mark.parametrize("direction", ["function", "inverse", "log_det"])
+
+
+class Counted(nn.Linear):
+    """A conditioner that counts its evaluations."""
+
+    count = 0
+
+    def forward(self, context: Tensor) -> Tensor:
+        self.count += 1
+        return super().forward(context)
+
+
+def perturbed(layer: Any, size: float = 0.2) -> Any:
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.add_(size * torch.randn_like(p))
+    return layer
+
+
+def plain(name: str, kind: str, dtype: torch.dtype = torch.float64, **options: Any) -> Any:
+    return perturbed(LAYERS[name][0](4, kind=kind, dtype=dtype, **options))
+
+
+def conditioned(
+    name: str, kind: str, dtype: torch.dtype = torch.float64, net: type[nn.Linear] = Counted, **options: Any
+) -> Any:
+    layer = plain(name, kind, dtype, **options)
+    layer.conditioner = net(2, layer.num_parameters, dtype=dtype)
+    return layer
+
+
+def draw(name: str, batch: int = 3, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    """An input and a context."""
+    x = torch.randn(batch, *LAYERS[name][1], dtype=dtype, requires_grad=True)
+    return x, torch.randn(batch, 2, dtype=dtype, requires_grad=True)
+
+
+def log_abs_det(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """That of the Jacobian of a map of one sample, as a map of real numbers."""
+    if x.is_complex():
+        real = torch.view_as_real(x.detach())
+        jacobian = torch.autograd.functional.jacobian(
+            lambda z: torch.view_as_real(function(torch.view_as_complex(z)).contiguous()), real
+        )
+        return torch.linalg.slogdet(jacobian.reshape(real.numel(), -1)).logabsdet
+    jacobian = torch.autograd.functional.jacobian(function, x.detach())
+    return torch.linalg.slogdet(jacobian.reshape(x.numel(), -1)).logabsdet
+
+
+def of_sample(layer: Any, context: Tensor) -> Any:
+    """The plain layer that the conditioned one is for one context."""
+    twin = copy.deepcopy(layer)
+    twin.conditioner = None
+    vector = layer.conditioner(context)
+    with torch.no_grad():
+        for p in (*twin.matrix.parameters(), *([] if twin.bias is None else [twin.bias])):
+            piece, vector = vector[: p.numel()], vector[p.numel() :]
+            p.add_((piece if p.is_complex() or not piece.is_complex() else piece.real).reshape(p.shape))
+    assert len(vector) == 0
+    return twin
+
+
+# Matrices in a batch
+
+
+@real_and_complex
+@all_kinds
+def test_matrices_take_parameters_with_leading_dims(kind: str, dtype: torch.dtype) -> None:
+    matrix = perturbed(MATRICES[kind]("Layer", 4, 4, dtype=dtype))
+    parameters = [p + 0.3 * torch.randn(2, 3, *p.shape, dtype=p.dtype) for p in matrix.own()]
+    factors = matrix.factors(*parameters)
+    weight, inverse, log_det = matrix.weight(*factors), matrix.inverse(*factors), matrix.log_det(*parameters)
+    assert weight.shape == inverse.shape == (2, 3, 4, 4)
+    for i in range(2):
+        for j in range(3):
+            one = [p[i, j] for p in parameters]
+            assert_close(weight[i, j], matrix.weight(*matrix.factors(*one)))
+            assert_close(inverse[i, j], matrix.inverse(*matrix.factors(*one)))
+            assert_close(log_det[i, j], matrix.log_det(*one))
+    assert_close(torch.linalg.slogdet(weight).logabsdet, log_det)
+    assert_close(weight @ inverse, torch.eye(4, dtype=dtype).expand(2, 3, -1, -1))
+
+
+@pytest.mark.parametrize("kind", WIDE)
+def test_wide_matrices_take_parameters_with_leading_dims(kind: str) -> None:
+    matrix = MATRICES[kind]("Layer", 5, 3, dtype=torch.float64)
+    factors = matrix.factors(*(p + 0.3 * torch.randn(2, *p.shape, dtype=p.dtype) for p in matrix.own()))
+    weight, inverse = matrix.weight(*factors), matrix.inverse(*factors)
+    assert weight.shape == (2, 5, 3)
+    assert_close(inverse @ weight, torch.eye(3, dtype=torch.float64).expand(2, -1, -1))
+
+
+@all_kinds
+def test_own_parameters_are_all_in_order(kind: str) -> None:
+    matrix = MATRICES[kind]("Layer", 4, 4)
+    assert [*map(id, matrix.own())] == [*map(id, matrix.parameters())]
+
+
+# Log-determinants
+
+
+@all_layers
+@all_kinds
+@real_and_complex
+def test_log_det_is_that_of_the_jacobian(name: str, kind: str, dtype: torch.dtype) -> None:
+    layer = plain(name, kind, dtype)
+    x, _ = draw(name, dtype=dtype)
+    expected = torch.stack([log_abs_det(layer.function, one[None]) for one in x])
+    y, log_det = layer.forward_and_log_det(x)
+    back, inverse_log_det = layer.inverse_and_log_det(y)
+    assert_close(log_det, expected)
+    assert_close(layer.log_det(x), expected)
+    assert_close(inverse_log_det, -expected)
+    assert_close((y, back), (layer.function(x), x))
+    assert_close(inverse_log_det[0], log_abs_det(layer.inverse, y[:1]))
+
+
+@pytest.mark.parametrize("kind", ["householder", "cayley", "scaled", "plu"])
+def test_no_slogdet_where_the_scales_are_known(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = plain("conv", kind)
+    monkeypatch.setattr(torch.linalg, "slogdet", lambda _: pytest.fail("slogdet"))
+    layer.log_det(draw("conv")[0])
+
+
+@pytest.mark.parametrize("kind", ["scaled", "plu", "free"])
+@all_modes
+def test_gradients_of_the_log_det(kind: str, mode: str) -> None:
+    layer = plain("conv", kind, mode=mode)
+    x, _ = draw("conv")
+    weights = torch.arange(3, dtype=torch.float64)
+    _, log_det = layer.forward_and_log_det(x)
+    grads = torch.autograd.grad((weights * log_det).sum(), [*layer.matrix.parameters()], materialize_grads=True)
+    expected = 5 * weights.sum() * torch.linalg.slogdet(layer.weight).logabsdet
+    assert_close(grads, torch.autograd.grad(expected, [*layer.matrix.parameters()], materialize_grads=True))
+
+
+@all_kinds
+@pytest.mark.parametrize("batch", [0, 1])
+def test_log_det_of_small_batches(kind: str, batch: int) -> None:
+    for name in LAYERS:
+        x, _ = draw(name, batch)
+        assert plain(name, kind).forward_and_log_det(x)[1].shape == (batch,)
+
+
+def test_log_det_of_no_positions_is_zero() -> None:
+    x = torch.zeros(2, 4, 0, dtype=torch.float64)
+    assert_close(plain("conv", "free").log_det(x), torch.zeros(2, dtype=torch.float64), rtol=0, atol=0)
+
+
+@all_kinds
+def test_log_det_may_be_changed_in_place(kind: str) -> None:
+    layer, (x, _) = plain("linear", kind), draw("linear")
+    with torch.no_grad():
+        log_det = layer.log_det(x)
+        log_det[0] += 1.0
+    assert_close(log_det[1:], layer.log_det(x).detach()[1:])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_log_det_is_at_least_float32(dtype: torch.dtype) -> None:
+    layer = plain("conv", "scaled", dtype)
+    log_det = layer.log_det(draw("conv", dtype=dtype)[0])
+    assert log_det.dtype == torch.float32
+    assert_close(log_det, (5 * torch.linalg.slogdet(layer.weight).logabsdet).expand(3), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", WIDE)
+@pytest.mark.parametrize("cls", [iz.InvertibleLinear, iz.InvertibleConv1x1])
+def test_wide_layers_have_no_log_det(kind: str, cls: type[MatrixLayer]) -> None:
+    layer = cls(4, 6, kind=kind)
+    match = f"{cls.__name__}: Expected layer to be a bijection with a log-determinant; got one without"
+    for call in (layer.log_det, layer.forward_and_log_det):
+        with pytest.raises(TypeError, match=match):
+            call(torch.zeros(2, 4, 4))
+
+
+@all_kinds
+def test_no_log_det_without_a_batch_dim(kind: str) -> None:
+    layer = iz.InvertibleLinear(4, kind=kind)
+    match = r"InvertibleLinear: Expected x to have a batch dim, for a log-determinant; got shape \(4,\)"
+    with pytest.raises(ValueError, match=match):
+        layer.log_det(torch.zeros(4))
+
+
+# Conditioners
+
+
+@all_layers
+@all_kinds
+@real_and_complex
+@pytest.mark.parametrize("bias", [True, False])
+def test_each_sample_has_parameters_of_its_own(name: str, kind: str, dtype: torch.dtype, bias: bool) -> None:
+    layer = conditioned(name, kind, dtype, bias=bias)
+    x, context = draw(name, dtype=dtype)
+    y, log_det = layer.forward_and_log_det(x, context=context)
+    for i in range(3):
+        twin = of_sample(layer, context[i])
+        assert_close(y[i : i + 1], twin.function(x[i : i + 1]))
+        assert_close(log_det[i : i + 1], twin.log_det(x[i : i + 1]))
+    assert_close(layer.inverse(y, context=context), x)
+    assert_close(layer.log_det(x, context=context), log_det)
+    assert_close(layer.inverse_and_log_det(y, context=context), (x, -log_det))
+
+
+@all_layers
+@all_kinds
+def test_a_zero_conditioner_is_the_plain_layer(name: str, kind: str) -> None:
+    layer, (x, context) = conditioned(name, kind), draw(name)
+    nn.init.zeros_(layer.conditioner.weight), nn.init.zeros_(layer.conditioner.bias)
+    without = copy.deepcopy(layer)
+    without.conditioner = None
+    assert_close(layer.forward_and_log_det(x, context=context), without.forward_and_log_det(x))
+
+
+@pytest.mark.parametrize("kind", WIDE)
+@pytest.mark.parametrize(("cls", "shape"), [(iz.InvertibleLinear, (2, 5, 3)), (iz.InvertibleConv1x1, (2, 3, 5))])
+def test_wide_and_conditioned(kind: str, cls: Callable[..., Any], shape: tuple[int, ...]) -> None:
+    layer = cls(3, 5, kind=kind, dtype=torch.float64)
+    layer.conditioner = nn.Linear(2, layer.num_parameters, dtype=torch.float64)
+    x, context = torch.randn(shape, dtype=torch.float64), torch.randn(2, 2, dtype=torch.float64)
+    y = layer(x, context=context)
+    assert_close(y[:1], of_sample(layer, context[0])(x[:1]))
+    assert_close(layer.inverse(y, context=context), x)
+    with pytest.raises(TypeError, match="Expected layer to be a bijection with a log-determinant"):
+        layer.forward_and_log_det(x, context=context)
+
+
+@all_layers
+@all_kinds
+def test_modes_agree(name: str, kind: str) -> None:
+    layer, (x, context) = conditioned(name, kind), draw(name)
+    leaves, weights = (x, context, *layer.parameters()), torch.arange(3, dtype=torch.float64)
+    y, log_det = layer.function_and_log_det(x, context=context)
+    expected = torch.autograd.grad(y.pow(3).sum(), leaves, retain_graph=True)
+    both = torch.autograd.grad(y.pow(3).sum() + (weights * log_det).sum(), leaves)
+    assert all(g.count_nonzero() > 0 for g in both)
+    for mode in MODES:
+        with iz.mode(layer, mode):
+            y = layer(x, context=context)
+            assert_close(torch.autograd.grad(y.pow(3).sum(), leaves), expected)
+            y, log_det = layer.forward_and_log_det(x, context=context)
+            assert_close(torch.autograd.grad(y.pow(3).sum() + (weights * log_det).sum(), leaves), both)
+
+
+@all_kinds
+@pytest.mark.parametrize("method", ["forward", "forward_and_log_det"])
+def test_a_replay_evaluates_the_conditioner_once(kind: str, method: str) -> None:
+    layer, (x, context) = conditioned("conv", kind), draw("conv")
+    outputs = getattr(layer, method)(x, context=context)
+    assert layer.conditioner.count == 1
+    (outputs if method == "forward" else outputs[0] + outputs[1][:, None, None]).sum().backward()
+    assert layer.conditioner.count == 2
+
+
+def test_a_conditioner_may_be_a_function_of_a_module() -> None:
+    layer, (x, context) = plain("linear", "scaled"), draw("linear")
+    net = nn.Sequential(nn.Linear(2, layer.num_parameters), nn.BatchNorm1d(layer.num_parameters), nn.Dropout(0.5))
+    net.double()
+    layer.conditioner = lambda c: net(c)
+    leaves = (x, context, *layer.parameters(), *net.parameters())
+    grads = []
+    for mode in MODES:
+        torch.manual_seed(1)
+        with iz.mode(layer, mode):
+            y, log_det = layer.forward_and_log_det(x, context=context)
+            torch.manual_seed(2)
+            grads.append(torch.autograd.grad(y.pow(3).sum() + log_det.sum(), leaves))
+    assert_close(grads[1], grads[0])
+    assert_close(grads[2], grads[0])
+    assert net[1].num_batches_tracked == 3
+
+
+@pytest.mark.parametrize(
+    ("kind", "direction"),
+    [(k, d) for k in KINDS for d in ("function", "inverse", "log_det") if d != "log_det" or k not in KINDS[:2]],
+)
+def test_gradients(kind: str, direction: str) -> None:
+    layer = LAYERS["linear"][0](2, kind=kind, dtype=torch.float64)
+    layer.conditioner = nn.Linear(1, layer.num_parameters, dtype=torch.float64)
+    x, context = (torch.randn(2, n, dtype=torch.float64, requires_grad=True) for n in (2, 1))
+    leaves = (x, context, *layer.parameters())
+    assert gradcheck(lambda x, context, *_: getattr(layer, direction)(x, context=context), leaves)
+    assert gradgradcheck(lambda x, context, *_: getattr(layer, direction)(x, context=context), leaves)
+
+
+@all_kinds
+@pytest.mark.parametrize("batch", [0, 1])
+def test_small_batches(kind: str, batch: int) -> None:
+    for name in LAYERS:
+        layer, (x, context) = conditioned(name, kind), draw(name, batch)
+        y, log_det = layer.forward_and_log_det(x, context=context)
+        (y.sum() + log_det.sum()).backward()
+        assert log_det.shape == (batch,)
+        assert_close(layer.inverse(y, context=context), x)
+
+
+def test_channels_last_stays() -> None:
+    layer, (x, context) = conditioned("conv, pixels", "scaled"), draw("conv, pixels")
+    y = layer(x.to(memory_format=torch.channels_last), context=context)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert_close(y, layer(x, context=context))
+
+
+@all_kinds
+def test_drift_of_a_deep_stack_in_float32(kind: str) -> None:
+    size = 0.01 if kind == "free" else 0.1
+    layers = [perturbed(iz.InvertibleLinear(16, kind=kind), size) for _ in range(16)]
+    for layer in layers:
+        layer.conditioner = nn.Linear(2, layer.num_parameters)
+        nn.init.normal_(layer.conditioner.weight, std=size)
+        nn.init.normal_(layer.conditioner.bias, std=size)
+    x = h = torch.randn(32, 16)
+    context = torch.randn(32, 2)
+    with torch.no_grad():
+        for layer in layers:
+            h = layer(h, context=context)
+        for layer in reversed(layers):
+            h = layer.inverse(h, context=context)
+    assert_close(h, x, rtol=0, atol=3e-4)
+
+
+@all_kinds
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(kind: str, dtype: torch.dtype) -> None:
+    layer, (x, context) = conditioned("linear", kind, dtype), draw("linear", dtype=dtype)
+    y, log_det = layer.forward_and_log_det(x, context=context)
+    assert y.dtype == layer.inverse(y, context=context).dtype == dtype
+    assert log_det.dtype == torch.float32
+    twin = of_sample(layer, context[0])
+    assert_close(y[:1], twin(x[:1]), rtol=0.1, atol=0.1)
+
+
+def test_autocast_rules_over_the_conditioner_alone() -> None:
+    layer, (x, context) = conditioned("linear", "scaled", torch.float32), draw("linear", dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        offsets = layer.conditioner(context)
+        y, log_det = layer.forward_and_log_det(x, context=context)
+        back = layer.inverse(y, context=context)
+    assert offsets.dtype == torch.bfloat16
+    assert y.dtype == log_det.dtype == torch.float32
+    del layer.conditioner
+    layer.conditioner = lambda _: offsets
+    assert_close(y, layer(x, context=context), rtol=0, atol=0)
+    assert_close(back, x, rtol=0, atol=1e-5)
+
+
+@directions
+def test_compiles_without_a_break(direction: str) -> None:
+    layer, (x, context) = conditioned("conv", "plu", net=nn.Linear), draw("conv")
+    apply = getattr(layer, direction)
+    compiled = torch.compile(apply, fullgraph=True, backend="aot_eager")
+    assert_close(compiled(x, context=context), apply(x, context=context))
+
+
+def test_a_module_like_others() -> None:
+    layer, (x, context) = conditioned("linear", "scaled", net=nn.Linear), draw("linear")
+    names = ["bias", "matrix.left", "matrix.right", "matrix.log_scale", "conditioner.weight", "conditioner.bias"]
+    assert [*layer.state_dict()] == names
+    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert_close(twin(x, context=context), layer(x, context=context), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "bias", "expected"),
+    [("householder", True, 20), ("cayley", False, 16), ("scaled", True, 40), ("plu", True, 20), ("free", False, 16)],
+)
+def test_num_parameters(kind: str, bias: bool, expected: int) -> None:
+    assert iz.InvertibleLinear(4, bias=bias, kind=kind).num_parameters == expected
+
+
+def test_the_vector_holds_the_matrix_row_by_row_and_then_the_bias() -> None:
+    vector = torch.arange(6.0).expand(1, -1)
+    layer = iz.InvertibleLinear(2, kind="free", conditioner=lambda _: vector)
+    with torch.no_grad():
+        layer.matrix.entries.zero_()
+    assert_close(layer(torch.eye(2)[:1], context=0).detach(), torch.tensor([[0.0 + 4, 2.0 + 5]]))
+
+
+def test_a_stack_gives_context_to_those_who_take_it() -> None:
+    first, second = plain("linear", "plu"), conditioned("linear", "scaled")
+    stack, (x, context) = iz.InvertibleSequential(first, second), draw("linear")
+    assert_close(stack(x, context=context), second(first(x), context=context))
+    assert_close(stack.inverse(stack(x, context=context), context=context), x)
+
+
+# What is refused
+
+
+def refusing(conditioner: Any, **options: Any) -> iz.InvertibleLinear:
+    return iz.InvertibleLinear(4, conditioner=conditioner, **options)
+
+
+@pytest.mark.parametrize(
+    ("returned", "error", "match"),
+    [
+        (torch.zeros(3, 19), ValueError, r"to return shape \(3, 20\), \(batch, num_parameters\); got \(3, 19\)"),
+        (torch.zeros(1, 20), ValueError, r"to return shape \(3, 20\), \(batch, num_parameters\); got \(1, 20\)"),
+        (torch.zeros(20), ValueError, r"to return shape \(3, 20\), \(batch, num_parameters\); got \(20,\)"),
+        ([1.0], TypeError, "to return a Tensor; got list"),
+    ],
+)
+def test_what_a_conditioner_may_not_return(returned: Any, error: type[Exception], match: str) -> None:
+    layer = refusing(lambda _: returned)
+    for apply in (layer, layer.inverse, layer.log_det):
+        with pytest.raises(error, match="InvertibleLinear: Expected conditioner " + match):
+            apply(torch.zeros(3, 4), context=torch.zeros(3, 2))
+
+
+def test_a_conditioner_is_callable() -> None:
+    with pytest.raises(TypeError, match="InvertibleLinear: Expected conditioner to be a module or a function; got int"):
+        refusing(3)
+    with pytest.raises(TypeError, match="InvertibleConv1x1: Expected conditioner to be a module or a function; got st"):
+        iz.InvertibleConv1x1(4, conditioner="net")
+
+
+def test_a_context_and_a_conditioner_go_together() -> None:
+    with pytest.raises(
+        TypeError, match="InvertibleLinear: Expected context to be what the conditioner takes; got None"
+    ):
+        refusing(nn.Linear(2, 20))(torch.zeros(3, 4))
+    with pytest.raises(TypeError, match=r"InvertibleLinear: Expected side inputs among \[\]; got \['context'\]"):
+        iz.InvertibleLinear(4)(torch.zeros(3, 4), context=torch.zeros(3, 2))
+
+
+def test_a_conditioner_needs_a_batch_dim() -> None:
+    match = r"InvertibleLinear: Expected input to have dims \(batch, ...\), with a conditioner; got shape \(4,\)"
+    with pytest.raises(ValueError, match=match):
+        refusing(nn.Linear(2, 20))(torch.zeros(4), context=torch.zeros(2))
+
+
+def test_one_singular_free_weight_of_a_batch_is_refused() -> None:
+    layer = refusing(lambda c: c, kind="free", bias=False, dtype=torch.float64)
+    offsets = torch.zeros(3, 16, dtype=torch.float64)
+    offsets[1] = -layer.matrix.entries.detach().flatten()
+    y = layer(torch.ones(3, 4, dtype=torch.float64), context=offsets)
+    with pytest.raises(
+        ValueError, match="InvertibleLinear: Expected weight to be invertible, .*; got a singular weight"
+    ):
+        layer.inverse(y, context=offsets)
