@@ -24,12 +24,10 @@ class _TokenNorm(SampleNorm):
     normalized_shape: tuple[int, ...]
 
     def __init__(self, normalized_shape: int | Sequence[int], *args: Any, **options: Any) -> None:
-        shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
-        super().__init__(shape, *args, **options)
-        if not shape:
-            refuse(self, "normalized_shape", "have a dim", shape)
-        for size in shape:
+        shape = tuple(normalized_shape) if isinstance(normalized_shape, Sequence) else (normalized_shape,)
+        for size in shape or (0,):
             check_positive_int(self, "normalized_shape", size)
+        super().__init__(shape, *args, **options)
         self.normalized_shape, self._dims = shape, tuple(range(-len(shape), 0))
 
     def _check(self, x: Tensor) -> None:

@@ -223,7 +223,11 @@ def test_small_batches(batch):
         (lambda: iz.ElementwiseAffine(3)(torch.ones(2, 3).int()), TypeError, "be real floating point; got torch.int32"),
         (lambda: iz.ElementwiseAffine(3)(torch.ones(2, 3) * 1j), TypeError, "be real floating point; got torch.comp"),
         (lambda: iz.ElementwiseAffine(3)([1.0]), TypeError, "Expected input to be a Tensor; got list"),
-        (lambda: iz.ElementwiseAffine(3)(torch.ones(2, 3), context=1), TypeError, r"side inputs among \[\]; got \['con"),
+        (
+            lambda: iz.ElementwiseAffine(3)(torch.ones(2, 3), context=1),
+            TypeError,
+            r"side inputs among \[\]; got \['con",
+        ),
         (
             lambda: iz.ElementwiseAffine(3, conditioner=nn.Identity())(torch.ones(2, 3)),
             TypeError,
