@@ -1,20 +1,27 @@
-"""The command line: ``invzoo demo``, or ``python -m invzoo demo``.
+"""The command line: ``invzoo demo``, ``invzoo zoo`` and ``invzoo check``, or ``python -m invzoo demo``.
 
 It exits with 0 for success, 1 for a failure, 2 for a usage error and 130 where it was interrupted.
 """
 
 import argparse
+import functools
+import importlib
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from . import testing
 from .engine import Mode
+from .module import InvertibleModule
 
 __all__ = ["main"]
+
+Row = tuple[str, ...]
 
 _PICTURES = (".png", ".pdf", ".svg")
 _DEMO_NEEDS = {"matplotlib": "matplotlib", "rich": "rich", "sklearn": "scikit-learn"}
@@ -32,12 +39,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = vars(_parser().parse_args(argv))
     command, run = arguments.pop("command"), arguments.pop("run")
     try:
-        run(**arguments)
+        return run(**arguments) or 0
     except KeyboardInterrupt:
         return _fail(command, "interrupted", 130)
+    except _UsageError as error:
+        return _fail(command, str(error), 2)
     except (RuntimeError, OSError) as error:
         return _fail(command, "\n".join([str(error), *getattr(error, "__notes__", ())]))
-    return 0
+
+
+class _UsageError(Exception):
+    """What is wrong with the arguments, where it shows only when they are used."""
 
 
 def _fail(command: str, message: str, code: int = 1) -> int:
@@ -55,6 +67,88 @@ def _demo(*, mode: list[str], **arguments: Any) -> None:
     demo.run(modes=[m for m in Mode if m in mode or "all" in mode], **arguments)
 
 
+def _zoo() -> None:
+    rows = [
+        (e.name, e.map, e.log_det, e.cost, "yes" if e.conditioned else "no", e.domain, e.keeps)
+        for e in testing.CATALOGUE
+    ]
+    _print_table(("layer", "map", "log-det", "inverse", "context", "domain", "kept in mode invert"), rows)
+
+
+def _print_table(head: Row, rows: Sequence[Row]) -> None:
+    """Print a table with rich if it is installed, and else in columns."""
+    try:
+        from rich import box, console, table, text  # noqa: PLC0415 - an extra
+    except ModuleNotFoundError:
+        widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+        for row in (head, *rows):
+            print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        return
+    printed = table.Table(*head, box=box.SIMPLE_HEAD)
+    printed.columns[0].no_wrap = True
+    for row in rows:
+        printed.add_row(*map(text.Text, row))
+    printer = console.Console()
+    if not printer.is_terminal:  # a file is as wide as the table
+        printer = console.Console(width=sum(max(map(len, column)) + 4 for column in zip(head, *rows, strict=True)))
+    printer.print(printed)
+
+
+def _check(
+    *,
+    factory: str,
+    shape: list[testing.Shape],
+    side: list[tuple[str, testing.Shape]],
+    dtype: torch.dtype,
+    seed: int,
+    without: list[tuple[str, str]],
+) -> int:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        layer = _build(factory).to(dtype)
+    generator = torch.Generator().manual_seed(seed)
+    domains = layer.domain if isinstance(layer.domain, tuple) else (layer.domain,) * len(shape)
+    if len(domains) != len(shape):
+        raise _UsageError(f"argument --shape: expected {len(domains)} of them, as the layer's domain; got {len(shape)}")
+    inputs = [testing.draw_from(d, s, generator).to(dtype) for d, s in zip(domains, shape, strict=True)]
+    sides = {name: torch.randn(s, generator=generator, dtype=torch.float64).to(dtype) for name, s in side}
+    try:
+        assertions = testing.assertions_of(layer, *inputs, without=dict(without), **sides)
+    except ValueError as error:
+        raise _UsageError(f"argument --without: {error}") from None
+    failures = [name for name, run in assertions.items() if not _passes(name, run)]
+    for name, reason in without:
+        print(f"left out  {name}: {reason}")
+    print(f"{len(assertions) - len(failures)} of {len(assertions)} assertions hold for {type(layer).__name__}")
+    return 1 if failures else 0
+
+
+def _build(spec: str) -> InvertibleModule:
+    """Import ``module:name``, which is a layer or makes one."""
+    module, _, name = spec.partition(":")
+    sys.path.insert(0, os.getcwd())  # as for `python -m`, so that a user's own modules are found
+    try:
+        made = functools.reduce(getattr, name.split("."), importlib.import_module(module))
+    except (ImportError, AttributeError, ValueError) as error:
+        raise _UsageError(f"argument module:name: cannot import {spec!r}: {error}") from None
+    finally:
+        sys.path.pop(0)
+    layer = made if isinstance(made, InvertibleModule) else made() if callable(made) else made
+    if not isinstance(layer, InvertibleModule):
+        raise _UsageError(f"argument module:name: expected an InvertibleModule, or what makes one; got {layer!r}")
+    return layer
+
+
+def _passes(name: str, run: Callable[[], None]) -> bool:
+    try:
+        run()
+    except AssertionError as error:
+        print(f"FAILED    {name}: {' '.join(str(error).split())}")
+        return False
+    print(f"ok        {name}")
+    return True
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="invzoo", description="Invertible PyTorch modules that free their activations."
@@ -62,6 +156,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"invzoo {_version()}")
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
     _add_demo(commands)
+    _add_zoo(commands)
+    _add_check(commands)
     return parser
 
 
@@ -89,6 +185,72 @@ def _add_demo(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     add("--batch-size", type=_positive, default=48, help="images per step (default: %(default)s)")
     add("--seed", type=_seed, default=0, help="of the weights and the order of the images (default: %(default)s)")
     add("--picture", type=_picture, default="invzoo-demo.png", help="file to draw in (default: %(default)s)")
+
+
+def _add_zoo(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    zoo = commands.add_parser(
+        "zoo",
+        help="list the layers: map, log-determinant, cost of the inverse, context, domain, and what stays in memory",
+        description="List every layer of the library: its map, its log-determinant (none, if it is no bijection), the "
+        "cost of its inverse in runs of the forward, whether it takes a context, the values that it takes, and what "
+        "each call keeps in mode invert.",
+    )
+    zoo.set_defaults(run=_zoo)
+
+
+def _add_check(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    check = commands.add_parser(
+        "check",
+        help="check a layer of yours: inverse, log-determinant, gradients, modes, memory, dtypes and more",
+        description="Build a layer, draw inputs in its domain, and make the assertions of "
+        "invzoo.testing.assert_invertible, one line for each. Exits with 1 if one fails.",
+    )
+    check.set_defaults(run=_check)
+    add = check.add_argument
+    add("factory", type=_factory, metavar="module:name", help="a layer, or a class or function that makes one")
+    what = "of an input, with the batch (at least 2): 4,8,16,16; once for each input"
+    add("--shape", type=_shape, action="append", required=True, help=what)
+    what = "name and shape of a side input: context=4,8; once for each"
+    add("--side", type=_side, action="append", default=[], metavar="NAME=SHAPE", help=what)
+    add("--dtype", type=_dtype, default="float64", help="of weights and inputs (default: %(default)s)")
+    add("--seed", type=_seed, default=0, help="of the weights and the inputs (default: %(default)s)")
+    what = "leave an assertion out, and say why: assert_memory='it caches its weights'; once for each"
+    add("--without", type=_reason, action="append", default=[], metavar="ASSERTION=REASON", help=what)
+
+
+def _factory(text: str) -> str:
+    module, _, name = text.partition(":")
+    if not (module and name):
+        raise argparse.ArgumentTypeError(f"expected package.module:name; got {text!r}")
+    return text
+
+
+def _shape(text: str) -> testing.Shape:
+    sizes = text.split(",")
+    if not all(size.isdecimal() and int(size) > 0 for size in sizes):
+        raise argparse.ArgumentTypeError(f"expected sizes such as 4,8,16,16; got {text!r}")
+    return tuple(map(int, sizes))
+
+
+def _side(text: str) -> tuple[str, testing.Shape]:
+    name, _, sizes = text.partition("=")
+    if not name.isidentifier():
+        raise argparse.ArgumentTypeError(f"expected a name and a shape such as context=4,8; got {text!r}")
+    return name, _shape(sizes)
+
+
+def _dtype(text: str) -> torch.dtype:
+    dtypes = {"float64": torch.float64, "float32": torch.float32}
+    if text not in dtypes:
+        raise argparse.ArgumentTypeError(f"expected one of {', '.join(dtypes)}; got {text!r}")
+    return dtypes[text]
+
+
+def _reason(text: str) -> tuple[str, str]:
+    name, _, reason = text.partition("=")
+    if not reason.strip():
+        raise argparse.ArgumentTypeError(f"expected an assertion and the reason to leave it out; got {text!r}")
+    return name, reason.strip()
 
 
 def _positive(text: str) -> int:

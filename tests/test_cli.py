@@ -10,17 +10,28 @@ from torch import nn
 import invzoo as iz
 from invzoo import demo
 from invzoo.cli import main
+from invzoo.layers.maps import Shift
 
 TINY = ["demo", "--depth", "4", "--epochs", "1", "--batch-size", "512"]
 
 
-class WrongCoupling(iz.AdditiveCoupling):
-    def uncouple(self, y, h):
+class WrongShift(Shift):
+    def inverse(self, y, h, dim):
         return y - 1.5 * h
 
 
+class WrongCoupling(iz.AdditiveCoupling):
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.map = WrongShift()
+
+
 def test_help_names_the_command_and_its_options(capsys):
-    for argv, words in ((["--help"], ["demo"]), (["demo", "-h"], ["--depth", "--mode", "--device", "--picture"])):
+    for argv, words in (
+        (["--help"], ["demo", "zoo", "check"]),
+        (["demo", "-h"], ["--depth", "--mode", "--device", "--picture"]),
+        (["check", "-h"], ["module:name", "--shape", "--side", "--dtype", "--seed", "--without"]),
+    ):
         with pytest.raises(SystemExit) as stop:
             main(argv)
         assert stop.value.code == 0
@@ -53,6 +64,13 @@ def test_version(capsys):
         (["demo", "--picture", "memory.txt"], "argument --picture: expected a name that ends in .png, .pdf, .svg"),
         (["demo", "--picture", "no/such/place.png"], "argument --picture: no such directory: no/such"),
         (["demo", "--fast"], "unrecognized arguments: --fast"),
+        (["check"], "the following arguments are required: module:name, --shape"),
+        (["check", "tanh", "--shape", "3,4"], "argument module:name: expected package.module:name; got 'tanh'"),
+        (["check", "a:b", "--shape", "3,x"], "argument --shape: expected sizes such as 4,8,16,16; got '3,x'"),
+        (["check", "a:b", "--shape", "0,4"], "argument --shape: expected sizes such as 4,8,16,16; got '0,4'"),
+        (["check", "a:b", "--side", "3,4"], "argument --side: expected a name and a shape such as context=4,8"),
+        (["check", "a:b", "--dtype", "int8"], "argument --dtype: expected one of float64, float32; got 'int8'"),
+        (["check", "a:b", "--without", "assert_memory"], "argument --without: expected an assertion and the reason"),
     ],
 )
 def test_bad_usage_exits_with_2_and_says_why(capsys, argv, message):
@@ -178,3 +196,103 @@ def test_counted_counts_replays():
     stack = iz.InvertibleSequential(iz.AdditiveCoupling(net := demo.Counted(nn.Tanh())))
     stack(torch.ones(1, 2, requires_grad=True)).sum().backward()
     assert net.evaluations == 2
+
+
+def test_zoo_names_every_layer_with_its_map(capsys):
+    assert main(["zoo"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for entry in iz.testing.CATALOGUE:
+        assert any(entry.name in line and entry.map in line and entry.log_det in line for line in lines), entry
+
+
+def test_zoo_without_rich(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "rich", None)
+    assert main(["zoo"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split("  ")[0] == "layer"
+    assert len(lines) == 1 + len(iz.testing.CATALOGUE)
+    (row,) = (line for line in lines if line.startswith("InvertibleLogit "))
+    cells = [cell.strip() for cell in row.split("  ") if cell]
+    assert cells == [
+        *("InvertibleLogit", "log(x) - log(1 - x)", "-sum(log(x) + log(1 - x))"),
+        *("1x", "no", "[0, 1]", "its input"),
+    ]
+
+
+LAYERS = """
+import torch, invzoo as iz
+from torch import nn
+
+class Wrong(iz.InvertibleModule):
+    volume_preserving = True
+    def function(self, x): return 2 * x
+    def inverse(self, y): return y / 2
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(5, 2)
+    def forward(self, x, context): return self.net(torch.cat((x, context), 1))
+
+def coupling(): return iz.AdditiveCoupling(Net())
+layer = iz.InvertibleSequential(iz.Reverse(), iz.InvertibleTanh())
+def fails(): raise RuntimeError("out of clay")
+number = 3
+"""
+
+
+@pytest.fixture
+def layers(tmp_path, monkeypatch):
+    name = f"layers_of_{tmp_path.name}".replace("-", "_")
+    (tmp_path / f"{name}.py").write_text(LAYERS)
+    monkeypatch.chdir(tmp_path)
+    return name
+
+
+def test_check_of_a_layer_that_is_right(capsys, layers):
+    argv = ["check", f"{layers}:coupling", "--shape", "3,4", "--side", "context=3,3", "--seed", "5"]
+    assert main(argv) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:-1] == [f"ok        {assertion.__name__}" for assertion in iz.testing.ASSERTIONS]
+    assert lines[-1] == f"{len(lines) - 1} of {len(lines) - 1} assertions hold for AdditiveCoupling"
+    assert main([*argv[:4], *argv[4:6], "--dtype", "float32"]) == 0
+
+
+def test_check_of_an_instance_and_a_reason(capsys, layers):
+    reason = "assert_memory=the tanh keeps its input"
+    assert main(["check", f"{layers}:layer", "--shape", "3,4", "--without", reason]) == 0
+    assert "left out  assert_memory: the tanh keeps its input" in capsys.readouterr().out
+    assert main(["check", f"{layers}:layer", "--shape", "3,4"]) == 1
+    assert "FAILED    assert_memory: InvertibleSequential: Expected 4 more calls" in capsys.readouterr().out
+
+
+def test_check_of_a_layer_that_is_wrong(capsys, layers):
+    assert main(["check", f"{layers}:Wrong", "--shape", "3,4"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert (
+        sum(line.startswith("FAILED    assert_log_det: Wrong: Expected the log-determinant to be") for line in lines)
+        == 1
+    )
+    assert len(lines) == 1 + len(iz.testing.ASSERTIONS)
+
+
+def test_check_leaves_the_random_state_of_its_caller(layers):
+    before = torch.get_rng_state()
+    main(["check", f"{layers}:coupling", "--shape", "3,4", "--side", "context=3,3"])
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "message"),
+    [
+        (["nowhere_at_all:layer"], 2, "argument module:name: cannot import 'nowhere_at_all:layer'"),
+        (["invzoo:Nope"], 2, "argument module:name: cannot import 'invzoo:Nope'"),
+        (["{}:number"], 2, "argument module:name: expected an InvertibleModule, or what makes one; got 3"),
+        (["torch.nn:Identity"], 2, "argument module:name: expected an InvertibleModule"),
+        (["{}:fails"], 1, "out of clay"),
+        (["{}:layer", "--without", "assert_all=no time"], 2, "argument --without: Expected without to give reasons"),
+    ],
+)
+def test_check_of_what_is_no_layer(capsys, layers, argv, code, message):
+    assert main(["check", argv[0].format(layers), "--shape", "3,4", *argv[1:]]) == code
+    assert message in capsys.readouterr().err

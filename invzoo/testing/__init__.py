@@ -10,6 +10,7 @@ from typing import Any
 from .assertions import ASSERTIONS, assert_invertible, assertions_of
 from .catalogue import CATALOGUE, cases
 from .entries import Case, Entry
+from .inputs import Draw, Shape, draw_from
 from .modes import assert_memory, assert_modes_agree
 from .modules import assert_inputs_unchanged, assert_portable, assert_trainable
 from .values import assert_batch_sizes, assert_dtypes, assert_gradients, assert_log_det, assert_round_trip
@@ -18,7 +19,9 @@ __all__ = [
     "ASSERTIONS",
     "CATALOGUE",
     "Case",
+    "Draw",
     "Entry",
+    "Shape",
     "assert_batch_sizes",
     "assert_dtypes",
     "assert_gradients",
@@ -32,6 +35,7 @@ __all__ = [
     "assert_trainable",
     "assertions_of",
     "cases",
+    "draw_from",
     "strategies",
 ]
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..module import InvertibleModule
 from .assertions import assertions_of
-from .inputs import Draw, Shape, draw_from
+from .inputs import Draw, Shape, draw_from, in_words
 
 __all__ = ["Case", "Entry"]
 
@@ -120,8 +120,8 @@ class Entry:
     @property
     def domain(self) -> str:
         """The values that the layer takes, in words."""
-        domain = self.cases[0].layer().domain if self.cases else self.layer.domain
-        return str(domain)
+        domain = self.cases[0].layer().domain
+        return ", ".join(map(in_words, domain)) if isinstance(domain, tuple) else in_words(domain)
 
     def __repr__(self) -> str:
         return f"Entry({self.name}, {self.map!r})"

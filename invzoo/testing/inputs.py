@@ -7,7 +7,7 @@ import torch
 from torch import Generator, Tensor
 from torch.distributions import constraints
 
-__all__ = ["Draw", "Shape", "bounds", "draw_from", "elementwise"]
+__all__ = ["Draw", "Shape", "bounds", "draw_from", "elementwise", "in_words"]
 
 Shape = tuple[int, ...]
 Draw = Callable[[Shape, Generator], Tensor]
@@ -31,6 +31,26 @@ def bounds(domain: constraints.Constraint) -> tuple[float | None, float | None]:
     if not real and (domain.is_discrete or low is high is None):
         raise TypeError(f"bounds: Expected a domain of real numbers between bounds; got {domain}")
     return low, high
+
+
+def in_words(domain: constraints.Constraint) -> str:
+    """Write a domain as an interval, where it is one.
+
+    Example:
+        >>> from invzoo.testing.inputs import in_words
+        >>> in_words(torch.distributions.constraints.unit_interval)
+        '[0, 1]'
+    """
+    domain = elementwise(domain)
+    low, high = (f"{end:g}" if isinstance(end, float | int) else f"{end}" for end in bounds(domain))
+    forms = {
+        constraints.interval: f"[{low}, {high}]",
+        constraints.half_open_interval: f"[{low}, {high})",
+        constraints.greater_than: f"> {low}",
+        constraints.greater_than_eq: f">= {low}",
+        constraints.less_than: f"< {high}",
+    }
+    return next((form for kind, form in forms.items() if isinstance(domain, kind)), "real")
 
 
 def draw_from(domain: constraints.Constraint, shape: Shape, generator: Generator) -> Tensor:

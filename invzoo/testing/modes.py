@@ -37,7 +37,7 @@ def assert_modes_agree(layer: InvertibleModule, *inputs: Tensor, modes_tolerance
             for value in Mode:
                 actual = _run(layer, value, name, inverted, given, sides)
                 for what, values in actual.items():
-                    words = f"{what} of {'inv.' * inverted}{name} in mode {value}, as in store"
+                    words = f"{what} of {'inv.' * inverted}{name} in mode {value} to be that of mode store"
                     assert_near(layer, words, values, expected[what], modes_tolerance)
 
 

@@ -37,7 +37,7 @@ def assert_inputs_unchanged(layer: InvertibleModule, *inputs: Tensor, **side: An
                         where = f"{'inv.' * inverted}{name} on {form} inputs in mode {value}"
                         got = _watch(fresh, run, where, tuple(map(make, given)), {n: make(s) for n, s in side.items()})
                     expected = got if expected is None else expected
-                    assert_near(layer, f"output of {where}", got, expected)
+                    assert_near(layer, f"output of {where} to be that of other forms", got, expected)
 
 
 def _strided(x: Any) -> Any:
@@ -97,7 +97,7 @@ def assert_portable(layer: InvertibleModule, *inputs: Tensor, **side: Any) -> No
     expected = _outputs(copy.deepcopy(layer), inputs, side)
     for way, other in _travels(layer):
         got = _outputs(other, inputs, side)
-        assert_near(layer, f"output after {way}", got, expected, 0.0)
+        assert_near(layer, f"output after {way} to be that before", got, expected, 0.0)
 
 
 def _outputs(layer: InvertibleModule, inputs: tuple[Tensor, ...], side: dict[str, Any]) -> tuple[Any, ...]:

@@ -135,12 +135,12 @@ def expect(condition: bool, layer: InvertibleModule, what: str, got: Any) -> Non
 
 
 def assert_near(layer: InvertibleModule, what: str, actual: Any, expected: Any, tolerance: float | None = None) -> None:
-    """Assert equal numbers of tensors, shapes, dtypes, and an error below ``tolerance`` times the largest element."""
+    """Assert equal numbers, shapes and dtypes of tensors, and errors below ``tolerance`` times the largest element."""
     actual, expected = tuple_of(actual), tuple_of(expected)
-    expect(len(actual) == len(expected), layer, f"{len(expected)} tensors of {what}", len(actual))
+    expect(len(actual) == len(expected), layer, f"{what}, {len(expected)} tensors", len(actual))
     for index, (a, e) in enumerate(zip(actual, expected, strict=True)):
-        name = what if len(expected) == 1 else f"{what} ({index})"
-        expect(isinstance(a, Tensor) == isinstance(e, Tensor), layer, f"{name} to be {_kind(e)}", _kind(a))
+        name = what if len(expected) == 1 else f"{what} (tensor {index})"
+        expect(isinstance(a, Tensor) == isinstance(e, Tensor), layer, f"{name}, {_kind(e)}", _kind(a))
         if isinstance(e, Tensor):
             relative = (tolerance_of(e) if tolerance is None else tolerance) if _floats(e) else 0.0
             largest = max(_largest(e), 1e-2)
@@ -150,7 +150,7 @@ def assert_near(layer: InvertibleModule, what: str, actual: Any, expected: Any, 
                 rtol=relative,
                 atol=relative * largest,
                 equal_nan=True,
-                msg=lambda text, name=name: f"{layer._name()}: Expected another {name}; got: {text}",  # type: ignore[misc]
+                msg=lambda text, name=name: f"{layer._name()}: Expected {name}; got: {text}",  # type: ignore[misc]
             )
 
 

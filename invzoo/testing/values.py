@@ -47,10 +47,10 @@ def assert_round_trip(
     tolerance = round_trip_tolerance or tolerance_of(*inputs, *outputs, *layer.parameters(), *layer.buffers())
     for inverse in (layer.inverse, layer.inv):
         back = tuple_of(inverse(*clones(outputs), **side))
-        assert_near(layer, "inverse of the outputs", back, inputs, 0.0 if layer.exact else tolerance)
+        assert_near(layer, "the inverse to return the inputs", back, inputs, 0.0 if layer.exact else tolerance)
     with torch.no_grad():
         again = layer(*back, **side)
-    assert_near(layer, "output of the inverse", again, outputs, 0.0 if layer.exact else tolerance)
+    assert_near(layer, "the output of the inverse to be the output", again, outputs, 0.0 if layer.exact else tolerance)
 
 
 def _check_domain(layer: InvertibleModule, what: str, domain: Any, values: tuple[Any, ...]) -> None:
@@ -81,13 +81,30 @@ def assert_log_det(
         return
     y, log_det = layer.forward_and_log_det(*clones(inputs), **side)
     check_log_det(layer, inputs[0], log_det)
-    assert_near(layer, "output beside the log-determinant", y, outputs)
-    assert_near(layer, "log-determinant", log_det, jacobian_log_det(layer, inputs, side), log_det_tolerance)
+    assert_near(layer, "the output beside the log-determinant to be that of forward", y, outputs)
+    assert_near(
+        layer,
+        "the log-determinant to be that of autograd's Jacobian",
+        log_det,
+        jacobian_log_det(layer, inputs, side),
+        log_det_tolerance,
+    )
     x, inverse_log_det = layer.inverse_and_log_det(*clones(outputs), **side)
     check_log_det(layer, outputs[0], inverse_log_det)
-    assert_near(layer, "inverse beside the log-determinant", x, layer.inverse(*clones(outputs), **side))
+    assert_near(
+        layer,
+        "the inverse beside its log-determinant to be that of inverse",
+        x,
+        layer.inverse(*clones(outputs), **side),
+    )
     expected = jacobian_log_det(layer.inv, outputs, side)
-    assert_near(layer, "log-determinant of the inverse", inverse_log_det, expected, log_det_tolerance)
+    assert_near(
+        layer,
+        "the inverse's log-determinant to be that of autograd's Jacobian",
+        inverse_log_det,
+        expected,
+        log_det_tolerance,
+    )
     if layer.domain is torch.distributions.constraints.real:
         _assert_finite_far_out(layer, inputs, side, largest)
 
@@ -117,7 +134,13 @@ def _assert_finite_far_out(
     expect(bool(log_det.isfinite().all()), layer, f"finite log-determinants at inputs up to {largest}", log_det)
     narrow = named(clones, side, torch.float32)
     low = layer.float().forward_and_log_det(*clones(far, torch.float32), **narrow)[1]
-    assert_near(layer, f"float32 log-determinant at inputs up to {largest}", low.double(), log_det, 1e-3)
+    assert_near(
+        layer,
+        f"the float32 log-determinant at inputs up to {largest} to be that in float64",
+        low.double(),
+        log_det,
+        1e-3,
+    )
 
 
 def jacobian_log_det(layer: InvertibleModule, inputs: tuple[Tensor, ...], side: dict[str, Any]) -> Tensor:
@@ -190,7 +213,7 @@ def assert_dtypes(
         back = tuple_of(there.inverse(*outputs, **narrow))
         _assert_like_float64(there.inv, clones(outputs), narrow, back, dtype)
         if not layer.saturating:
-            assert_near(layer, f"{dtype} inverse", back, given)
+            assert_near(layer, f"the {dtype} inverse to return the inputs", back, given)
 
 
 def _assert_like_float64(
@@ -206,12 +229,12 @@ def _assert_like_float64(
     wide, wide_inputs, wide_side = _in_float64(copy.deepcopy(layer), inputs, side)
     exact = tuple_of(wide(*wide_inputs, **wide_side))
     tolerance = tolerance_of(*inputs)
-    assert_near(layer, f"{dtype} output", clones(outputs, torch.float64), exact, tolerance)
+    assert_near(layer, f"the {dtype} output to be that in float64", clones(outputs, torch.float64), exact, tolerance)
     if has_log_det(layer, inputs, outputs):
         log_det = layer.forward_and_log_det(*inputs, **side)[1]
         check_log_det(layer, inputs[0], log_det)
         expected = wide.forward_and_log_det(*wide_inputs, **wide_side)[1]
-        assert_near(layer, f"{dtype} log-determinant", log_det.double(), expected, tolerance)
+        assert_near(layer, f"the {dtype} log-determinant to be that in float64", log_det.double(), expected, tolerance)
 
 
 @assertion
@@ -241,7 +264,7 @@ def assert_batch_sizes(
             expected = tuple(y[len(y) - size :] for y in whole)
             expect(shapes(part) == shapes(expected), module, f"outputs of shapes {shapes(expected)}", shapes(part))
             if independent_samples:
-                assert_near(module, f"output of a batch of {size}", part, expected)
+                assert_near(module, f"the output of a batch of {size} to be that in a larger one", part, expected)
 
 
 def _run_batch(
