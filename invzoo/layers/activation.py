@@ -1,5 +1,6 @@
 """Activations: a function of each value alone."""
 
+import math
 from typing import Any
 
 import torch
@@ -7,61 +8,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributions import constraints
 
-from ..engine._torch import backward_id, functorch_active, tracing
 from ..module import InvertibleModule
 from ._checks import check_positive, refuse
+from .elementwise import Elementwise, check_real, check_values
+from .matrix import widen
 
 __all__ = [
     "Identity",
-    "InvertibleAtanh",
+    "InvertibleELU",
     "InvertibleLeakyReLU",
-    "InvertibleLogit",
-    "InvertibleSigmoid",
-    "InvertibleTanh",
+    "SneakyReLU",
 ]
-
-_SYMMETRIC = constraints.interval(-1.0, 1.0)
-
-
-def _check_real(owner: InvertibleModule, argument: str, x: Any) -> None:
-    if not isinstance(x, Tensor):
-        refuse(owner, argument, "be a Tensor", type(x).__name__, TypeError)
-    if not x.is_floating_point():
-        refuse(owner, argument, "be real floating point", x.dtype, TypeError)
-
-
-def _check_values(owner: InvertibleModule, argument: str, x: Tensor, least: float, most: float) -> None:
-    """Values lie in [least, most], or are NaN: those pass on, as in PyTorch."""
-    _check_real(owner, argument, x)
-    if not _readable(x):
-        return
-    low, high = torch.stack(x.detach().aminmax()).tolist()  # one synchronisation, not two
-    if low < least or high > most:
-        text = repr if x.dtype is torch.float64 else "{:.8g}".format
-        refuse(owner, argument, f"have values in [{least}, {most}]", f"values from {text(low)} to {text(high)}")
-
-
-def _readable(x: Tensor) -> bool:
-    """Whether Python can look at the values, and should: a replay in backward looks at those that forward looked at."""
-    return not (
-        torch.compiler.is_compiling()
-        or functorch_active()
-        or tracing() is not None
-        or backward_id() != -1
-        or x.is_meta
-        or x.numel() == 0
-        or (x.is_cuda and torch.cuda.is_current_stream_capturing())
-    )
-
-
-def _logit(x: Tensor) -> Tensor:
-    # torch.logit computes log(x / (1 - x)), which loses all digits near 1/2 in half precision.
-    return x.log() - torch.log1p(-x)
-
-
-def _atanh(x: Tensor) -> Tensor:
-    # The gradient of torch.atanh has 1 - x ** 2, which has no digits left near 1; the terms here have opposite signs.
-    return (torch.log1p(x) - torch.log1p(-x)) / 2
 
 
 class Identity(InvertibleModule):
@@ -85,7 +42,7 @@ class Identity(InvertibleModule):
         return outputs[0] if len(outputs) == 1 else outputs
 
 
-class InvertibleLeakyReLU(InvertibleModule):
+class InvertibleLeakyReLU(Elementwise):
     """Scale negative values: ``x -> x`` where ``x > 0`` and ``negative_slope * x`` elsewhere.
 
     The output has the input's sign, so the inverse divides the negative ones by the slope. The derivative at 0 is the
@@ -118,136 +75,131 @@ class InvertibleLeakyReLU(InvertibleModule):
         self.negative_slope = negative_slope
 
     def function(self, x: Tensor) -> Tensor:
-        _check_real(self, "x", x)
+        check_real(self, "x", x)
         return F.leaky_relu(x, self.negative_slope)
 
     def inverse(self, y: Tensor) -> Tensor:
-        _check_real(self, "y", y)
+        check_real(self, "y", y)
         return F.leaky_relu(y, 1 / self.negative_slope)
+
+    def log_slope(self, x: Tensor) -> Tensor:
+        return torch.zeros_like(x).masked_fill(x <= 0, math.log(self.negative_slope))
 
     def extra_repr(self) -> str:
         return f"negative_slope={self.negative_slope}"
 
 
-class InvertibleSigmoid(InvertibleModule):
-    """Squash to the unit interval: ``x -> 1 / (1 + exp(-x))``, ``y -> log(y) - log(1 - y)``.
+class SneakyReLU(Elementwise):
+    """A smooth LeakyReLU: ``x -> (x + a (sqrt(1 + x^2) - 1)) / (1 + a)`` with ``a = (1 - slope) / (1 + slope)``.
 
-    It saturates: in float32 no ``x`` above 17 comes back. So mode ``invert`` keeps the input and never inverts. The
-    outputs 0 and 1, which rounding makes of large inputs, are in the codomain; their inverses are -inf and inf.
-
-    Shapes: ``(...) -> (...)``.
-
-    Raises:
-        ValueError: for the inverse of values outside [0, 1]. NaN passes. Reading the values synchronises with a GPU;
-            it is left out where they cannot be read: in compiled code and `torch.func` transforms, which give NaN.
-        TypeError: for values that are not real floating point.
-
-    Example:
-        >>> layer = iz.InvertibleSigmoid()
-        >>> layer(torch.tensor([0.]))
-        tensor([0.5000])
-        >>> layer.inverse(torch.tensor([0., 0.5, 1.]))
-        tensor([-inf, 0., inf])
-    """
-
-    codomain = constraints.unit_interval
-    saturating = True
-
-    def function(self, x: Tensor) -> Tensor:
-        _check_real(self, "x", x)
-        return torch.sigmoid(x)
-
-    def inverse(self, y: Tensor) -> Tensor:
-        _check_values(self, "y", y, 0, 1)
-        return _logit(y)
-
-
-class InvertibleLogit(InvertibleModule):
-    """Stretch the unit interval to the real line: ``x -> log(x) - log(1 - x)``, ``y -> 1 / (1 + exp(-y))``.
-
-    The inverse saturates, so mode ``invert`` keeps the input. 0 and 1 are in the domain and go to -inf and inf.
+    The slope grows from ``negative_slope`` to 1, and 0 stays 0. The inverse is that root of a quadratic equation which
+    is written without differences of what is nearly equal.
 
     Shapes: ``(...) -> (...)``.
 
+    Args:
+        negative_slope: the slope far on the negative side, between 0 and 1.
+
     Raises:
-        ValueError: for values outside [0, 1]. NaN passes. Reading the values synchronises with a GPU; it is left out
-            where they cannot be read: in compiled code and `torch.func` transforms, which give NaN.
+        ValueError: for a slope that is not between 0 and 1.
         TypeError: for values that are not real floating point.
 
+    Reference:
+        "Invertible Convolutional Networks", Finzi, Izmailov, Maddox, Kirichenko and Wilson, 2019.
+
     Example:
-        >>> layer = iz.InvertibleLogit()
-        >>> layer(torch.tensor([0., 0.5, 1.]))
-        tensor([-inf, 0., inf])
+        >>> layer, x = iz.SneakyReLU(0.5), torch.tensor([-4., 0., 3.])
+        >>> torch.allclose(layer.inverse(layer(x)), x)
+        True
     """
 
-    domain = constraints.unit_interval
-    saturating = True
+    negative_slope: float
+
+    def __init__(self, negative_slope: float = 0.1, **options: Any) -> None:
+        super().__init__(**options)
+        check_positive(self, "negative_slope", negative_slope)
+        if negative_slope >= 1:
+            refuse(self, "negative_slope", "be below 1", negative_slope)
+        self.negative_slope = negative_slope
+        self._a = (1 - negative_slope) / (1 + negative_slope)
 
     def function(self, x: Tensor) -> Tensor:
-        _check_values(self, "x", x, 0, 1)
-        return _logit(x)
+        check_real(self, "x", x)
+        return _sneak(widen(x), self._a).to(x.dtype)
 
     def inverse(self, y: Tensor) -> Tensor:
-        _check_real(self, "y", y)
-        return torch.sigmoid(y)
+        check_real(self, "y", y)
+        return _unsneak(widen(y), self._a).to(y.dtype)
+
+    def log_slope(self, x: Tensor) -> Tensor:
+        return torch.log1p(self._a * x / _hypot(x, 1)) - math.log1p(self._a)
+
+    def extra_repr(self) -> str:
+        return f"negative_slope={self.negative_slope}"
 
 
-class InvertibleTanh(InvertibleModule):
-    """Squash to (-1, 1): ``x -> tanh(x)``, ``y -> (log(1 + y) - log(1 - y)) / 2``.
+def _hypot(x: Tensor, side: float) -> Tensor:
+    return torch.hypot(x, torch.full_like(x, side))
 
-    It saturates: in float32 no ``|x|`` above 9.1 comes back. So mode ``invert`` keeps the input and never inverts. The
-    outputs -1 and 1, which rounding makes of large inputs, are in the codomain; their inverses are -inf and inf.
+
+def _sneak(x: Tensor, a: float) -> Tensor:
+    return x * (1 + a * x / (1 + _hypot(x, 1))) / (1 + a)
+
+
+def _unsneak(y: Tensor, a: float) -> Tensor:
+    z = (1 + a) * y + a
+    root = a * _hypot(z, math.sqrt(1 - a * a))
+    # The same root twice. Where z > 0, its numerator in the second form would cancel; elsewhere nothing does.
+    return torch.where(z > 0, (1 + a) * y * (z + a) / (z.abs() + root), (z - root) / (1 - a * a))
+
+
+class InvertibleELU(Elementwise):
+    """Squash negative values: ``x -> x`` where ``x > 0`` and ``alpha (exp(x) - 1)`` elsewhere, which is above -alpha.
+
+    It saturates: in float32 no ``x`` below -17 comes back. So mode ``invert`` keeps the input and never inverts. The
+    output -alpha, which rounding makes of such inputs, is in the codomain; its inverse is -inf.
 
     Shapes: ``(...) -> (...)``.
 
-    Raises:
-        ValueError: for the inverse of values outside [-1, 1]. NaN passes. Reading the values synchronises with a GPU;
-            it is left out where they cannot be read: in compiled code and `torch.func` transforms, which give NaN.
-        TypeError: for values that are not real floating point.
-
-    Example:
-        >>> layer = iz.InvertibleTanh()
-        >>> layer.inverse(layer(torch.tensor([-1., 0., 2.])))
-        tensor([-1.,  0.,  2.])
-    """
-
-    codomain = _SYMMETRIC
-    saturating = True
-
-    def function(self, x: Tensor) -> Tensor:
-        _check_real(self, "x", x)
-        return torch.tanh(x)
-
-    def inverse(self, y: Tensor) -> Tensor:
-        _check_values(self, "y", y, -1, 1)
-        return _atanh(y)
-
-
-class InvertibleAtanh(InvertibleModule):
-    """Stretch (-1, 1) to the real line: ``x -> (log(1 + x) - log(1 - x)) / 2``, ``y -> tanh(y)``.
-
-    The inverse saturates, so mode ``invert`` keeps the input. -1 and 1 are in the domain and go to -inf and inf.
-
-    Shapes: ``(...) -> (...)``.
+    Args:
+        alpha: minus the limit on the negative side, positive and finite; the slope has a jump at 0 unless it is 1.
 
     Raises:
-        ValueError: for values outside [-1, 1]. NaN passes. Reading the values synchronises with a GPU; it is left out
-            where they cannot be read: in compiled code and `torch.func` transforms, which give NaN.
+        ValueError: for an alpha that is not positive and finite, and for the inverse of values below -alpha. NaN
+            passes. Where values cannot be read (in compiled code and `torch.func` transforms), they give NaN.
         TypeError: for values that are not real floating point.
 
+    Reference:
+        "Fast and Accurate Deep Network Learning by Exponential Linear Units (ELUs)", Clevert, Unterthiner and
+        Hochreiter, 2016.
+
     Example:
-        >>> layer = iz.InvertibleAtanh()
-        >>> layer(torch.tensor([-1., 0., 1.]))
-        tensor([-inf, 0., inf])
+        >>> layer, x = iz.InvertibleELU(), torch.tensor([-4., 0., 3.])
+        >>> torch.allclose(layer.inverse(layer(x)), x)
+        True
     """
 
-    domain = _SYMMETRIC
     saturating = True
 
+    alpha: float
+
+    def __init__(self, alpha: float = 1.0, **options: Any) -> None:
+        super().__init__(**options)
+        check_positive(self, "alpha", alpha)
+        self.alpha = alpha
+        self.codomain = constraints.greater_than_eq(-alpha)  # type: ignore[misc]
+
     def function(self, x: Tensor) -> Tensor:
-        _check_values(self, "x", x, -1, 1)
-        return _atanh(x)
+        check_real(self, "x", x)
+        return F.elu(x, self.alpha)
 
     def inverse(self, y: Tensor) -> Tensor:
-        _check_real(self, "y", y)
-        return torch.tanh(y)
+        check_values(self, "y", y, -self.alpha, math.inf)
+        negative = torch.where(y > 0, 0, y)
+        return torch.where(y > 0, y, torch.log1p(negative / self.alpha))
+
+    def log_slope(self, x: Tensor) -> Tensor:
+        return torch.where(x > 0, 0, x + math.log(self.alpha))
+
+    def extra_repr(self) -> str:
+        return f"alpha={self.alpha}"

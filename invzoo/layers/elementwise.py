@@ -1,0 +1,69 @@
+"""What functions of each value alone have in common: their log-determinant, and checks of values."""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..engine._torch import backward_id, functorch_active, tracing
+from ..log_dets import sum_per_sample
+from ..module import InvertibleModule
+from ._checks import refuse
+from .matrix import widen
+
+__all__ = ["Elementwise", "check_real", "check_values", "log_cosh", "readable", "softplus"]
+
+
+def check_real(owner: object, argument: str, x: Any) -> None:
+    """``x`` is a tensor of floating point numbers, none complex."""
+    if not isinstance(x, Tensor):
+        refuse(owner, argument, "be a Tensor", type(x).__name__, TypeError)
+    if not x.is_floating_point():
+        refuse(owner, argument, "be real floating point", x.dtype, TypeError)
+
+
+def check_values(owner: object, argument: str, x: Tensor, least: float, most: float) -> None:
+    """Values lie in [least, most], or are NaN: those pass on, as in PyTorch."""
+    check_real(owner, argument, x)
+    if not readable(x) or backward_id() != -1:  # a replay in backward sees values that forward looked at
+        return
+    low, high = torch.stack(x.detach().aminmax()).tolist()  # one synchronisation, not two
+    if low < least or high > most:
+        text = repr if x.dtype is torch.float64 else "{:.8g}".format
+        refuse(owner, argument, f"have values in [{least}, {most}]", f"values from {text(low)} to {text(high)}")
+
+
+def readable(x: Tensor) -> bool:
+    """Whether Python can look at the values."""
+    return not (
+        torch.compiler.is_compiling()
+        or functorch_active()
+        or tracing() is not None
+        or x.is_meta
+        or x.numel() == 0
+        or (x.is_cuda and torch.cuda.is_current_stream_capturing())
+    )
+
+
+def softplus(x: Tensor) -> Tensor:
+    """log(1 + exp(x)), to the last digit (torch's own cuts at 20, which float64 notices)."""
+    return -F.logsigmoid(-x)
+
+
+def log_cosh(x: Tensor) -> Tensor:
+    """log(cosh(x)), smooth and without overflow."""
+    return x + softplus(-2 * x) - math.log(2)
+
+
+class Elementwise(InvertibleModule):
+    """A function of each value alone, so that the log-determinant is a sum of log-slopes. Abstract."""
+
+    def log_slope(self, *inputs: Any, **side: Any) -> Tensor:
+        """Compute log abs dy/dx at each value of the input, which comes in at least float32."""
+        raise NotImplementedError
+
+    def log_det(self, x: Tensor, **side: Any) -> Tensor:
+        check_real(self, "x", x)
+        return sum_per_sample(self, self.log_slope(widen(x), **side))

@@ -1,0 +1,307 @@
+"""Layers with a learned curve for each feature: what they share, and PReLU, SinhArcsinh and Snake by hand."""
+
+import copy
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import gradcheck, gradgradcheck
+from torch.testing import assert_close
+
+from invzoo.containers import InvertibleSequential
+from invzoo.layers.adaptive import InvertiblePReLU, SinhArcsinh, Snake
+from invzoo.layers.monotone import BernsteinPolynomial, SumOfSquares, UnconstrainedMonotonic
+from invzoo.layers.per_feature import PerFeature
+from invzoo.module import mode
+
+LAYERS: dict[str, Callable[..., PerFeature]] = {
+    "prelu": InvertiblePReLU,
+    "sinh_arcsinh": SinhArcsinh,
+    "snake": Snake,
+    "net": lambda *args, **options: UnconstrainedMonotonic(*args, hidden=2, **options),
+    "squares": lambda *args, **options: SumOfSquares(*args, degree=2, **options),
+    "bernstein": lambda *args, **options: BernsteinPolynomial(*args, degree=4, **options),
+}
+every = pytest.mark.parametrize("name", LAYERS)
+directions = pytest.mark.parametrize("direction", ["function", "inverse"])
+kinds = pytest.mark.parametrize("kind", ["store", "recompute", "invert"])
+
+
+def perturbed(layer: PerFeature, size: float = 0.5) -> PerFeature:
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.add_(size * torch.randn_like(p))
+    return layer
+
+
+def build(name: str, features: int = 3, dtype: torch.dtype = torch.float64, **options: object) -> PerFeature:
+    return perturbed(LAYERS[name](features, dtype=dtype, **options))
+
+
+def conditioned(name: str, features: int = 3) -> PerFeature:
+    size = build(name, features).weight.numel()
+    return build(name, features, conditioner=nn.Linear(2, size).double())
+
+
+def inputs(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return (3 * torch.randn(shape, dtype=dtype)).requires_grad_()
+
+
+# ---- what they share ------------------------------------------------------------------------------------------------
+
+
+@every
+@directions
+def test_log_det_is_that_of_the_jacobian(name: str, direction: str) -> None:
+    layer, x = build(name), inputs(4, 3, 2).detach()
+    run = layer if direction == "function" else layer.inv
+    got = run.forward_and_log_det(x)[1]
+    jacobians = [torch.autograd.functional.jacobian(run.function, sample[None]).view(6, 6) for sample in x]
+    assert_close(got, torch.stack([torch.linalg.slogdet(j)[1] for j in jacobians]))
+
+
+@every
+def test_inverse_undoes_the_function_and_the_function_the_inverse(name: str) -> None:
+    layer, x = build(name), inputs(200, 3)
+    assert_close(layer.inverse(layer.function(x)), x, rtol=1e-12, atol=1e-12)
+    assert_close(layer.function(layer.inverse(x)), x, rtol=1e-12, atol=1e-12)
+
+
+@every
+@directions
+def test_two_derivatives_by_values_parameters_and_context(name: str, direction: str) -> None:
+    layer = conditioned(name)
+    f = getattr(layer, direction)
+
+    def run(x: Tensor, context: Tensor, weight: Tensor) -> Tensor:
+        return torch.func.functional_call(_Call(f, layer), {"layer.weight": weight}, (x, context))
+
+    arguments = inputs(2, 3), inputs(2, 2).detach().div(5).requires_grad_(), layer.weight.detach().requires_grad_()
+    assert gradcheck(run, arguments)
+    assert gradgradcheck(run, arguments)
+
+
+class _Call(nn.Module):
+    def __init__(self, f: Callable[..., Tensor], layer: PerFeature) -> None:
+        super().__init__()
+        self.f, self.layer = f, layer
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        return self.f(x, context=context)
+
+
+@every
+@kinds
+@pytest.mark.parametrize("swapped", [False, True])
+def test_gradients_with_log_det_are_the_same_in_each_mode(name: str, kind: str, swapped: bool) -> None:
+    layer, context = conditioned(name), inputs(4, 2)
+    run, x = (layer.inv if swapped else layer), inputs(4, 3, 2)
+    wanted = [x, context, *layer.parameters()]
+    with mode(layer, kind):
+        y, log_det = run.forward_and_log_det(x, context=context)
+        got = torch.autograd.grad(y.sin().sum() + log_det.square().sum(), wanted)
+    z, log_det = run.function_and_log_det(x, context=context)
+    expected = torch.autograd.grad(z.sin().sum() + log_det.square().sum(), wanted)
+    assert_close(y, z)
+    for a, b in zip(got, expected, strict=True):
+        assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+@every
+def test_conditioners_of_zeros_change_nothing_and_pixels_have_their_own_parameters(name: str) -> None:
+    plain, x = build(name), inputs(2, 3, 4, 5)
+    n = plain.weight.numel()
+    layer = copy.deepcopy(plain)
+    layer.conditioner = lambda context: context
+    assert_close(layer(x, context=torch.zeros(2, n, dtype=torch.float64)), plain(x))
+    given = torch.randn(2, n, 4, 5, dtype=torch.float64)
+    y = layer.function(x, context=given)
+    assert_close(y[:, :, 1:2, 3:4], layer.function(x[:, :, 1:2, 3:4], context=given[:, :, 1, 3]))
+    assert_close(layer.inverse(y, context=given), x, rtol=1e-12, atol=1e-12)
+    assert not torch.equal(y, plain(x))
+
+
+@every
+def test_features_may_be_in_any_dim_but_the_first(name: str) -> None:
+    layer, x = build(name), inputs(2, 3, 4, 5)
+    last = LAYERS[name](3, dim=-1, dtype=torch.float64)
+    last.load_state_dict(layer.state_dict())
+    assert_close(last(x.movedim(1, -1)).movedim(-1, 1), layer(x))
+    assert list(layer.state_dict()) == ["weight"]
+
+
+@every
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision_rounds_once(name: str, dtype: torch.dtype) -> None:
+    layer, x = build(name, dtype=dtype), inputs(50, 3, dtype=dtype)
+    y, log_det = layer.forward_and_log_det(x)
+    wide = copy.deepcopy(layer).double()
+    expected, expected_log_det = wide.forward_and_log_det(x.double())
+    assert (y.dtype, log_det.dtype) == (dtype, torch.float32)
+    assert_close(y.double(), expected, rtol=torch.finfo(dtype).eps, atol=torch.finfo(dtype).eps)
+    assert_close(log_det.double(), expected_log_det, rtol=1e-4, atol=1e-4)
+    assert layer.inverse(y).dtype is dtype
+
+
+@every
+def test_sixteen_layers_come_back_in_float32(name: str) -> None:
+    net = InvertibleSequential(*(build(name, dtype=torch.float32) for _ in range(16)))
+    x = inputs(100, 3, dtype=torch.float32).div(3)
+    assert_close(net.inverse(net(x)), x, rtol=0, atol=2e-3)
+
+
+@every
+def test_values_far_out(name: str) -> None:
+    layer = build(name, dtype=torch.float32)
+    x = torch.tensor([-1e6, -100.0, 0.0, 100.0, 1e6])[:, None].expand(5, 3).requires_grad_()
+    y, log_det = layer.forward_and_log_det(x)
+    gradient = torch.autograd.grad(log_det.sum() + y.sum(), x)[0]
+    assert y.isfinite().all() and log_det.isfinite().all() and gradient.isfinite().all()  # noqa: PT018 - all three
+    assert_close(layer.inverse(y), x, rtol=1e-4, atol=1e-4)
+
+
+@every
+def test_nan_passes_and_harms_no_other(name: str) -> None:
+    layer = build(name)
+    x = inputs(3, 3).detach()
+    spoilt = x.index_fill(0, torch.tensor([1]), torch.nan)
+    for f in (layer.function, layer.inverse):
+        assert_close(f(spoilt)[::2], f(x)[::2], rtol=0, atol=0)
+        assert f(spoilt)[1].isnan().all()
+
+
+@every
+def test_no_batch(name: str) -> None:
+    layer = conditioned(name)
+    x, context = torch.randn(0, 3, 2, dtype=torch.float64), torch.randn(0, 2, dtype=torch.float64)
+    y, log_det = layer.forward_and_log_det(x, context=context)
+    assert (y.shape, log_det.shape) == (x.shape, (0,))
+    assert layer.inverse(y, context=context).shape == x.shape
+
+
+@every
+@directions
+def test_transforms_of_torch_func_and_compilation(name: str, direction: str) -> None:
+    layer, x = build(name), inputs(4, 3).detach()
+    f = getattr(layer, direction)
+    assert_close(torch.func.vmap(lambda v: f(v[None])[0])(x), f(x))
+    expected = x.clone().requires_grad_()
+    f(expected).sum().backward()
+    assert_close(torch.func.grad(lambda v: f(v).sum())(x), expected.grad)
+
+
+@pytest.mark.parametrize("name", ["prelu", "sinh_arcsinh", "net", "squares", "bernstein"])
+def test_functions_compile_without_a_graph_break(name: str) -> None:
+    layer, x = build(name), inputs(4, 3).detach()
+    torch.compiler.reset()
+    assert_close(torch.compile(layer.function, backend="eager", fullgraph=True)(x), layer.function(x))
+
+
+@every
+def test_the_start_is_close_to_the_identity(name: str) -> None:
+    layer, x = LAYERS[name](3, dtype=torch.float64), inputs(20, 3)
+    expected = {"prelu": F.leaky_relu(x, 0.25), "snake": x + x.sin().square() / 2}.get(name, x)
+    assert_close(layer(x), expected, rtol=0, atol=0.5 if name == "squares" else 1e-12)
+
+
+@every
+def test_bad_input_is_refused(name: str) -> None:
+    layer, kind = build(name), type(build(name)).__name__
+    for call, argument in ((layer, "x"), (layer.inverse, "y")):
+        with pytest.raises(
+            ValueError, match=rf"^{kind}: Expected {argument} to have size 3 in dim 1; got shape \(2, 4\)$"
+        ):
+            call(torch.zeros(2, 4, dtype=torch.float64))
+        with pytest.raises(
+            TypeError, match=rf"^{kind}: Expected {argument} to be of the layer's dtype torch.float64; got"
+        ):
+            call(torch.zeros(2, 3))
+        with pytest.raises(
+            TypeError, match=rf"^{kind}: Expected {argument} to be real floating point; got torch.int64$"
+        ):
+            call(torch.zeros(2, 3, dtype=torch.long))
+    with pytest.raises(ValueError, match=r"Expected x to have a batch dim before dim -1; got shape \(3,\)$"):
+        LAYERS[name](3, dim=-1)(torch.zeros(3))
+
+
+@every
+def test_a_context_and_a_conditioner_belong_together(name: str) -> None:
+    x = inputs(2, 3)
+    with pytest.raises(TypeError, match=r"Expected context to be None without a conditioner; got Tensor$"):
+        build(name)(x, context=x)
+    with pytest.raises(TypeError, match=r"Expected context to be given, for the conditioner; got None$"):
+        conditioned(name)(x)
+    layer = build(name, conditioner=lambda context: context)
+    with pytest.raises(ValueError, match=r"Expected conditioner to give \(B, \d+\), or that in dim 1; got \(2, 1\)$"):
+        layer(x, context=x[:, :1])
+    with pytest.raises(TypeError, match=r"Expected conditioner to be a module or a function; got int$"):
+        build(name, conditioner=3)
+
+
+@every
+def test_features_are_a_number(name: str) -> None:
+    with pytest.raises(ValueError, match=r"Expected features to be at least 1; got 0$"):
+        LAYERS[name](0)
+
+
+@pytest.mark.parametrize(
+    ("layer", "option", "value", "message"),
+    [
+        (InvertiblePReLU, "negative_slope", 0.1, "have abs(log) below max_log_slope=2.0; got 0.1"),
+        (InvertiblePReLU, "negative_slope", -1, "be positive and finite; got -1"),
+        (InvertiblePReLU, "max_log_slope", 0, "be positive and finite; got 0"),
+        (SinhArcsinh, "max_skew", 0, "be positive and finite; got 0"),
+        (SinhArcsinh, "max_log_tail", -1, "be positive and finite; got -1"),
+        (Snake, "max_log_frequency", 0, "be positive and finite; got 0"),
+    ],
+)
+def test_options_are_refused(layer: type[PerFeature], option: str, value: float, message: str) -> None:
+    with pytest.raises(ValueError) as error:  # noqa: PT011 - the whole message is compared
+        layer(3, **{option: value})
+    assert str(error.value) == f"{layer.__name__}: Expected {option} to {message}"
+
+
+# ---- by hand --------------------------------------------------------------------------------------------------------
+
+
+def test_prelu_by_hand() -> None:
+    layer = InvertiblePReLU(2, 0.5, dtype=torch.float64)
+    x = torch.tensor([[-4.0, 3.0], [0.0, -1.0]], dtype=torch.float64)
+    assert_close(layer(x), torch.tensor([[-2.0, 3.0], [0.0, -0.5]], dtype=torch.float64))
+    assert_close(layer.log_det(x), torch.tensor([0.5, 0.25], dtype=torch.float64).log())
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([[100.0, 0.0], [0.0, -100.0]]))  # far beyond the bound of 2
+    assert_close(layer(x), torch.tensor([[-4.0, 3.0], [0.0, -math.exp(-2)]], dtype=torch.float64))
+    assert_close(layer(-x), torch.tensor([[4 * math.exp(2), -3 * math.exp(-2)], [0.0, 1.0]], dtype=torch.float64))
+
+
+def test_sinh_arcsinh_by_hand() -> None:
+    layer, x = build("sinh_arcsinh", 2), inputs(5, 2)
+    skew, tail = layer.weight.detach()[0].tanh(), 0.5 * (2 * layer.weight.detach()[1]).tanh()
+    assert_close(layer(x), ((x + (x**2 + 1).sqrt()).log() * tail.exp() + skew).sinh())
+
+
+def test_snake_by_hand_has_slopes_between_a_half_and_three_halves() -> None:
+    layer, x = build("snake", 2), inputs(1000, 2)
+    a = (2 * (layer.weight.detach()[0] / 2).tanh()).exp()
+    assert_close(layer(x), x + (a * x).sin() ** 2 / (2 * a))
+    slopes = torch.autograd.grad(layer.function(x).sum(), x)[0]
+    assert 0.5 <= slopes.min() < 0.51
+    assert 1.49 < slopes.max() <= 1.5
+
+
+def test_the_conditioner_runs_once_in_a_replay() -> None:
+    calls = []
+
+    def conditioner(context: Tensor) -> Tensor:
+        calls.append(1)
+        return context
+
+    layer = build("prelu", conditioner=conditioner)
+    context = torch.zeros(2, 6, dtype=torch.float64, requires_grad=True)
+    y = layer(inputs(2, 3), context=context)
+    y.sum().backward()
+    assert len(calls) == 2

@@ -1,0 +1,309 @@
+"""Numeric inverses: the solver, any increasing function, and integrals of positive functions against numpy's."""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import gradcheck, gradgradcheck
+from torch.testing import assert_close
+
+from invzoo.layers.integrals import clenshaw_curtis
+from invzoo.layers.monotone import BernsteinPolynomial, Monotone, SumOfSquares, UnconstrainedMonotonic
+from invzoo.layers.per_feature import PerFeature
+from invzoo.layers.roots import bracket, newton, with_gradients
+from invzoo.module import InvertibleModule, mode
+
+
+class Cubic(nn.Module):
+    """x + a^2 x^3, shifted by the context."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.tensor(0.8, dtype=torch.float64))
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        return x + self.a.square() * x**3 + (0 if context is None else context)
+
+
+CURVES: dict[str, tuple[Callable[[Tensor], Tensor], tuple[float, float]]] = {
+    "cubic": (Cubic(), (-math.inf, math.inf)),
+    "sinh": (torch.sinh, (-math.inf, math.inf)),
+    "logit": (torch.logit, (0, 1)),
+    "log": (torch.log, (0, math.inf)),
+    "steep": (lambda x: torch.tanh(50 * (x - 3)) + x / 1000, (-math.inf, math.inf)),
+    "kinked": (lambda x: F.leaky_relu(x, 1e-3), (-math.inf, math.inf)),
+    "far": (lambda x: x - 1e9, (-math.inf, math.inf)),
+}
+every = pytest.mark.parametrize("name", CURVES)
+smooth = pytest.mark.parametrize("name", ["cubic", "sinh", "logit", "log"])
+kinds = pytest.mark.parametrize("kind", ["store", "recompute", "invert"])
+
+
+def inputs(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(shape, dtype=dtype).requires_grad_()
+
+
+# ---- the solver -----------------------------------------------------------------------------------------------------
+
+
+@every
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_roots_are_found_to_the_precision_of_the_dtype(name: str, dtype: torch.dtype) -> None:
+    curve, bounds = CURVES[name]
+    layer, y = Monotone(curve, bounds).to(dtype), inputs(200, dtype=dtype).detach()
+    x = layer.inverse(y)
+    eps = torch.finfo(dtype).eps
+    assert x.dtype is dtype
+    below, above = (layer.curve(x + side * 4 * eps * x.abs()) for side in (-1, 1))
+    noise = 8 * eps * (1e9 if name == "far" else 1)
+    assert ((below <= y + noise) & (y - noise <= above)).all()
+    Cubic.double(layer)
+
+
+def test_newton_needs_few_steps_where_the_curve_is_smooth() -> None:
+    steps = []
+
+    def curve(x: Tensor) -> Tensor:
+        steps.append(1)
+        return x + x.sin() / 2
+
+    y = inputs(100).detach()
+    newton(curve, lambda x: 1 + x.cos() / 2, y, y - 1, y + 1, y)
+    assert len(steps) <= 10
+
+
+def test_newton_bisects_where_the_slope_is_useless() -> None:
+    y = torch.linspace(-1, 1, 11, dtype=torch.float64)
+    x = newton(lambda x: x**3, lambda x: torch.full_like(x, 1e-9), y, y - 10, y + 9, y)
+    assert_close(x**3, y, rtol=0, atol=1e-12)
+
+
+def test_bracket_doubles_until_it_holds_and_says_where_it_does_not() -> None:
+    y = torch.tensor([0.0, 1000.0, 0.5, torch.nan], dtype=torch.float64)
+    low, high = bracket(lambda x: x, y, -math.inf, math.inf)
+    assert low.tolist() == [-1, -1024, -1, -1]
+    assert high.tolist() == [1, 1024, 1, 1]
+    low, _ = bracket(torch.tanh, y, -math.inf, math.inf)
+    assert low.isnan().tolist() == [False, True, False, False]
+    assert bracket(lambda x: x, y[2:3], 0.0, 2.0)[0] == 0
+
+
+def test_gradients_are_those_of_the_implicit_function() -> None:
+    a, y = torch.tensor(0.7, dtype=torch.float64, requires_grad=True), inputs(4)
+
+    def solve(y: Tensor, a: Tensor) -> Tensor:
+        root = (y / a).sinh().detach()
+        return with_gradients(lambda x: a * x.asinh(), y, root, a / (1 + root**2).sqrt())
+
+    results = [solve(y, a), (y / a).sinh()]
+    firsts = [torch.autograd.grad(x.sin().sum(), (y, a), create_graph=True) for x in results]
+    seconds = [torch.autograd.grad(first[0].exp().sum() + first[1] ** 2, (y, a)) for first in firsts]
+    for got, expected in zip((*firsts[0], *seconds[0]), (*firsts[1], *seconds[1]), strict=True):
+        assert_close(got, expected)
+
+
+# ---- Monotone -------------------------------------------------------------------------------------------------------
+
+
+@smooth
+def test_log_det_is_that_of_the_jacobian(name: str) -> None:
+    layer, x = Monotone(*CURVES[name]), inputs(3, 4).detach().sigmoid()
+    jacobians = [torch.autograd.functional.jacobian(layer.function, sample) for sample in x]
+    expected = torch.stack([torch.linalg.slogdet(j)[1] for j in jacobians])
+    y, log_det = layer.forward_and_log_det(x)
+    back, inverse_log_det = layer.inverse_and_log_det(y)
+    assert_close((log_det, -inverse_log_det, back), (expected, expected, x))
+
+
+def test_derivatives_of_the_inverse_and_of_log_det_reach_values_weights_and_context() -> None:
+    layer = Monotone(Cubic())
+
+    def both(y: Tensor, context: Tensor, a: Tensor) -> tuple[Tensor, ...]:
+        return torch.func.functional_call(_Both(layer), {"layer.curve.a": a}, (y, context))
+
+    arguments = inputs(2, 3), inputs(2, 3), torch.tensor(0.6, dtype=torch.float64, requires_grad=True)
+    assert gradcheck(both, arguments)
+    assert gradgradcheck(both, arguments)
+
+
+class _Both(nn.Module):
+    def __init__(self, layer: InvertibleModule) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, y: Tensor, context: Tensor) -> tuple[Tensor, ...]:
+        return self.layer.inverse(y, context=context), self.layer.log_det(y, context=context)
+
+
+@kinds
+@pytest.mark.parametrize("needs_grad", [False, True])
+@pytest.mark.parametrize("swapped", [False, True])
+def test_gradients_are_the_same_in_each_mode(kind: str, needs_grad: bool, swapped: bool) -> None:
+    layer = Monotone(Cubic())
+    run = layer.inv if swapped else layer
+    x, context = inputs(3, 4).requires_grad_(needs_grad), inputs(3, 4)
+    wanted = [context, *layer.parameters(), *([x] if needs_grad else [])]
+    with mode(layer, kind):
+        y, log_det = run.forward_and_log_det(x, context=context)
+    got = torch.autograd.grad(y.sin().sum() + log_det.square().sum(), wanted)
+    y, log_det = run.function_and_log_det(x, context=context)
+    expected = torch.autograd.grad(y.sin().sum() + log_det.square().sum(), wanted)
+    assert_close(got, expected)
+
+
+def test_nothing_needs_a_gradient() -> None:
+    layer = Monotone(Cubic())
+    with torch.no_grad():
+        y, log_det = layer.forward_and_log_det(inputs(2, 3))
+        assert not any(t.requires_grad for t in (y, log_det, layer.inverse(y)))
+
+
+def test_the_input_is_kept() -> None:
+    assert all(layer.slow_inverse for layer in (Monotone, SumOfSquares, UnconstrainedMonotonic, BernsteinPolynomial))
+
+
+def test_a_compiled_function_is_the_curve() -> None:
+    torch.compiler.reset()
+    layer, x = Monotone(Cubic()), inputs(3, 4)
+    assert_close(torch.compile(layer.function, backend="eager", fullgraph=True)(x), layer.curve(x))
+
+
+def test_where_values_cannot_be_read_missing_roots_are_nan() -> None:
+    layer = Monotone(torch.tanh)
+    assert torch.func.vmap(layer.inverse)(torch.tensor([0.5, 2.0])).isnan().tolist() == [False, True]
+
+
+@pytest.mark.parametrize("method", ["function", "inverse", "log_det"])
+def test_transforms_of_torch_func(method: str) -> None:
+    f, x = getattr(Monotone(torch.sinh), method), inputs(3, 4)
+    (expected,) = torch.autograd.grad(f(x).sum(), x)
+    assert_close(torch.func.vmap(lambda v: f(v[None])[0])(x.detach()), f(x).detach())
+    assert_close(torch.func.grad(lambda v: f(v).sum())(x.detach()), expected)
+
+
+def test_no_values() -> None:
+    assert Monotone(torch.sinh).inverse(torch.empty(0, 3)).shape == (0, 3)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: Monotone(3), TypeError, "Expected curve to be a module or a function; got int"),
+        (lambda: Monotone(torch.sinh, (1, 1)), ValueError, "Expected bounds to be increasing; got (1, 1)"),
+        (
+            lambda: Monotone(torch.logit, (0, 1))(torch.tensor([0.5, 2.0])),
+            ValueError,
+            "Expected x to have values in [0, 1]; got values from 0.5 to 2",
+        ),
+        (
+            lambda: Monotone(torch.tanh).inverse(torch.tensor([0.5, 2.0])),
+            ValueError,
+            "Expected y to have values that the curve takes; got 2",
+        ),
+        (
+            lambda: Monotone(torch.sinh)(torch.ones(2, dtype=torch.long)),
+            TypeError,
+            "Expected x to be real floating point; got torch.int64",
+        ),
+        (lambda: Monotone(torch.sinh).inverse(0.5), TypeError, "Expected y to be a Tensor; got float"),
+    ],
+)
+def test_what_is_refused(call: Callable[[], object], error: type[Exception], message: str) -> None:
+    with pytest.raises(error) as caught:
+        call()
+    assert str(caught.value) == f"Monotone: {message}"
+
+
+# ---- integrals ------------------------------------------------------------------------------------------------------
+
+
+def fill(layer: PerFeature) -> np.ndarray:
+    with torch.no_grad():
+        layer.weight.normal_()
+    return layer.weight.detach().numpy()
+
+
+def assert_is_integral(layer: PerFeature, density: Callable[[np.ndarray], np.ndarray], c: float) -> None:
+    """Compare a layer of one feature with a fine quadrature of ``density``, whose tails are constant."""
+    points, weights = np.polynomial.legendre.leggauss(200)
+    for x in (-7.0, -3.0, 0.0, 0.5, 4.0, 9.0):
+        end = max(-5.0, min(5.0, x))
+        area = (weights * density((points + 1) / 2 * end)).sum() * end / 2 + (x - end) * density(np.array([end]))[0]
+        value = torch.tensor([[x]], dtype=torch.float64)
+        assert_close(layer(value), torch.tensor([[c + area]], dtype=torch.float64), rtol=1e-6, atol=1e-6)
+        slope = torch.tensor(np.log(density(np.array([end]))))
+        assert_close(layer.log_det(value), slope, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 6, 7, 32])
+def test_the_quadrature_integrates_polynomials_exactly(n: int) -> None:
+    nodes, weights = clenshaw_curtis(n, torch.zeros((), dtype=torch.float64))
+    powers = nodes ** torch.arange(n + 1)[:, None]
+    assert_close(powers @ weights, 1 / torch.arange(1, n + 2, dtype=torch.float64), rtol=1e-13, atol=0)
+
+
+def test_unconstrained_monotonic_is_the_integral_of_its_net() -> None:
+    layer = UnconstrainedMonotonic(1, hidden=3, order=64, dtype=torch.float64)
+    c, d, *rest = fill(layer)[:, 0]
+    w, b, v = np.array(rest).reshape(3, 3)
+    assert_is_integral(layer, lambda t: np.exp(3 * np.tanh((d + np.tanh(np.outer(t, w) + b) @ v) / 3)), c)
+
+
+def test_sum_of_squares_is_the_integral_of_its_squares() -> None:
+    layer = SumOfSquares(1, degree=2, polynomials=2, min_slope=0.1, dtype=torch.float64)
+    c, *rest = fill(layer)[:, 0]
+    a = np.tanh(np.array(rest).reshape(3, 2))  # highest power first
+    assert_is_integral(
+        layer, lambda t: 0.1 + 0.9 * np.mean([(1 + np.polyval(a[:, k], t / 5)) ** 2 for k in (0, 1)], 0), c
+    )
+
+
+def test_bernstein_polynomial_is_the_integral_of_one() -> None:
+    layer = BernsteinPolynomial(1, degree=4, dtype=torch.float64)
+    c, *rest = fill(layer)[:, 0]
+    d = np.exp(3 * np.tanh(np.array(rest) / 3))
+
+    def density(t: np.ndarray) -> np.ndarray:
+        u = (t / 5 + 1) / 2
+        return sum(d[k] * math.comb(3, k) * u**k * (1 - u) ** (3 - k) for k in range(4))
+
+    assert_is_integral(layer, density, c)
+
+
+@pytest.mark.parametrize("layer", [UnconstrainedMonotonic, SumOfSquares, BernsteinPolynomial])
+@pytest.mark.parametrize("size", [3.0, 100.0])
+def test_wild_weights_leave_it_invertible(layer: type[PerFeature], size: float) -> None:
+    built, x = layer(3, dtype=torch.float64), 5 * inputs(100, 3)
+    with torch.no_grad():
+        built.weight.normal_(std=size)
+    if layer is UnconstrainedMonotonic and size > 3:
+        return  # its net has jumps then, of which the quadrature knows nothing
+    y = built(x)
+    assert_close(built(built.inverse(y)), y, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("layer", "option", "value", "message"),
+    [
+        (UnconstrainedMonotonic, "hidden", 0, "be at least 1; got 0"),
+        (UnconstrainedMonotonic, "order", 1.5, "be an int; got 1.5"),
+        (UnconstrainedMonotonic, "tail_bound", -1, "be positive and finite; got -1"),
+        (UnconstrainedMonotonic, "max_log_slope", 0, "be positive and finite; got 0"),
+        (SumOfSquares, "degree", 0, "be at least 1; got 0"),
+        (SumOfSquares, "polynomials", 0, "be at least 1; got 0"),
+        (SumOfSquares, "tail_bound", 0, "be positive and finite; got 0"),
+        (SumOfSquares, "min_slope", 0, "be positive and finite; got 0"),
+        (SumOfSquares, "min_slope", 1, "be below 1; got 1"),
+        (BernsteinPolynomial, "degree", 0, "be at least 1; got 0"),
+        (BernsteinPolynomial, "tail_bound", math.inf, "be positive and finite; got inf"),
+        (BernsteinPolynomial, "max_log_slope", 0, "be positive and finite; got 0"),
+    ],
+)
+def test_options_are_refused(layer: type[PerFeature], option: str, value: float, message: str) -> None:
+    with pytest.raises((ValueError, TypeError)) as error:
+        layer(3, **{option: value})
+    assert str(error.value) == f"{layer.__name__}: Expected {option} to {message}"
