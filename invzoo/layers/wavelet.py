@@ -55,15 +55,19 @@ def mix(z: Tensor, blocks: Sequence[_Block], step: int, dim: int) -> Tensor:
 def dct(x: Tensor) -> Tensor:
     """Return the orthonormal DCT-II over the last dim."""
     v = torch.cat((x[..., ::2], x[..., 1::2].flip(-1)), -1)
-    # A transform of complex numbers: autograd saves the input of one of real numbers.
-    return (torch.fft.fft(v.to(v.dtype.to_complex())) * _twiddles(x, -1)).real
+    return (_fourier(torch.fft.fft, v + 0j) * _twiddles(x, -1)).real
 
 
 def idct(y: Tensor) -> Tensor:
     """Return the orthonormal DCT-III over the last dim, the transpose of the DCT-II."""
-    v = torch.fft.ifft((y - 1j * F.pad(y[..., 1:].flip(-1), (1, 0))) * _twiddles(y, 1)).real
+    v = _fourier(torch.fft.ifft, (y - 1j * F.pad(y[..., 1:].flip(-1), (1, 0))) * _twiddles(y, 1)).real
     half = -(-v.shape[-1] // 2)
     return _ALTERNATING.join(v[..., :half], v[..., half:].flip(-1))
+
+
+def _fourier(transform: Callable[[Tensor], Tensor], v: Tensor) -> Tensor:
+    """Transform complex numbers: autograd would save real ones. MKL refuses a batch of none."""
+    return transform(v) if v.numel() else v
 
 
 def _twiddles(x: Tensor, sign: int) -> Tensor:

@@ -218,7 +218,9 @@ def test_another_number_of_dims_is_refused(shape: tuple[int, ...]) -> None:
 
 
 def test_sizes_that_are_no_multiples_are_refused() -> None:
-    with refused("Squeeze: Expected x to have sizes that are multiples of (2, 3) in dims 2, ...; got shape (1, 2, 4, 4)"):
+    with refused(
+        "Squeeze: Expected x to have sizes that are multiples of (2, 3) in dims 2, ...; got shape (1, 2, 4, 4)"
+    ):
         Squeeze((2, 3))(torch.zeros(1, 2, 4, 4))
     with refused("Squeeze: Expected y to have a multiple of 6 channels; got shape (1, 8, 4, 4)"):
         Squeeze((2, 3)).inverse(torch.zeros(1, 8, 4, 4))
@@ -352,9 +354,8 @@ def test_pad_refuses_dims_and_sizes() -> None:
 
 
 def test_a_pyramid_of_reshapes_keeps_log_dets_and_gradients() -> None:
-    make = lambda: InvertibleSequential(Squeeze(), Permute([3, 1, 2, 0]), Flatten((4, 2, 2)), Reshape((16,), (2, 8)))
+    net = InvertibleSequential(Squeeze(), Permute([3, 1, 2, 0]), Flatten((4, 2, 2)), Reshape((16,), (2, 8)))
     x = torch.randn(3, 1, 4, 4, dtype=torch.float64, requires_grad=True)
-    net = make()
     y, log_det = net.forward_and_log_det(x)
     assert log_det.tolist() == [0, 0, 0]
     (gradient,) = torch.autograd.grad((y**2).sum(), x)
