@@ -106,6 +106,7 @@ class InvertibleLinear(MatrixLayer):
     @staticmethod
     def affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         if weight.ndim == 2:
-            return F.linear(x, weight, bias)
+            # What F.linear saves of more than two dims depends on their strides, which a replay need not find again.
+            return F.linear(x if x.ndim < 3 else x.contiguous(), weight, bias)
         y = rearrange(x, "b ... f -> b (...) f") @ weight.mT + bias.unsqueeze(-2)
         return y.reshape(*x.shape[:-1], weight.shape[-2])

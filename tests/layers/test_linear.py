@@ -267,6 +267,14 @@ def test_modes_agree(kind: str, mode: str) -> None:
     assert_close(torch.autograd.grad(stack(x).pow(3).sum(), (x, *stack.parameters())), expected)
 
 
+@pytest.mark.parametrize("mode", ["store", "recompute", "invert"])
+def test_strided_inputs(mode: str) -> None:
+    layer, x = linear(4, mode=mode), inputs(6, 8, 3)
+    for view in (x[::2, ::2].mT, x[:, :4].mT, x[:1, :4].mT.expand(5, -1, -1), x[:, 4:, 0], x[0, :4].T):
+        expected = torch.autograd.grad(layer.function(view.contiguous()).pow(3).sum(), (x, *layer.parameters()))
+        assert_close(torch.autograd.grad(layer(view).pow(3).sum(), (x, *layer.parameters())), expected)
+
+
 @all_kinds
 def test_a_replay_builds_the_matrix_once(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     layer, builds = linear(4, kind=kind), []
