@@ -82,7 +82,8 @@ class Surjection(InvertibleModule):
 
     def log_prob(self, noise: Distribution, lost: Tensor) -> Tensor:
         """Compute the log-density of the whole given what is left, per sample."""
-        return sum_per_sample(self, noise.log_prob(widen(lost)))
+        values = noise.log_prob(widen(lost)) if lost.numel() else lost  # Independent refuses an empty batch
+        return sum_per_sample(self, values)
 
     def function(self, x: Tensor, **side: Any) -> Tensor:
         return self._draw("x", x, side)[0] if self.draws else self.lose("x", x)[0]
@@ -111,12 +112,12 @@ class Surjection(InvertibleModule):
     def _draw(self, argument: str, left: Tensor, side: dict[str, Any]) -> tuple[Tensor, Distribution, Tensor]:
         noise = self._noise(left, self.lost_shape(argument, left), side)
         lost = noise.rsample() if noise.has_rsample else noise.sample()
-        lost = lost.to(left.dtype) if left.is_floating_point() else lost
         return self.join(left, lost), noise, lost
 
     def _noise(self, left: Tensor, shape: tuple[int, ...], side: dict[str, Any]) -> Distribution:
         """Return the distribution of what is lost, in this shape."""
-        self.side_names().check(self, side)
+        if side:
+            self.side_names().check(self, side)
         noise = self.distribution(left if left.is_floating_point() else left.to(torch.get_default_dtype()), **side)
         if not isinstance(noise, Distribution):
             refuse(self, "distribution", "return a Distribution", type(noise).__name__, TypeError)
@@ -166,7 +167,7 @@ class _Features(Surjection):
         return (*left.shape[:dim], self.features, *left.shape[dim + 1 :])
 
     def join(self, left: Tensor, lost: Tensor) -> Tensor:
-        return torch.cat((left, lost), self.dim)
+        return torch.cat((left, lost.to(left.dtype)), self.dim)
 
     def _check(self, argument: str, x: Tensor, at_least: int) -> None:
         check_real(self, argument, x)
@@ -272,4 +273,4 @@ class Abs(Surjection):
         return tuple(left.shape)
 
     def join(self, left: Tensor, lost: Tensor) -> Tensor:
-        return left * (2 * lost - 1)
+        return left * (2 * lost - 1).to(left.dtype)
