@@ -1,0 +1,179 @@
+r"""Monotone splines of rational quadratic pieces, as a map of each value.
+
+"Neural Spline Flows", Durkan, Bekasov, Murray and Papamakarios, 2019, have the formulas; here they are written without
+a difference of positive numbers. Of a bin with mean slope ``s = height / width`` and slopes ``d0`` and ``d1`` at its
+ends, with ``xi`` and ``theta`` the place in the bin before and after, from 0 to 1, and ``eta = 1 - xi``:
+
+.. math:: \theta = \xi (s \xi + d_0 \eta) / D, \quad D = s (\xi^2 + \eta^2) + (d_0 + d_1) \xi \eta
+
+.. math:: dy / dx = s^2 (d_1 \xi^2 + 2 s \xi \eta + d_0 \eta^2) / D^2
+
+The quadratic equation for ``xi`` has a sum of squares for its discriminant, ``u^2 + 4 s^2 theta (1 - theta)`` with
+``u = d0 (1 - theta) - d1 theta``. With ``t = abs(u) + sqrt(discriminant)``, its root is ``2 s theta / (t + 2 s theta)``
+where ``u > 0``, and ``t / (t + 2 s (1 - theta))`` elsewhere.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._checks import check_choice, check_positive, check_positive_int, refuse
+from .maps import Map
+from .matrix import bounded, widen
+
+__all__ = ["RationalQuadratic"]
+
+
+class _Bin(NamedTuple):
+    """The bin of each value: its corner and sizes, and the slopes at its ends."""
+
+    left: Tensor
+    width: Tensor
+    bottom: Tensor
+    height: Tensor
+    first: Tensor
+    last: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        s, xi, eta, denominator = self._terms(x)
+        return self.bottom + self.height * xi * (s * xi + self.first * eta) / denominator
+
+    def inverse(self, y: Tensor) -> Tensor:
+        s, theta = self.height / self.width, (y - self.bottom) / self.height
+        u = self.first * (1 - theta) - self.last * theta
+        t = u.abs() + (u.square() + 4 * s.square() * theta * (1 - theta)).sqrt()
+        rest = 2 * s * torch.where(u > 0, theta, 1 - theta)
+        return self.left + self.width * torch.where(u > 0, rest, t) / (t + rest)
+
+    def log_slope(self, x: Tensor) -> Tensor:
+        s, xi, eta, denominator = self._terms(x)
+        mean = self.last * xi.square() + 2 * s * xi * eta + self.first * eta.square()
+        return mean.log() + 2 * (s / denominator).log()
+
+    def _terms(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        s, xi = self.height / self.width, (x - self.left) / self.width
+        eta = 1 - xi
+        return s, xi, eta, s * (xi.square() + eta.square()) + (self.first + self.last) * xi * eta
+
+
+@dataclass(frozen=True)
+class RationalQuadratic(Map):
+    """A monotone spline of rational quadratic pieces from [-bound, bound] onto itself; the identity where ``h = 0``.
+
+    Its parameters, times ``gain``, say how wide the bins are, then how high, and then what the slopes at the knots
+    between them are (with circular tails, those at the ends too, which are one).
+
+    Args:
+        bins: number of pieces.
+        bound: half the length of the interval.
+        tails: ``'linear'``: the identity outside the interval, with slopes 1 at its ends. ``'circular'``: the ends are
+            one point, and what is ``2 bound`` further comes out ``2 bound`` further.
+        min_bin: the least width and height of a bin, as a share of the interval.
+        min_slope: the least slope at a knot; the largest is its reciprocal.
+        gain: factor of the parameters.
+    """
+
+    bins: int = 8
+    bound: float = 3.0
+    tails: str = "linear"
+    min_bin: float = 1e-2
+    min_slope: float = 1e-2
+    gain: float = 1.0
+
+    @property
+    def parameters(self) -> int:
+        return 3 * self.bins - (self.tails == "linear")
+
+    def check(self, owner: object) -> None:
+        check_positive_int(owner, "bins", self.bins)
+        if self.bins < 2:
+            refuse(owner, "bins", "be at least 2", self.bins)
+        check_choice(owner, "tails", self.tails, ("linear", "circular"))
+        limits = {"bound": math.inf, "min_bin": 1 / self.bins, "min_slope": 1, "gain": math.inf}
+        for name, limit in limits.items():
+            check_positive(owner, name, value := getattr(self, name))
+            if value >= limit:
+                refuse(owner, name, f"be below {limit:.4g}", value)
+
+    def forward(self, x: Tensor, h: Tensor, dim: int) -> Tensor:
+        inner = self._enter(x)
+        return self._leave(x, inner, self._find(inner, h, dim).forward(inner))
+
+    def inverse(self, y: Tensor, h: Tensor, dim: int) -> Tensor:
+        inner = self._enter(y)
+        return self._leave(y, inner, self._find(inner, h, dim, of_output=True).inverse(inner))
+
+    def log_slope(self, x: Tensor, h: Tensor, dim: int) -> Tensor:
+        inner = self._enter(x)
+        return self._find(inner, h, dim).log_slope(inner).masked_fill(self._outside(x), 0)
+
+    def forward_and_log_slope(self, x: Tensor, h: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+        inner = self._enter(x)
+        bin_ = self._find(inner, h, dim)
+        log_slope = bin_.log_slope(inner).masked_fill(self._outside(x), 0)
+        return self._leave(x, inner, bin_.forward(inner)), log_slope
+
+    def _outside(self, x: Tensor) -> Tensor:
+        return x.abs() >= (self.bound if self.tails == "linear" else math.inf)
+
+    def _enter(self, x: Tensor) -> Tensor:
+        """Return ``x`` in the interval; elsewhere 0, or with circular tails the same point of the circle."""
+        if self.tails == "linear":
+            return widen(x).masked_fill(self._outside(x), 0)
+        rest = torch.fmod(widen(x), 2 * self.bound)  # exact, as are the sums
+        rest = torch.where(rest >= self.bound, rest - 2 * self.bound, rest)
+        return torch.where(rest < -self.bound, rest + 2 * self.bound, rest)
+
+    def _leave(self, x: Tensor, inner: Tensor, moved: Tensor) -> Tensor:
+        if self.tails == "linear":
+            return torch.where(self._outside(x), x, moved.to(x.dtype))
+        return (moved + (widen(x) - inner)).to(x.dtype)
+
+    def _find(self, value: Tensor, h: Tensor, dim: int, *, of_output: bool = False) -> _Bin:
+        """Return the bin of each value, which is an x, or a y if ``of_output``."""
+        k, dim = self.bins, dim % value.ndim
+        h = h.to(value.dtype).unflatten(dim, (self.parameters, value.shape[dim]))
+        widths, heights, slopes = h.split((k, k, self.parameters - 2 * k), dim)
+        widths, heights = self._sizes(widths), self._sizes(heights)
+        index = _count(heights if of_output else widths, (value / self.bound + 1) / 2, dim)
+        first, last = (self._slope(slopes, index + i, dim) for i in (0, 1))
+        return _Bin(*_side(widths, index, dim, self.bound), *_side(heights, index, dim, self.bound), first, last)
+
+    def _sizes(self, h: Tensor) -> Tensor:
+        """Return sizes in units of their sum, between 1 / sqrt(ratio) and sqrt(ratio), and 1 where ``h = 0``."""
+        ratio = (1 / self.min_bin - 1) / (self.bins - 1)
+        least, most = ratio**-0.5, ratio**0.5
+        # Of this, autograd keeps one number each; of a softmax that is safe at infinity it would keep two.
+        return least + (most - least) * torch.sigmoid(self.gain * h - math.log(most))
+
+    def _slope(self, h: Tensor, knot: Tensor, dim: int) -> Tensor:
+        if self.tails == "circular":
+            h = _pick(h, knot % self.bins, dim)
+        else:
+            at_end = ((knot == 0) | (knot == self.bins)).squeeze(dim)
+            h = _pick(h, (knot - 1).clamp(0, self.bins - 2), dim).masked_fill(at_end, 0)
+        return bounded(self.gain * h, -math.log(self.min_slope)).exp()
+
+
+def _count(sizes: Tensor, value: Tensor, dim: int) -> Tensor:
+    """Count the inner knots up to a value in [0, 1]: the index of its bin."""
+    with torch.no_grad():
+        knots = sizes.cumsum(dim).narrow(dim, 0, sizes.shape[dim] - 1)
+        return (value.unsqueeze(dim) * sizes.sum(dim, keepdim=True) >= knots).sum(dim, keepdim=True)
+
+
+def _side(sizes: Tensor, index: Tensor, dim: int, bound: float) -> tuple[Tensor, Tensor]:
+    """Return where the bin begins in [-bound, bound], and its size."""
+    unit = 2 * bound / sizes.sum(dim)
+    size, end = _pick(sizes, index, dim), _pick(sizes.cumsum(dim), index, dim)
+    return unit * (end - size) - bound, unit * size
+
+
+def _pick(blocks: Tensor, index: Tensor, dim: int) -> Tensor:
+    """Pick of the blocks along ``dim``, for each value, the one with its index."""
+    shape = [*index.shape]
+    shape[dim] = blocks.shape[dim]
+    return blocks.expand(shape).gather(dim, index).squeeze(dim)
