@@ -160,7 +160,7 @@ class InvertibleBatchNorm(HiddenStatistics):
         if n == 1:
             refuse(self, "input", "have more than one value for each feature in training", f"shape {tuple(x.shape)}")
         mean, var = moments(widen(x), dims_but(x, 1), keepdim=False)
-        if track and self.training and n > 0:
+        if track and n > 0:
             self._track(mean, var * (n / (n - 1)))
         return mean, (var + self.eps).sqrt()
 

@@ -200,7 +200,7 @@ def test_a_batch_without_two_values_for_each_feature_leaves_it_as_it_is(shape):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_batch_that_is_not_finite_leaves_it_as_it_is(value):
     layer, x = act_norm_of(), data(9, 3)
-    layer(x.index_fill(0, torch.tensor(2), value))
+    layer(x.index_put((torch.tensor(2), torch.tensor(1)), torch.tensor(value, dtype=x.dtype)))
     assert not layer.initialized
     layer(x)
     assert_close(layer.mean, x.mean(0), rtol=1e-12, atol=1e-12)
