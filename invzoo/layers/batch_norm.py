@@ -1,6 +1,6 @@
 """Normalisation of each feature by the batch, or by running statistics."""
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -119,6 +119,8 @@ class InvertibleBatchNorm(HiddenStatistics):
         return (y, mean, std) if self._uses_batch else y
 
     def inverse(self, y: Tensor, *statistics: Tensor) -> Tensor:
+        if len(statistics) not in (0, 2):
+            self._refuse_inverse(f"y and {len(statistics)} statistics")
         mean, std = statistics or self.running_statistics()
         return _AFFINE.inverse(y, self.map_parameters(y, mean, std), 1)
 
@@ -142,7 +144,7 @@ class InvertibleBatchNorm(HiddenStatistics):
     def running_statistics(self) -> tuple[Tensor, Tensor]:
         """Return the running mean and std, in at least float32."""
         if self.running_mean is None or self.running_var is None:
-            refuse(self, "inverse", "be given y, mean and std, as function returns them", "y alone", TypeError)
+            self._refuse_inverse("y alone")
         return widen(self.running_mean), (widen(self.running_var) + self.eps).sqrt()
 
     def extra_repr(self) -> str:
@@ -163,6 +165,9 @@ class InvertibleBatchNorm(HiddenStatistics):
         if track and n > 0:
             self._track(mean, var * (n / (n - 1)))
         return mean, (var + self.eps).sqrt()
+
+    def _refuse_inverse(self, got: str) -> NoReturn:
+        refuse(self, "inverse", "be given y, mean and std, as function returns them", got, TypeError)
 
     @torch.no_grad()
     def _track(self, mean: Tensor, var: Tensor) -> None:

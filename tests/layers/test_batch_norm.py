@@ -288,6 +288,11 @@ def test_a_constant_feature_comes_back():
             "Expected inverse to be given y, mean and std, as function returns them; got y alone",
         ),
         (
+            lambda: iz.InvertibleBatchNorm(3).inverse(torch.ones(2, 3), torch.ones(3)),
+            TypeError,
+            "Expected inverse to be given y, mean and std, as function returns them; got y and 1 statistics",
+        ),
+        (
             lambda: iz.InvertibleBatchNorm(3, track_running_stats=False).inv(torch.ones(2, 3)),
             TypeError,
             "Expected inverse to be given y, mean and std, as function returns them; got y alone",
