@@ -18,13 +18,14 @@ def mix_channels(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     Not F.conv, whose float32 products are TF32 on CUDA by default, good to 1e-3 only.
     """
     pixels = x.flatten(2)
-    channels_last = pixels.mT.is_contiguous()
+    # A replay may find other strides of the batch, or of dims of size one: neither may decide.
+    channels_last = pixels.shape[1] > 1 and pixels.shape[2] > 1 and pixels.stride(1) == 1
     # The gradient of the batched product holds a matrix per image: more than the images themselves if they are small.
     if weight.ndim == 3:
         y = torch.baddbmm(bias.unsqueeze(-1), weight, pixels)
         y = y.mT.contiguous().mT if channels_last else y
     elif channels_last or pixels.shape[2] < len(weight):
-        y = F.linear(pixels.mT, weight, bias).mT
+        y = F.linear(pixels.mT.contiguous(), weight, bias).mT
         y = y if channels_last else y.contiguous()
     else:
         y = torch.baddbmm(bias[:, None], weight.expand(len(x), -1, -1), pixels)

@@ -105,6 +105,19 @@ def test_strided_inputs(pixels: int) -> None:
         assert_close(conv.inverse(conv(view)), view)
 
 
+@pytest.mark.parametrize("mode", ["store", "recompute", "invert"])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("channels", [1, 4])
+def test_strided_inputs_are_replayed(mode: str, memory_format: torch.memory_format, channels: int) -> None:
+    conv, _ = pair(channels, mode=mode)
+    for pixels in (1, 2, 6):
+        x = torch.randn(3, 8, pixels, pixels, dtype=torch.float64).to(memory_format=memory_format).requires_grad_()
+        views = x[:, :channels], x[:, :: 8 // channels], x[:1, :channels].expand(3, -1, -1, -1), x[:, -channels:].mT
+        for view in (*views, x[:, :channels, :, :1], x[:, :1].expand(-1, channels, -1, -1)):
+            expected = torch.autograd.grad(conv.function(view).pow(3).sum(), (x, *conv.parameters()))
+            assert_close(torch.autograd.grad(conv(view).pow(3).sum(), (x, *conv.parameters())), expected)
+
+
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("pixels", [1, 2])
 @directions

@@ -89,7 +89,10 @@ def test_columns_are_orthonormal(kind: str, dtype: torch.dtype, columns: int, mo
 @pytest.mark.parametrize("scale", [1e-300, 1e-30, 1.0, 1e30, 1e300])
 def test_reflections_do_not_depend_on_the_scale_of_their_vectors(scale: float) -> None:
     vectors = torch.randn(6, 4, dtype=torch.float64)
-    assert_close(householder(scale * vectors, 6), householder(vectors, 6), rtol=0, atol=1e-13)
+    scales = torch.tensor([scale, 1.0, 1e200, scale], dtype=torch.float64)
+    assert_close(householder(scales * vectors, 6), householder(vectors, 6), rtol=0, atol=1e-13)
+    batch = torch.stack((vectors, scale * vectors))
+    assert_close(householder(batch, 6), householder(vectors, 6).expand(2, -1, -1), rtol=0, atol=1e-13)
 
 
 @pytest.mark.parametrize("columns", [1, 64])
