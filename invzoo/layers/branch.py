@@ -29,7 +29,8 @@ class BranchLayer(InvertibleModule):
     def evaluate(self, x: Tensor, side: dict[str, Any]) -> Tensor:
         """Return ``f(x, **side)``, in the dtype of ``x``."""
         check_floating(self, "x", x)
-        self.side_names().check(self, side)
+        if side:
+            self.side_names().check(self, side)
         h = self.f(x, **side)
         if not isinstance(h, Tensor) or h.shape != x.shape:
             got = f"shape {tuple(h.shape)}" if isinstance(h, Tensor) else type(h).__name__

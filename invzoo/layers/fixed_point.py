@@ -6,21 +6,32 @@ sample. It departs from the paper in that a sample whose residual has grown take
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-__all__ = ["ConvergenceError", "differentiable", "fixed_point", "vjp"]
+__all__ = ["Limits", "differentiable", "fixed_point", "vjp"]
 
 Map = Callable[[Tensor], Tensor]
 
 _HISTORY = 5
 
 
-class ConvergenceError(RuntimeError):
-    """An iteration did not come to rest."""
+class Limits(NamedTuple):
+    """When an iteration ends: at a relative change of ``tolerance``, or, as an error of ``owner``, after ``steps``."""
+
+    owner: str
+    tolerance: float
+    steps: int
+
+    def missed(self, change: float) -> RuntimeError:
+        return RuntimeError(
+            f"{self.owner}: Expected iteration to come to a relative change of {self.tolerance:.1e} within "
+            f"{self.steps} steps; got {change:.1e}. Is the Lipschitz constant of f below 1, and f the same at each "
+            "call? If so, raise max_iterations or tolerance"
+        )
 
 
 def vjp(y: Tensor | GradientEdge, x: Tensor | GradientEdge, v: Tensor, *, create_graph: bool = False) -> Tensor:
@@ -52,13 +63,13 @@ def _accelerated(value: Tensor, residual: Tensor, history: list[tuple[Tensor, Te
 
 
 @torch.no_grad()
-def fixed_point(step: Map, start: Tensor, tolerance: float, limit: int) -> Tensor:
-    """Iterate ``x = step(x)`` until no value of a sample moves by more than ``tolerance`` times its largest one.
+def fixed_point(step: Map, start: Tensor, limits: Limits) -> Tensor:
+    """Iterate ``x = step(x)`` until no value of a sample moves by more than the tolerance times its largest one.
 
     Samples that start with a value that is not finite need not come to rest.
 
     Raises:
-        ConvergenceError: if that takes more than ``limit`` steps.
+        RuntimeError: if that takes too many steps.
     """
     if start.numel() == 0:
         return step(start)
@@ -66,21 +77,20 @@ def fixed_point(step: Map, start: Tensor, tolerance: float, limit: int) -> Tenso
     hopeless = ~first.isfinite().all(1, keepdim=True)
     x, history = first, list[tuple[Tensor, Tensor]]()
     before = torch.full_like(_size(x), float("inf"))
-    for _ in range(limit):
+    for _ in range(limits.steps):
         value = _samples(step(x.to(start.dtype).view_as(start))).to(x.dtype)
         residual = value - x
         change = _size(residual)
-        excess = change / (tolerance * torch.maximum(_size(value), _size(first)))
-        if bool(((change == 0) | (excess <= 1) | hopeless).all()):
+        relative = change / torch.maximum(_size(value), _size(first)).clamp_min(torch.finfo(start.dtype).tiny)
+        if bool(((relative <= limits.tolerance) | hopeless).all()):
             return value.to(start.dtype).view_as(start)
         mixed = _accelerated(value, residual, history) if history else value
         history = [*history[1 - _HISTORY :], (value, residual)]
         x, before = mixed.where((change < before) & mixed.isfinite().all(1, keepdim=True), value), change
-    worst = tolerance * float(excess.where(~hopeless, 0).max())
-    raise ConvergenceError(f"steps of at most {tolerance:.1e}, relative, within {limit}; got {worst:.1e}")
+    raise limits.missed(float(relative.where(~hopeless, 0).max()))
 
 
-def differentiable(step: Map, solution: Tensor, tolerance: float, limit: int) -> Tensor:
+def differentiable(step: Map, solution: Tensor, limits: Limits) -> Tensor:
     r"""Give the fixed point of ``step`` its first and second derivatives, at the cost of three linear equations.
 
     With A = I - d step / dx at the solution, held fixed, each of the two corrections x + A^-1 (step(x) - x) changes no
@@ -94,7 +104,7 @@ def differentiable(step: Map, solution: Tensor, tolerance: float, limit: int) ->
         value = step(point)
         if not value.requires_grad:
             return solution
-        system = _System(get_gradient_edge(value), get_gradient_edge(point), tolerance, limit)
+        system = _System(get_gradient_edge(value), get_gradient_edge(point), limits)
         x = solution + _Solve.apply(value - solution, point, system, 0)
         return x + _Solve.apply(step(x) - x, point, system, 0)
 
@@ -105,12 +115,11 @@ class _System:
 
     value: GradientEdge
     point: GradientEdge
-    tolerance: float
-    limit: int
+    limits: Limits
 
     def solve(self, v: Tensor, *, transposed: bool) -> Tensor:
         product = self._transposed_product if transposed else self._product
-        return fixed_point(lambda u: v + product(u), v, self.tolerance, self.limit)
+        return fixed_point(lambda u: v + product(u), v, self.limits)
 
     def _transposed_product(self, u: Tensor) -> Tensor:
         return vjp(self.value, self.point, u)

@@ -74,7 +74,8 @@ def lipschitz(net: nn.Module, coeff: float = 0.9) -> nn.Module:
     become parametrized ones: ``weight / max(1, norm / coeff)``, with an upper bound on the norm that is computed at
     each use, in at least float32, and has no state: it holds in train and eval mode, after any step, for inputs of any
     size. It is at most 2 percent (linear, up to 150 features) or 10 percent (2-d convolutions of large inputs) above
-    the norm itself. `torch.nn.utils.parametrize.cached()` saves time in sampling, where weights stay.
+    the norm itself. `torch.nn.utils.parametrize.cached()` saves time in sampling, where weights stay. Like all
+    parametrized modules, the net can be copied, and saved as a state_dict, but not pickled.
 
     Args:
         net: a module, changed in place. Linear, Conv and ConvTranspose layers may have parameters, others must not.

@@ -146,8 +146,9 @@ def test_copies_and_states():
     assert not [*net.buffers()]
 
 
-def test_autocast_leaves_the_bound_alone():
-    layer = iz.lipschitz(nn.Conv2d(2, 4, 3))
+@pytest.mark.parametrize("make", [lambda: nn.Linear(9, 9), lambda: nn.Conv2d(2, 4, 3)])
+def test_autocast_leaves_the_bound_alone(make):
+    layer = iz.lipschitz(make())
     with torch.no_grad():
         layer.parametrizations.weight.original.mul_(10)
     expected = layer.weight
