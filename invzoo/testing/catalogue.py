@@ -15,8 +15,9 @@ layer's ``domain``; where that says too little (values away from a kink, integer
 every property is checked on every case. The map is also the text of the README's row.
 
 What a layer cannot do is said in its case, with the arguments of :func:`invzoo.testing.assert_invertible`:
-``independent_samples=False`` (a batch norm), ``kept_bytes=...`` (per layer in mode ``invert``), and
-``without={"assert_gradients": "the gradient is straight-through"}`` for a whole assertion, with the reason.
+``independent_samples=False`` (a batch norm), ``kept_bytes=...`` (by each call in mode ``invert``), tolerances of
+iterative inverses, and ``without={"assert_gradients": "the gradient is straight-through"}`` for a whole assertion, with
+the reason.
 """
 
 from collections.abc import Callable, Iterator
@@ -710,5 +711,14 @@ CATALOGUE: tuple[Entry, ...] = (
         Case(lambda: iz.MultiScale(iz.AffineCoupling(_subnet(2, 4)), iz.Reverse(), input_shape=(4,)), (4,), id="cat"),
         cost="sum of its stages'",
         keeps="what its stages keep",
+    ),
+    Entry(
+        iz.Inverse,
+        "layer.inverse(x)",
+        "minus its layer's",
+        Case(lambda: iz.Inverse(iz.InvertibleLinear(4, kind="plu")), (4,)),
+        Case(lambda: iz.Inverse(iz.AffineCoupling(_Conditioned(2, 3, 4))), (4,), id="context", side={"context": (3,)}),
+        cost="1x",
+        keeps="what its layer keeps",
     ),
 )

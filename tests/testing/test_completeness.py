@@ -1,0 +1,81 @@
+"""The catalogue, `__all__` and the README's table name the same layers and say the same of them."""
+
+import pathlib
+
+import pytest
+
+import invzoo as iz
+from invzoo.testing import CATALOGUE
+
+ENTRIES = [pytest.param(entry, id=entry.name) for entry in CATALOGUE]
+
+
+def public_layers():
+    values = (getattr(iz, name) for name in iz.__all__)
+    return {value for value in values if isinstance(value, type) and issubclass(value, iz.InvertibleModule)}
+
+
+def readme_rows():
+    text = (pathlib.Path(iz.__file__).parent.parent / "README.md").read_text()
+    table = text.split("## Layers")[1].split("##")[0]
+    rows = [
+        [cell.strip() for cell in line.strip("|").split(" | ")] for line in table.splitlines() if line.startswith("| `")
+    ]
+    return {name.strip("` "): tuple(said) for name, *said in rows}
+
+
+def test_every_layer_has_an_entry():
+    assert {entry.layer for entry in CATALOGUE} == public_layers() - {iz.InvertibleModule}
+
+
+def test_every_class_has_one_entry():
+    assert len({entry.layer for entry in CATALOGUE}) == len(CATALOGUE)
+
+
+def test_names_of_cases_differ():
+    names = [case.name for case in iz.testing.cases()]
+    assert len(set(names)) == len(names) > len(CATALOGUE)
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_every_layer_is_tested(entry):
+    assert entry.cases
+    for case in entry.cases:
+        assert any(type(module) is entry.layer for module in case.layer().modules())
+        assert case.layer().mode in {"invert", None}
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_the_readme_says_what_the_catalogue_says(entry):
+    assert readme_rows()[entry.name] == (entry.map, entry.keeps)
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_what_is_kept_and_costs_is_true_of_the_class(entry):
+    layers = [case.layer() for case in entry.cases]
+    keeps_input = {layer.saturating or layer.slow_inverse for layer in layers if not layer.composite}
+    if keeps_input:
+        assert ("its input" in entry.keeps) == any(keeps_input), entry.keeps
+    assert not entry.map.isspace()
+    assert entry.cost
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_log_det_is_none_for_what_has_none(entry):
+    for case in entry.cases:
+        layer, inputs, side = case.layer(), case.inputs(), case.side_inputs()
+        if layer.volume_preserving:
+            continue
+        try:
+            layer.forward_and_log_det(*inputs, **side)
+        except TypeError:
+            assert "none" in entry.log_det or "wide" in case.id, case
+        else:
+            assert entry.log_det != "none", case
+
+
+def test_every_assertion_that_is_left_out_has_a_reason():
+    for case in iz.testing.cases():
+        for name, reason in case.allowances.get("without", {}).items():
+            assert name in {assertion.__name__ for assertion in iz.testing.ASSERTIONS}
+            assert len(reason.split()) > 2, f"{case}: {reason}"
