@@ -15,6 +15,7 @@ where ``u > 0``, and ``t / (t + 2 s (1 - theta))`` elsewhere.
 
 import math
 from dataclasses import dataclass
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -138,9 +139,9 @@ class RationalQuadratic(Map):
         h = h.to(value.dtype).unflatten(dim, (self.parameters, value.shape[dim]))
         widths, heights, slopes = h.split((k, k, self.parameters - 2 * k), dim)
         widths, heights = self._sizes(widths), self._sizes(heights)
-        index = _count(heights if of_output else widths, (value / self.bound + 1) / 2, dim)
-        first, last = (self._slope(slopes, index + i, dim) for i in (0, 1))
-        return _Bin(*_side(widths, index, dim, self.bound), *_side(heights, index, dim, self.bound), first, last)
+        index = _count_knots(heights if of_output else widths, (value / self.bound + 1) / 2, dim)
+        sides = (_side(sizes, index, dim, self.bound) for sizes in (widths, heights))
+        return _Bin(*chain(*sides), self._slope(slopes, index, dim), self._slope(slopes, index + 1, dim))
 
     def _sizes(self, h: Tensor) -> Tensor:
         """Return sizes in units of their sum, between 1 / sqrt(ratio) and sqrt(ratio), and 1 where ``h = 0``."""
@@ -150,16 +151,12 @@ class RationalQuadratic(Map):
         return least + (most - least) * torch.sigmoid(self.gain * h - math.log(most))
 
     def _slope(self, h: Tensor, knot: Tensor, dim: int) -> Tensor:
-        if self.tails == "circular":
-            h = _pick(h, knot % self.bins, dim)
-        else:
-            at_end = ((knot == 0) | (knot == self.bins)).squeeze(dim)
-            h = _pick(h, (knot - 1).clamp(0, self.bins - 2), dim).masked_fill(at_end, 0)
-        return bounded(self.gain * h, -math.log(self.min_slope)).exp()
+        knot = knot % self.bins if self.tails == "circular" else knot - 1  # an end has no parameter, as if it were 0
+        return bounded(self.gain * _sum_of(h, _places(h, dim) == knot, dim), -math.log(self.min_slope)).exp()
 
 
-def _count(sizes: Tensor, value: Tensor, dim: int) -> Tensor:
-    """Count the inner knots up to a value in [0, 1]: the index of its bin."""
+def _count_knots(sizes: Tensor, value: Tensor, dim: int) -> Tensor:
+    """Count the knots below a value in [0, 1], those at the ends aside: the index of its bin."""
     with torch.no_grad():
         knots = sizes.cumsum(dim).narrow(dim, 0, sizes.shape[dim] - 1)
         return (value.unsqueeze(dim) * sizes.sum(dim, keepdim=True) >= knots).sum(dim, keepdim=True)
@@ -167,13 +164,14 @@ def _count(sizes: Tensor, value: Tensor, dim: int) -> Tensor:
 
 def _side(sizes: Tensor, index: Tensor, dim: int, bound: float) -> tuple[Tensor, Tensor]:
     """Return where the bin begins in [-bound, bound], and its size."""
-    unit = 2 * bound / sizes.sum(dim)
-    size, end = _pick(sizes, index, dim), _pick(sizes.cumsum(dim), index, dim)
-    return unit * (end - size) - bound, unit * size
+    unit, places = 2 * bound / sizes.sum(dim), _places(sizes, dim)
+    return unit * _sum_of(sizes, places < index, dim) - bound, unit * _sum_of(sizes, places == index, dim)
 
 
-def _pick(blocks: Tensor, index: Tensor, dim: int) -> Tensor:
-    """Pick of the blocks along ``dim``, for each value, the one with its index."""
-    shape = [*index.shape]
-    shape[dim] = blocks.shape[dim]
-    return blocks.expand(shape).gather(dim, index).squeeze(dim)
+def _places(blocks: Tensor, dim: int) -> Tensor:
+    return torch.arange(blocks.shape[dim], device=blocks.device).view(-1, *[1] * (blocks.ndim - dim - 1))
+
+
+def _sum_of(blocks: Tensor, mask: Tensor, dim: int) -> Tensor:
+    """Sum the blocks of the mask, which is all that autograd keeps of them; `torch.gather` would keep the blocks."""
+    return torch.where(mask, blocks, 0).sum(dim)

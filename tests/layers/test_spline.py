@@ -1,0 +1,352 @@
+"""Rational quadratic splines: the map, and the layers that move values by it."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd import gradcheck, gradgradcheck
+from torch.testing import assert_close
+
+import invzoo as iz
+from invzoo.layers.spline import RationalQuadratic, _Bin
+
+TAILS = ["linear", "circular"]
+NARROW = RationalQuadratic(5, 2.0)
+
+
+def draw(spline, *shape, size=3.0, dtype=torch.float64):
+    """Values on both sides of the bound, and parameters for them along dim 1."""
+    x = spline.bound * torch.randn(shape, dtype=dtype) * 0.7
+    h = size * torch.randn(shape[0], spline.parameters * shape[1], *shape[2:], dtype=dtype)
+    return x.requires_grad_(), h.requires_grad_()
+
+
+def knots_of(spline, h):
+    """The knots (x, y, slope) for one value's parameters, one by one."""
+    k, ratio = spline.bins, (1 / spline.min_bin - 1) / (spline.bins - 1)
+    least, most = 1 / math.sqrt(ratio), math.sqrt(ratio)
+    h = [spline.gain * v for v in h.tolist()]
+
+    def places(block):
+        sizes = [least + (most - least) / (1 + math.exp(math.log(most) - v)) for v in block]
+        return [spline.bound * (2 * sum(sizes[:i]) / sum(sizes) - 1) for i in range(k + 1)]
+
+    bound = -math.log(spline.min_slope)
+    slopes = [math.exp(bound * math.tanh(v / bound)) for v in h[2 * k :]]
+    slopes = [1.0, *slopes, 1.0] if spline.tails == "linear" else [*slopes, slopes[0]]
+    return places(h[:k]), places(h[k : 2 * k]), slopes
+
+
+def reference(spline, x, h):
+    """Value and derivative of one x, by the formulas (4) to (8) of Durkan et al., 2019."""
+    if spline.tails == "linear" and abs(x) >= spline.bound:
+        return x, 1.0
+    turn = 2 * spline.bound * math.floor((x + spline.bound) / (2 * spline.bound))
+    x = x - turn
+    xs, ys, d = knots_of(spline, h)
+    k = max(i for i in range(spline.bins) if xs[i] <= x)
+    w, height = xs[k + 1] - xs[k], ys[k + 1] - ys[k]
+    s, xi = height / w, (x - xs[k]) / w
+    bottom = s + (d[k + 1] + d[k] - 2 * s) * xi * (1 - xi)
+    y = ys[k] + height * (s * xi**2 + d[k] * xi * (1 - xi)) / bottom
+    return y + turn, s**2 * (d[k + 1] * xi**2 + 2 * s * xi * (1 - xi) + d[k] * (1 - xi) ** 2) / bottom**2
+
+
+def reference_inverse(spline, y, h):
+    """The root -2c / (b + sqrt(b^2 - 4ac)) of the same paper, with the coefficients (25) to (27)."""
+    if abs(y) >= spline.bound:
+        return y
+    xs, ys, d = knots_of(spline, h)
+    k = max(i for i in range(spline.bins) if ys[i] <= y)
+    w, height = xs[k + 1] - xs[k], ys[k + 1] - ys[k]
+    s = height / w
+    common = (y - ys[k]) * (d[k + 1] + d[k] - 2 * s)
+    a, b, c = height * (s - d[k]) + common, height * d[k] - common, -s * (y - ys[k])
+    return xs[k] + w * 2 * c / (-b - math.sqrt(b**2 - 4 * a * c))
+
+
+# ---- the map --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tails", TAILS)
+@pytest.mark.parametrize(("bins", "bound", "gain"), [(2, 1.0, 1.0), (5, 3.0, 1.0), (8, 2.5, 0.3)])
+def test_agrees_with_the_papers_formulas(tails, bins, bound, gain):
+    spline = RationalQuadratic(bins, bound, tails, gain=gain)
+    x, h = draw(spline, 60, 1)
+    wanted = [reference(spline, a, b) for a, b in zip(x.flatten().tolist(), h)]
+    y, log_slope = spline.forward_and_log_slope(x, h, 1)
+    assert_close(y.flatten(), torch.tensor([v for v, _ in wanted], dtype=torch.float64))
+    assert_close(log_slope.exp().flatten(), torch.tensor([v for _, v in wanted], dtype=torch.float64))
+    assert_close(spline.forward(x, h, 1), y)
+    assert_close(spline.log_slope(x, h, 1), log_slope)
+    assert_close(torch.autograd.grad(y.sum(), x)[0].log(), log_slope)
+    if tails == "linear":
+        wanted = [reference_inverse(spline, a, b) for a, b in zip(x.flatten().tolist(), h)]
+        assert_close(spline.inverse(x, h, 1).flatten(), torch.tensor(wanted, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("tails", TAILS)
+@pytest.mark.parametrize("dim", [1, 2, -1])
+def test_blocks_lie_along_dim_and_broadcast(tails, dim):
+    spline = RationalQuadratic(3, tails=tails)
+    x = torch.randn(2, 3, 4, dtype=torch.float64)
+    shape = [1, 1, 1]
+    shape[dim] = spline.parameters * x.shape[dim]
+    h = torch.randn(shape, dtype=torch.float64)
+    y, log_slope = spline.forward_and_log_slope(x, h, dim)
+    blocks = h.flatten().view(spline.parameters, -1)
+    for i in range(x.shape[dim]):
+        each = blocks[:, i].expand(x.select(dim, i).numel(), -1)
+        inputs = x.select(dim, i).reshape(-1, 1)
+        assert_close(y.select(dim, i).reshape(-1, 1), spline.forward(inputs, each, 1))
+        assert_close(log_slope.select(dim, i).reshape(-1, 1), spline.log_slope(inputs, each, 1))
+    assert_close(spline.inverse(y, h, dim), x)
+
+
+@pytest.mark.parametrize("tails", TAILS)
+@pytest.mark.parametrize("bins", [2, 7, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_zero_parameters_are_the_identity(tails, bins, dtype):
+    spline = RationalQuadratic(bins, tails=tails)
+    x = torch.linspace(-4, 4, 201, dtype=dtype).view(-1, 1)
+    h = torch.zeros(1, spline.parameters, dtype=dtype)
+    rounding = {"rtol": 0, "atol": 8 * torch.finfo(dtype).eps}
+    y, log_slope = spline.forward_and_log_slope(x, h, 1)
+    assert_close(y, x, **rounding)
+    assert_close(spline.inverse(x, h, 1), x, **rounding)
+    assert_close(log_slope, torch.zeros_like(x), **rounding)
+
+
+@pytest.mark.parametrize("tails", TAILS)
+@pytest.mark.parametrize("size", [1.0, 5.0, 1e30, math.inf])
+def test_increases_and_comes_back_whatever_the_parameters(tails, size):
+    spline = RationalQuadratic(tails=tails)
+    h = (torch.randn(4, spline.parameters, 1, dtype=torch.float64) * size).nan_to_num(
+        nan=0.0, posinf=size, neginf=-size
+    )
+    x = torch.linspace(-4, 4, 3001, dtype=torch.float64).expand(4, 1, -1)
+    y, log_slope = spline.forward_and_log_slope(x, h, 1)
+    assert (y.diff() > 0).all()
+    assert log_slope.isfinite().all()
+    errors = (spline.inverse(y, h, 1) - x).abs() * log_slope.exp()
+    assert errors.max() < 1e-13  # it is the rounding of y that comes back
+    if tails == "linear":
+        assert torch.equal(y[x.abs() >= spline.bound], x[x.abs() >= spline.bound])
+
+
+def test_the_inverse_has_no_cancellation():
+    # A flat bin between steep knots: there the papers' coefficients and discriminant lose their digits in float32.
+    height, slope, theta = 2**-7, 100.0, torch.linspace(0, 1, 1001)
+    single, double = (
+        _Bin(*(torch.tensor(v, dtype=dtype) for v in (0.0, 1.0, 0.0, height, slope, slope)))
+        for dtype in (torch.float32, torch.float64)
+    )
+    exact = double.inverse(theta.double() * height)
+    rounding = 1.2e-7 * (1 + height * torch.exp(-double.log_slope(exact)))  # of the result, and of theta before
+    assert ((single.inverse(theta * height) - exact).abs() < rounding).all()
+    common = theta * (2 * slope - 2 * height)
+    a, b, c = height - slope + common, slope - common, -height * theta
+    textbook = 2 * c / (-b - (b**2 - 4 * a * c).clamp(min=0).sqrt())
+    assert ((textbook - exact).abs() > 1000 * rounding).any()
+
+
+@pytest.mark.parametrize("tails", TAILS)
+def test_the_derivative_is_continuous_at_knots_and_ends(tails):
+    spline = RationalQuadratic(5, 2.0, tails)
+    h = 2 * torch.randn(1, spline.parameters, dtype=torch.float64)
+    knots, _, slopes = knots_of(spline, h[0])
+    at = torch.tensor(knots, dtype=torch.float64).unsqueeze(1)
+    for side in (-1e-10, 0, 1e-10):
+        slope = spline.log_slope(at + side, h, 1).exp()
+        assert_close(slope.flatten(), torch.tensor(slopes, dtype=torch.float64), rtol=1e-6, atol=0)
+
+
+def test_circular_tails_map_the_circle():
+    spline = RationalQuadratic(4, math.pi, "circular")
+    x, h = draw(spline, 50, 1)
+    x = x.detach().remainder(2 * math.pi) - math.pi
+    y, log_slope = spline.forward_and_log_slope(x, h, 1)
+    assert y.abs().max() <= math.pi
+    for turns in (-3, 1, 2):
+        further = x + 2 * math.pi * turns
+        assert_close(spline.forward(further, h, 1), y + 2 * math.pi * turns)
+        assert_close(spline.log_slope(further, h, 1), log_slope)
+        assert_close(spline.inverse(y + 2 * math.pi * turns, h, 1), further)
+
+
+@pytest.mark.parametrize("tails", TAILS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_extreme_values_and_knots_have_finite_gradients(tails, dtype):
+    spline = RationalQuadratic(8, 3.0, tails)
+    knots = torch.linspace(-3, 3, 9, dtype=dtype)  # of h = 0
+    beside = torch.cat(
+        (knots.nextafter(torch.tensor(9.0, dtype=dtype)), knots.nextafter(torch.tensor(-9.0, dtype=dtype)))
+    )
+    x = torch.cat((knots, beside, torch.tensor([-1e6, 1e6, -0.0], dtype=dtype))).unsqueeze(1).requires_grad_()
+    for size in (0, 1):
+        h = (size * torch.randn(1, spline.parameters, dtype=dtype)).requires_grad_()
+        y, log_slope = spline.forward_and_log_slope(x, h, 1)
+        back = spline.inverse(y, h, 1)
+        assert_close(back, x, rtol=1e-5 if dtype is torch.float32 else 1e-12, atol=1e-5)
+        for outputs in (y, log_slope, back):
+            gradients = torch.autograd.grad(outputs.sum(), (x, h), create_graph=True)
+            assert all(g.isfinite().all() for g in gradients)
+            seconds = torch.autograd.grad(sum(g.sum() for g in gradients), (x, h), retain_graph=True)
+            assert all(g.isfinite().all() for g in seconds)
+
+
+def test_nan_and_infinity_pass():
+    h = torch.randn(1, NARROW.parameters)
+    x = torch.tensor([[math.nan], [math.inf], [-math.inf]])
+    for y in (NARROW.forward(x, h, 1), NARROW.inverse(x, h, 1)):
+        assert_close(y, x, equal_nan=True)
+    assert_close(NARROW.log_slope(x, h, 1), torch.tensor([[math.nan], [0.0], [0.0]]), equal_nan=True)
+
+
+@pytest.mark.parametrize("tails", TAILS)
+def test_gradients_of_both_orders_and_directions(tails):
+    spline = RationalQuadratic(3, 2.0, tails)
+    x, h = draw(spline, 3, 2, size=1.5)
+    for function in (spline.forward, spline.inverse, spline.log_slope):
+        assert gradcheck(function, (x, h, 1))
+        assert gradgradcheck(function, (x, h, 1))
+
+
+@pytest.mark.parametrize("tails", TAILS)
+def test_float32_agrees_with_float64(tails):
+    spline = RationalQuadratic(tails=tails)
+    x, h = (t.detach().float() for t in draw(spline, 500, 3, size=2.0))
+    for function in (spline.forward, spline.inverse, spline.log_slope):
+        assert_close(function(x, h, 1).double(), function(x.double(), h.double(), 1), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_halves_are_computed_in_float32(dtype):
+    x, h = (t.detach().to(dtype) for t in draw(NARROW, 50, 3))
+    y, log_slope = NARROW.forward_and_log_slope(x, h, 1)
+    assert (y.dtype, log_slope.dtype) == (dtype, torch.float32)
+    assert torch.equal(y, NARROW.forward(x.float(), h.float(), 1).to(dtype))
+    assert torch.equal(NARROW.inverse(x, h, 1), NARROW.inverse(x.float(), h.float(), 1).to(dtype))
+
+
+def test_autograd_keeps_two_numbers_for_each_bin():
+    spline = RationalQuadratic(64)
+    x, h = draw(spline, 10, 20)
+    sizes = {}
+
+    def pack(tensor):
+        sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        kept = spline.forward(x, h * 1.0, 1)
+    assert sum(sizes.values()) < (2 * 64 + 4 * 64 / 8 + 45) * x.numel() * 8
+    assert kept.shape == x.shape
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"bins": 1}, "Expected bins to be at least 2; got 1"),
+        ({"bound": 0}, "Expected bound to be positive and finite; got 0"),
+        ({"tails": "none"}, "Expected tails to be one of 'linear', 'circular'; got 'none'"),
+        ({"min_bin": 0.2}, "Expected min_bin to be below 0.125; got 0.2"),
+        ({"min_slope": 1.5}, "Expected min_slope to be below 1; got 1.5"),
+    ],
+)
+def test_options_are_checked(options, message):
+    with pytest.raises(ValueError, match=f"RationalQuadraticSpline: {message}"):
+        iz.RationalQuadraticSpline(3, **options)
+    with pytest.raises(ValueError, match=f"RationalQuadraticCoupling: {message}"):
+        iz.RationalQuadraticCoupling(nn.Linear(1, 1), **options)
+
+
+# ---- the layers -----------------------------------------------------------------------------------------------------
+
+
+def stack(depth, factor, **options):
+    """Couplings of 64 features with their default start, all conditioner weights times ``factor``."""
+    outputs = 32 * RationalQuadratic(**options).parameters
+    layers = []
+    for _ in range(depth):
+        nets = (nn.Sequential(nn.Linear(32, 64), nn.Tanh(), nn.Linear(64, outputs)) for _ in range(2))
+        layers += [iz.RationalQuadraticCoupling(*nets, **options), iz.Shuffle(64)]
+    net = iz.InvertibleSequential(*layers)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.mul_(factor)
+    return net
+
+
+@pytest.mark.parametrize("tails", TAILS)
+@pytest.mark.parametrize(("depth", "factor", "error"), [(64, 1, 5e-5), (16, 3, 2e-4)])
+@torch.no_grad()
+def test_deep_stacks_come_back_in_float32(tails, depth, factor, error):
+    net, x = stack(depth, factor, tails=tails), torch.randn(128, 64)
+    assert (net.inverse(net(x)) - x).abs().max() < error
+
+
+@pytest.mark.parametrize("tails", TAILS)
+def test_coupling_moves_each_half_by_the_other(tails):
+    spline = RationalQuadratic(4, 2.0, tails, gain=0.1)
+    f, g = (nn.Linear(2, 2 * spline.parameters).double() for _ in range(2))
+    layer = iz.RationalQuadraticCoupling(f, g, bins=4, bound=2.0, tails=tails)
+    x = torch.randn(5, 4, dtype=torch.float64)
+    x1, x2 = x.chunk(2, 1)
+    y1 = spline.forward(x1, f(x2), 1)
+    assert_close(layer(x), torch.cat((y1, spline.forward(x2, g(y1), 1)), 1))
+    jacobians = torch.func.vmap(torch.func.jacrev(lambda v: layer.function(v[None])[0]))(x)
+    assert_close(layer.forward_and_log_det(x)[1], torch.linalg.slogdet(jacobians)[1])
+    assert_close(layer.inverse_and_log_det(layer(x))[1], -torch.linalg.slogdet(jacobians)[1])
+
+
+def test_zero_init_starts_at_the_identity():
+    layer = iz.RationalQuadraticCoupling(nn.Linear(2, 46), nn.Linear(2, 46), zero_init=True)
+    x = torch.randn(5, 4)
+    assert_close(layer(x), x, rtol=0, atol=1e-6)
+
+
+def test_each_feature_has_a_spline_of_its_own_and_the_context_adds_to_it():
+    layer = iz.RationalQuadraticSpline(3, bins=4, conditioner=nn.Linear(2, 33), dtype=torch.float64).double()
+    plain = iz.RationalQuadraticSpline(3, bins=4, dtype=torch.float64)
+    assert layer.weight.shape == (11, 3)
+    x, context = torch.randn(5, 3, 2, dtype=torch.float64), torch.randn(5, 2, dtype=torch.float64)
+    assert_close(plain(x), x)
+    for each in (plain, layer):
+        nn.init.normal_(each.weight)
+    h = layer.weight.flatten() + layer.conditioner(context)
+    assert_close(layer(x, context=context), layer.map.forward(x, h.unsqueeze(2), 1))
+    nn.init.zeros_(layer.conditioner.weight)
+    nn.init.zeros_(layer.conditioner.bias)
+    plain.load_state_dict({"weight": layer.weight})
+    assert_close(layer(x, context=context), plain(x))
+    with pytest.raises(TypeError, match="RationalQuadraticSpline: Expected context to be"):
+        layer(x)
+    with pytest.raises(ValueError, match=r"RationalQuadraticSpline: Expected input to have size 3 in dim 1"):
+        plain(x[:, :2])
+
+
+@pytest.mark.parametrize("with_log_det", [False, True])
+def test_a_conditioner_runs_once_forward_and_once_in_backward(with_log_det):
+    net, calls = nn.Linear(2, 69), []
+
+    def conditioner(context):
+        calls.append(1)
+        return net(context)
+
+    layer = iz.RationalQuadraticSpline(3, conditioner=conditioner, check="never")
+    x, context = torch.randn(5, 3, requires_grad=True), torch.randn(5, 2, requires_grad=True)
+    run = layer.forward_and_log_det if with_log_det else lambda *a, **k: (layer(*a, **k),)
+    sum(v.sum() for v in run(x * 1, context=context)).backward()
+    assert len(calls) == 2
+    assert context.grad.abs().sum() > 0
+
+
+def test_autocast_leaves_the_precision():
+    layer = iz.RationalQuadraticCoupling(nn.Linear(2, 46))
+    x = torch.randn(50, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, log_det = layer.forward_and_log_det(x)
+        assert (y.dtype, log_det.dtype) == (torch.float32, torch.float32)
+        assert_close(layer.inverse(y), x, rtol=1e-5, atol=1e-5)
