@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 
+from invzoo.containers import InvertibleSequential
 from invzoo.layers.permutation import Deinterleave, Interleave, Permute, Reverse, Shuffle, Swap
+from invzoo.layers.split import Merge, Partition, Split
 from invzoo.module import InvertibleModule, mode
 
 
@@ -56,6 +58,10 @@ def same(x: Tensor, y: Tensor) -> bool:
     return x.dtype == y.dtype and x.shape == y.shape and x.detach().numpy().tobytes() == y.detach().numpy().tobytes()
 
 
+def no_log_det(log_det: Tensor, batch: int, dtype: torch.dtype = torch.float64) -> bool:
+    return log_det.dtype == dtype and log_det.tolist() == [0] * batch
+
+
 @st.composite
 def cases(draw: st.DrawFn) -> tuple[Tensor, int]:
     """Draw a tensor, of which any dim but the one permuted may be empty, and that dim, counted from either end."""
@@ -93,6 +99,7 @@ def test_any_bits_are_moved_as_they_are(name: str, direction: str) -> None:
     assert same(getattr(layer, {"function": "inverse", "inverse": "function"}[direction])(y), x)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # torch's own, in forward AD
 @every
 @directions
 @pytest.mark.parametrize("n", [2, 5, 6])
@@ -141,6 +148,78 @@ def test_a_replay_reindexes_once(make: Callable, again: bool, monkeypatch: pytes
     assert sizes == [6, 0]
     monkeypatch.undo()
     assert same(gradient, layer.inverse(torch.arange(6.0).reshape(2, 3)))
+
+
+@every
+@pytest.mark.parametrize("dim", [1, -1, 0])
+@pytest.mark.parametrize("kind", ["store", "recompute", "invert"])
+@pytest.mark.parametrize("inverted", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.complex128, torch.int64])
+def test_log_dets_are_zeros(name: str, dim: int, kind: str, inverted: bool, dtype: torch.dtype) -> None:
+    layer, x = MAKE[name](5, dim, mode=kind), torch.randn(5, 5).mul(10).to(dtype)
+    x.requires_grad_(dtype.is_floating_point)
+    swapped = layer.inv if inverted else layer
+    y, log_det = swapped.forward_and_log_det(x)
+    assert same(y.resolve_conj(), swapped.function(x))
+    expected = torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32
+    assert no_log_det(log_det, 5, expected)
+    assert not log_det.requires_grad
+    back, log_det = swapped.inverse_and_log_det(y)
+    assert same(back, x)
+    assert no_log_det(log_det, 5, expected)
+    if dtype.is_floating_point:
+        (gradient,) = torch.autograd.grad((y * y.detach()).sum() + log_det.sum(), x)
+        assert same(gradient, x)
+
+
+@pytest.mark.parametrize("kind", ["store", "recompute", "invert"])
+@pytest.mark.parametrize("inverted", [False, True])
+def test_the_log_det_of_streams_is_that_of_a_sample(kind: str, inverted: bool) -> None:
+    a, b = torch.randn(3, 2, dtype=torch.float64, requires_grad=True), torch.randn(3, 4, 5, dtype=torch.float64)
+    layer = Swap(mode=kind)
+    (first, second), log_det = (layer.inv if inverted else layer).forward_and_log_det(a, b)
+    assert same(first, b)
+    assert same(second, a)
+    assert no_log_det(log_det, 3)
+    (first, second), log_det = layer.inverse_and_log_det(b, a)
+    assert no_log_det(log_det, 3)
+    (second.sum() + first.sum()).backward()
+    assert a.grad.unique().tolist() == [1]
+
+
+@pytest.mark.parametrize("kind", ["store", "recompute", "invert"])
+@pytest.mark.parametrize("split", ["half", "interleave", (1, 4), 0.7])
+def test_log_dets_of_split_and_merge_are_zeros(kind: str, split: Any) -> None:
+    x = torch.randn(3, 5, 2, dtype=torch.float64, requires_grad=True)
+    cut, glue = Split(split=split, mode=kind), Merge(split=split, mode=kind)
+    for divide, merge in ((cut, glue), (cut, cut.inv), (glue.inv, glue)):
+        streams, first = divide.forward_and_log_det(x)
+        assert [s.shape[1] for s in streams] == [*Partition(split).sizes(5)]
+        back, second = merge.forward_and_log_det(*streams)
+        assert same(back, x)
+        for log_det in (first, second, divide.inverse_and_log_det(*streams)[1], merge.inverse_and_log_det(x)[1]):
+            assert no_log_det(log_det, 3)
+        (gradient,) = torch.autograd.grad((back * x.detach()).sum(), x)
+        assert same(gradient, x)
+
+
+def test_chains_on_streams_add_zeros() -> None:
+    x = torch.randn(3, 4, dtype=torch.float64)
+    net = InvertibleSequential(Split(), Swap(), Merge(), Permute([3, 0, 1, 2]), Reverse())
+    y, log_det = net.forward_and_log_det(x)
+    assert same(y, x[:, [1, 0, 3, 2]])
+    assert no_log_det(log_det, 3)
+    (a, b), log_det = InvertibleSequential(Split(), Swap()).forward_and_log_det(x)
+    assert same(torch.cat((b, a), 1), x)
+    assert no_log_det(log_det, 3)
+
+
+@every
+def test_a_scalar_has_no_batch_for_a_log_det(name: str) -> None:
+    with pytest.raises(ValueError, match=f"^{name.capitalize()}: Expected x to have a dim 1; got shape"):
+        MAKE[name](2).forward_and_log_det(torch.tensor(1.0))
+    with pytest.raises(ValueError, match="^Swap: Expected input to be a Tensor with a batch dim"):
+        Swap().log_det(torch.tensor(1.0), torch.tensor(2.0))
 
 
 @pytest.mark.parametrize("name", WITHOUT_SIZE)
