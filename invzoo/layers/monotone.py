@@ -110,8 +110,9 @@ class UnconstrainedMonotonic(PerFeature):
 
     n is a net with one hidden layer, of its own for each feature: ``m tanh(net(t) / m)``, ``net(t) = sum of v tanh(w t
     + b), + d``. Beyond ``tail_bound`` on either side the slope stays what it is there. The quadrature is that of
-    Clenshaw and Curtis, its derivative in x that of the integral. At the start it is the identity. The inverse takes
-    many evaluations, so mode ``invert`` keeps the input.
+    Clenshaw and Curtis, its derivative in x that of the integral. A net that bends within less than
+    tail_bound / order needs a higher ``order``. At the start it is the identity. The inverse takes many evaluations, so
+    mode ``invert`` keeps the input.
 
     Shapes: x and y (B, features, ...), or with the features in ``dim``.
 

@@ -41,12 +41,13 @@ def newton(curve: Curve, slope: Curve, y: Tensor, low: Tensor, high: Tensor, gue
     x, last = guess, high - low
     for _ in range(steps):
         residual = curve(x) - y
+        settled = settled | (residual == 0)
         low, high = torch.where(residual < 0, x, low), torch.where(residual > 0, x, high)
         step = residual / slope(x)
         fast = (x - step >= low) & (x - step <= high) & (step.abs() <= last / 2)
         following = torch.where(fast, x - step, low + (high - low) / 2)
         x, last = torch.where(settled, x, following), (following - x).abs()
-        settled = settled | (last <= 2 * eps * x.abs()) | (residual == 0)
+        settled = settled | (last <= 2 * eps * x.abs())
         if readable(x) and settled.all():
             break
     return x

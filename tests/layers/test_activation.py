@@ -398,9 +398,15 @@ def test_sneaky_relu_cancels_nothing(slope: float, dtype: torch.dtype) -> None:
 def test_sneaky_relu_is_smooth_where_its_inverse_changes_form() -> None:
     layer = SneakyReLU(0.25)
     y = torch.tensor([-0.375, -0.375 - 1e-9, -0.375 + 1e-9, 0.0], dtype=torch.float64, requires_grad=True)
-    assert layer.inverse(y).isfinite().all()
+    assert torch.autograd.grad(layer.inverse(y).sum(), y)[0].isfinite().all()
     assert gradcheck(layer.inverse, y)
     assert gradgradcheck(layer.inverse, y)
+
+
+def test_sneaky_relu_has_gradients_where_the_form_that_is_not_taken_is_singular() -> None:
+    y = torch.tensor([-0.5], dtype=torch.float64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(SneakyReLU(0.5).inverse(y).sum(), y)
+    assert_close(gradient, SneakyReLU(0.5).log_det(SneakyReLU(0.5).inverse(y)).neg().exp())
 
 
 @pytest.mark.parametrize(("slope", "message"), [(0, "positive and finite; got 0"), (1, "below 1; got 1")])

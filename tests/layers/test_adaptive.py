@@ -131,6 +131,9 @@ def test_features_may_be_in_any_dim_but_the_first(name: str) -> None:
     last.load_state_dict(layer.state_dict())
     assert_close(last(x.movedim(1, -1)).movedim(-1, 1), layer(x))
     assert list(layer.state_dict()) == ["weight"]
+    layer.conditioner = last.conditioner = lambda context: context
+    given = torch.randn(2, layer.weight.numel(), dtype=torch.float64)
+    assert_close(last(x.movedim(1, -1), context=given).movedim(-1, 1), layer(x, context=given))
 
 
 @every
