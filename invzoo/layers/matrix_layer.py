@@ -148,7 +148,7 @@ class MatrixLayer(InvertibleModule):
 
     def _operation(self) -> Operation:
         operation = super()._operation()
-        if not isinstance(self.conditioner, nn.Module | None):
+        if not (self.conditioner is None or isinstance(self.conditioner, nn.Module)):
             operation.roots = (self, *modules_of(self.conditioner))
         return operation
 
@@ -164,7 +164,7 @@ class MatrixLayer(InvertibleModule):
 
     @property
     def _parameter(self) -> Tensor:
-        return next(self.matrix.parameters())
+        return getattr(self.matrix, self.matrix.names[0])
 
     @property
     def _shift(self) -> Tensor:
