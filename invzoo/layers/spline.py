@@ -15,7 +15,6 @@ where ``u > 0``, and ``t / (t + 2 s (1 - theta))`` elsewhere.
 
 import math
 from dataclasses import dataclass
-from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -140,8 +139,10 @@ class RationalQuadratic(Map):
         widths, heights, slopes = h.split((k, k, self.parameters - 2 * k), dim)
         widths, heights = self._sizes(widths), self._sizes(heights)
         index = _count_knots(heights if of_output else widths, (value / self.bound + 1) / 2, dim)
-        sides = (_side(sizes, index, dim, self.bound) for sizes in (widths, heights))
-        return _Bin(*chain(*sides), self._slope(slopes, index, dim), self._slope(slopes, index + 1, dim))
+        left, width = _side(widths, index, dim, self.bound)
+        bottom, height = _side(heights, index, dim, self.bound)
+        first, last = self._slope(slopes, index, dim), self._slope(slopes, index + 1, dim)
+        return _Bin(left, width, bottom, height, first, last)
 
     def _sizes(self, h: Tensor) -> Tensor:
         """Return sizes in units of their sum, between 1 / sqrt(ratio) and sqrt(ratio), and 1 where ``h = 0``."""
