@@ -42,15 +42,19 @@ def in_words(domain: constraints.Constraint) -> str:
         '[0, 1]'
     """
     domain = elementwise(domain)
-    low, high = (f"{end:g}" if isinstance(end, float | int) else f"{end}" for end in bounds(domain))
-    forms = {
+    if domain is constraints.real or domain is constraints.real_vector:
+        return "real"
+    ends = (getattr(domain, name, None) for name in ("lower_bound", "upper_bound"))
+    low, high = (f"{end:g}" if isinstance(end, float | int) else f"{end}" for end in ends)
+    forms: dict[Any, str] = {
         constraints.interval: f"[{low}, {high}]",
         constraints.half_open_interval: f"[{low}, {high})",
         constraints.greater_than: f"> {low}",
         constraints.greater_than_eq: f">= {low}",
         constraints.less_than: f"< {high}",
+        constraints.integer_interval: f"integers in [{low}, {high}]",
     }
-    return next((form for kind, form in forms.items() if isinstance(domain, kind)), "real")
+    return next((form for kind, form in forms.items() if isinstance(domain, kind)), str(domain))
 
 
 def draw_from(domain: constraints.Constraint, shape: Shape, generator: Generator) -> Tensor:

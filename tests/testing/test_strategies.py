@@ -13,7 +13,7 @@ from torch.distributions import constraints
 import invzoo as iz
 from invzoo import testing
 from invzoo.testing import strategies
-from invzoo.testing.inputs import bounds, draw_from, elementwise
+from invzoo.testing.inputs import bounds, draw_from, elementwise, in_words
 
 QUICK = settings(max_examples=15, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 DOMAINS = [
@@ -65,6 +65,13 @@ def test_draws_lie_in_the_domain_away_from_its_ends(domain):
     assert low is None or (x - low).min() > 1e-3
     assert high is None or (high - x).min() > 1e-3
     assert x.std() > 0.1
+
+
+def test_domains_in_words():
+    words = ["real", "[0, 1]", "[-2, 3]", "> 0", "> 2", "< -1", ">= 0", "> 0"]
+    assert [in_words(domain) for domain in DOMAINS] == words
+    assert in_words(constraints.integer_interval(0, 7)) == "integers in [0, 7]"
+    assert in_words(constraints.simplex) == "Simplex()"
 
 
 def test_a_domain_without_bounds_is_refused():
