@@ -81,7 +81,7 @@ class RationalQuadratic(Map):
     tails: str = "linear"
     min_bin: float = 1e-2
     min_slope: float = 1e-2
-    gain: float = 1.0
+    gain: float = 0.1
 
     @property
     def parameters(self) -> int:

@@ -73,7 +73,7 @@ class RationalQuadraticCoupling(Coupling):
         zero_init: bool = False,
         **options: Any,
     ) -> None:
-        spline = RationalQuadratic(bins, bound, tails, min_bin, min_slope, gain=0.1)
+        spline = RationalQuadratic(bins, bound, tails, min_bin, min_slope)
         super().__init__(spline, f, g, dim=dim, split=split, swap=swap, **options)
         for net in (f, g) if zero_init else ():
             zero_last(net)
@@ -84,7 +84,8 @@ class RationalQuadraticSpline(ElementwiseMap):
 
     A spline of rational quadratic pieces maps [-bound, bound] onto itself; its inverse has a closed form. The weight
     has a row for the width of each bin, then for each height, and then for the slope at each knot. With a conditioner,
-    the parameters are the layer's own plus what it returns, so one that returns zeros changes nothing.
+    the parameters are the layer's own plus what it returns, so one that returns zeros changes nothing. The spline
+    depends on 0.1 times their sum, and its bins and slopes are bounded, as in :class:`RationalQuadraticCoupling`.
 
     Shapes: ``(B, ...) -> (B, ...)`` with ``features`` in ``dim``. The conditioner returns ``(B, n * features)`` for
     the n rows of the weight, those of one row side by side, or the shape of x with that in ``dim``, or one that

@@ -12,7 +12,13 @@ import invzoo as iz
 from invzoo.layers.spline import RationalQuadratic, _Bin
 
 TAILS = ["linear", "circular"]
-NARROW = RationalQuadratic(5, 2.0)
+
+
+def spline_of(*args, gain=1.0, **options):
+    return RationalQuadratic(*args, gain=gain, **options)
+
+
+NARROW = spline_of(5, 2.0)
 
 
 def draw(spline, *shape, size=3.0, dtype=torch.float64):
@@ -72,7 +78,7 @@ def reference_inverse(spline, y, h):
 @pytest.mark.parametrize("tails", TAILS)
 @pytest.mark.parametrize(("bins", "bound", "gain"), [(2, 1.0, 1.0), (5, 3.0, 1.0), (8, 2.5, 0.3)])
 def test_agrees_with_the_papers_formulas(tails, bins, bound, gain):
-    spline = RationalQuadratic(bins, bound, tails, gain=gain)
+    spline = spline_of(bins, bound, tails, gain=gain)
     x, h = draw(spline, 60, 1)
     wanted = [reference(spline, a, b) for a, b in zip(x.flatten().tolist(), h)]
     y, log_slope = spline.forward_and_log_slope(x, h, 1)
@@ -89,7 +95,7 @@ def test_agrees_with_the_papers_formulas(tails, bins, bound, gain):
 @pytest.mark.parametrize("tails", TAILS)
 @pytest.mark.parametrize("dim", [1, 2, -1])
 def test_blocks_lie_along_dim_and_broadcast(tails, dim):
-    spline = RationalQuadratic(3, tails=tails)
+    spline = spline_of(3, tails=tails)
     x = torch.randn(2, 3, 4, dtype=torch.float64)
     shape = [1, 1, 1]
     shape[dim] = spline.parameters * x.shape[dim]
@@ -108,7 +114,7 @@ def test_blocks_lie_along_dim_and_broadcast(tails, dim):
 @pytest.mark.parametrize("bins", [2, 7, 8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_zero_parameters_are_the_identity(tails, bins, dtype):
-    spline = RationalQuadratic(bins, tails=tails)
+    spline = spline_of(bins, tails=tails)
     x = torch.linspace(-4, 4, 201, dtype=dtype).view(-1, 1)
     h = torch.zeros(1, spline.parameters, dtype=dtype)
     rounding = {"rtol": 0, "atol": 8 * torch.finfo(dtype).eps}
@@ -121,7 +127,7 @@ def test_zero_parameters_are_the_identity(tails, bins, dtype):
 @pytest.mark.parametrize("tails", TAILS)
 @pytest.mark.parametrize("size", [1.0, 5.0, 1e30, math.inf])
 def test_increases_and_comes_back_whatever_the_parameters(tails, size):
-    spline = RationalQuadratic(tails=tails)
+    spline = spline_of(tails=tails)
     h = (torch.randn(4, spline.parameters, 1, dtype=torch.float64) * size).nan_to_num(
         nan=0.0, posinf=size, neginf=-size
     )
@@ -153,7 +159,7 @@ def test_the_inverse_has_no_cancellation():
 
 @pytest.mark.parametrize("tails", TAILS)
 def test_the_derivative_is_continuous_at_knots_and_ends(tails):
-    spline = RationalQuadratic(5, 2.0, tails)
+    spline = spline_of(5, 2.0, tails)
     h = 2 * torch.randn(1, spline.parameters, dtype=torch.float64)
     knots, _, slopes = knots_of(spline, h[0])
     at = torch.tensor(knots, dtype=torch.float64).unsqueeze(1)
@@ -163,7 +169,7 @@ def test_the_derivative_is_continuous_at_knots_and_ends(tails):
 
 
 def test_circular_tails_map_the_circle():
-    spline = RationalQuadratic(4, math.pi, "circular")
+    spline = spline_of(4, math.pi, "circular")
     x, h = draw(spline, 50, 1)
     x = x.detach().remainder(2 * math.pi) - math.pi
     y, log_slope = spline.forward_and_log_slope(x, h, 1)
@@ -178,7 +184,7 @@ def test_circular_tails_map_the_circle():
 @pytest.mark.parametrize("tails", TAILS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_extreme_values_and_knots_have_finite_gradients(tails, dtype):
-    spline = RationalQuadratic(8, 3.0, tails)
+    spline = spline_of(8, 3.0, tails)
     knots = torch.linspace(-3, 3, 9, dtype=dtype)  # of h = 0
     beside = torch.cat(
         (knots.nextafter(torch.tensor(9.0, dtype=dtype)), knots.nextafter(torch.tensor(-9.0, dtype=dtype)))
@@ -206,7 +212,7 @@ def test_nan_and_infinity_pass():
 
 @pytest.mark.parametrize("tails", TAILS)
 def test_gradients_of_both_orders_and_directions(tails):
-    spline = RationalQuadratic(3, 2.0, tails)
+    spline = spline_of(3, 2.0, tails)
     x, h = draw(spline, 3, 2, size=1.5)
     for function in (spline.forward, spline.inverse, spline.log_slope):
         assert gradcheck(function, (x, h, 1))
@@ -215,7 +221,7 @@ def test_gradients_of_both_orders_and_directions(tails):
 
 @pytest.mark.parametrize("tails", TAILS)
 def test_float32_agrees_with_float64(tails):
-    spline = RationalQuadratic(tails=tails)
+    spline = spline_of(tails=tails)
     x, h = (t.detach().float() for t in draw(spline, 500, 3, size=2.0))
     for function in (spline.forward, spline.inverse, spline.log_slope):
         assert_close(function(x, h, 1).double(), function(x.double(), h.double(), 1), rtol=1e-4, atol=1e-4)
@@ -231,7 +237,7 @@ def test_halves_are_computed_in_float32(dtype):
 
 
 def test_autograd_keeps_two_numbers_for_each_bin():
-    spline = RationalQuadratic(64)
+    spline = spline_of(64)
     x, h = draw(spline, 10, 20)
     sizes = {}
 
@@ -287,9 +293,20 @@ def test_deep_stacks_come_back_in_float32(tails, depth, factor, error):
     assert (net.inverse(net(x)) - x).abs().max() < error
 
 
+@torch.no_grad()
+def test_deep_stacks_of_conditioned_splines_come_back_in_float32():
+    layers = []
+    for _ in range(64):
+        net = nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 64 * 23))
+        layers += [iz.RationalQuadraticSpline(64, conditioner=net), iz.InvertibleLinear(64)]
+        nn.init.normal_(layers[-2].weight, std=0.5)
+    net, x, context = iz.InvertibleSequential(*layers), torch.randn(64, 64), torch.randn(64, 8)
+    assert (net.inverse(net(x, context=context), context=context) - x).abs().max() < 1e-4
+
+
 @pytest.mark.parametrize("tails", TAILS)
 def test_coupling_moves_each_half_by_the_other(tails):
-    spline = RationalQuadratic(4, 2.0, tails, gain=0.1)
+    spline = RationalQuadratic(4, 2.0, tails)
     f, g = (nn.Linear(2, 2 * spline.parameters).double() for _ in range(2))
     layer = iz.RationalQuadraticCoupling(f, g, bins=4, bound=2.0, tails=tails)
     x = torch.randn(5, 4, dtype=torch.float64)
