@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from .log_dets import LogDets
 from .module import InvertibleModule
 from .shapes import output_shapes
 
-__all__ = ["InvertibleSequential", "MultiScale", "Parallel", "Repeat"]
+__all__ = ["Chain", "InvertibleSequential", "MultiScale", "Parallel", "Repeat", "set_options"]
 
 
 class _Composite(InvertibleModule):
@@ -37,20 +38,24 @@ class _Composite(InvertibleModule):
         """Undo :meth:`_there`."""
 
     def function(self, *inputs: Any, **side: Any) -> Any:
-        self.side_names().check(self, side)
+        if side:
+            self.side_names().check(self, side)
         return self._there(inputs, side, None)
 
     def inverse(self, *outputs: Any, **side: Any) -> Any:
-        self.side_names().check(self, side)
+        if side:
+            self.side_names().check(self, side)
         return self._back(outputs, side, None)
 
     def function_and_log_det(self, *inputs: Any, **side: Any) -> tuple[Any, Tensor]:
-        self.side_names().check(self, side)
+        if side:
+            self.side_names().check(self, side)
         outputs = self._there(inputs, side, log_dets := LogDets())
         return outputs, log_dets.total(self, inputs)
 
     def inverse_and_log_det(self, *outputs: Any, **side: Any) -> tuple[Any, Tensor]:
-        self.side_names().check(self, side)
+        if side:
+            self.side_names().check(self, side)
         inputs = self._back(outputs, side, log_dets := LogDets())
         return inputs, log_dets.total(self, outputs)
 
@@ -61,11 +66,15 @@ class _Composite(InvertibleModule):
         return [policy for _, layer in self._layers() for policy in layer._policies()] or [self._policy]
 
     @property
+    def bijective(self) -> bool:  # type: ignore[override]
+        return all(layer.bijective for _, layer in self._layers())
+
+    @property
     def volume_preserving(self) -> bool:  # type: ignore[override]
         return all(layer.volume_preserving for _, layer in self._layers())
 
 
-class _Chain(_Composite):
+class Chain(_Composite):
     """Layers one after the other. Abstract: a subclass says which.
 
     Neighbours that split one tensor into the same streams run on the streams, which are merged behind the last of them.
@@ -87,7 +96,7 @@ def _pass(
 ) -> Any:
     streams: Partition | None = None  # by which the values are the streams of one tensor
     for name, layer in layers:
-        with engine.place(f"layer {name} ({layer._name()})"):
+        with engine.place(partial(_place, "layer", name, layer)):
             wanted = _streams(layer, values, streams)
             if streams is not None and wanted != streams:
                 values, streams = (join(streams, values, layer._policy),), None
@@ -103,7 +112,8 @@ def _step(
     layer: InvertibleModule, values: tuple[Any, ...], side: dict[str, Any], log_dets: LogDets | None
 ) -> tuple[Any, ...]:
     """Run a layer on the side inputs that it takes; add its log-determinant to the list, if there is one."""
-    side = layer.side_names().choose(side)
+    if side:
+        side = layer.side_names().choose(side)
     if log_dets is None or layer.volume_preserving:
         return engine.tuple_of(layer(*values, **side))
     outputs, log_det = layer.forward_and_log_det(*values, **side)
@@ -111,11 +121,15 @@ def _step(
     return engine.tuple_of(outputs)
 
 
+def _place(kind: str, name: str, layer: InvertibleModule) -> str:
+    return f"{kind} {name} ({layer._name()})"
+
+
 def _one_or_all(values: Sequence[Any]) -> Any:
     return values[0] if len(values) == 1 else tuple(values)
 
 
-class InvertibleSequential(_Chain, nn.Sequential):
+class InvertibleSequential(Chain, nn.Sequential):
     """Apply invertible layers one after the other; backward holds one activation, however many they are.
 
     It has `torch.nn.Sequential`'s interface (index, slice, append, named layers). Neighbouring couplings that split
@@ -141,7 +155,7 @@ class InvertibleSequential(_Chain, nn.Sequential):
         given = layers[0].items() if len(layers) == 1 and isinstance(layers[0], dict) else enumerate(layers)
         for name, layer in given:
             self.add_module(str(name), layer)
-        _set_options(self, options)
+        set_options(self, options)
 
     def add_module(self, name: str, module: nn.Module | None) -> None:
         super().add_module(name, _checked(self, f"layer {name}", module))
@@ -150,7 +164,7 @@ class InvertibleSequential(_Chain, nn.Sequential):
         return self._modules.items()  # type: ignore[return-value]
 
 
-class Repeat(_Chain):
+class Repeat(Chain):
     """Apply one layer several times, with the same weights: ``y = layer(layer(... layer(x)))``.
 
     Args:
@@ -173,7 +187,7 @@ class Repeat(_Chain):
         if not isinstance(times, int) or times < 0:
             refuse(self, "times", "be an int of at least 0", repr(times))
         self.layer, self.times = _checked(self, "layer", layer), times
-        _set_options(self, options)
+        set_options(self, options)
 
     def _layers(self) -> Iterable[tuple[str, InvertibleModule]]:
         return [(f"layer, time {i}", self.layer) for i in range(self.times)]
@@ -214,7 +228,7 @@ class Parallel(_Composite):
         self.dim, self.sizes = dim, None if sizes is None else tuple(sizes)
         two = len(layers) == 2  # then neighbours may leave it two streams
         self.streams = Partition(self.sizes or "half", dim) if two else None  # type: ignore[arg-type]
-        _set_options(self, options)
+        set_options(self, options)
 
     def _layers(self) -> Iterable[tuple[str, InvertibleModule]]:
         return self.layers.named_children()  # type: ignore[return-value]
@@ -245,7 +259,7 @@ class Parallel(_Composite):
             refuse(self, "inputs", f"be 1 or {len(layers)} tensors", len(values))
         outputs = []
         for (name, layer), value in zip(layers, values, strict=True):
-            with engine.place(f"layer {name} ({layer._name()})"):
+            with engine.place(partial(_place, "layer", name, layer)):
                 outputs += _step(layer, (value,), side, log_dets)
         return _one_or_all(outputs)
 
@@ -310,7 +324,7 @@ class MultiScale(_Composite):
         self.latent_shapes: list[torch.Size] | None = None
         if input_shape is not None:
             self.latent_shapes = [shape[1:] for shape in output_shapes(self, (1, *input_shape), {})]
-        _set_options(self, options)
+        set_options(self, options)
 
     def _layers(self) -> Iterable[tuple[str, InvertibleModule]]:
         return self.stages.named_children()  # type: ignore[return-value]
@@ -330,7 +344,7 @@ class MultiScale(_Composite):
     ) -> tuple[Tensor, ...]:
         latents: list[Tensor] = []
         for i, (name, stage) in enumerate(stages):
-            with engine.place(f"stage {name} ({stage._name()})"):
+            with engine.place(partial(_place, "stage", name, stage)):
                 if i:
                     operation = Operation("Split", self._let_go, self.partition.join, None, (), stage._policy)
                     going, latent = engine.call(operation, values, {})
@@ -349,7 +363,7 @@ class MultiScale(_Composite):
             refuse(self, "latents", f"be {len(self.stages)} tensors, one for each stage", len(values))
         *latents, x = values
         for i, (name, stage) in reversed([*enumerate(self._layers())]):
-            with engine.place(f"stage {name} ({stage._name()})"):
+            with engine.place(partial(_place, "stage", name, stage)):
                 (x,) = _step(stage.inv, (x,), side, log_dets)
                 if i:
                     x = join(self.partition, (x, latents.pop()), stage._policy)
@@ -390,7 +404,7 @@ def _checked(owner: nn.Module, argument: str, layer: Any) -> InvertibleModule:
     return layer
 
 
-def _set_options(owner: InvertibleModule, options: dict[str, Any]) -> None:
+def set_options(owner: InvertibleModule, options: dict[str, Any]) -> None:
     """Pass a container's options on to its layers."""
     for name, value in options.items():
         if name != "free_input":

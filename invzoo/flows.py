@@ -38,6 +38,8 @@ def as_transform(layer: InvertibleModule, event_dim: int | tuple[int, int] = 1, 
     """
     if not isinstance(layer, InvertibleModule):
         refuse("as_transform", "layer", "be an InvertibleModule", type(layer).__name__, TypeError)
+    if not layer.bijective:
+        refuse("as_transform", "layer", "be a bijection", f"a surjection, {type(layer).__name__}", TypeError)
     event_dims = (event_dim, event_dim) if isinstance(event_dim, int) else tuple(event_dim)
     if len(event_dims) != 2 or min(event_dims) < 1:
         refuse("as_transform", "event_dim", "be at least 1, or two such numbers", event_dim)

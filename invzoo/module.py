@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from types import FunctionType, MethodType
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -59,6 +61,7 @@ class InvertibleModule(nn.Module):
 
     domain: ClassVar[constraints.Constraint] = constraints.real
     codomain: ClassVar[constraints.Constraint] = constraints.real
+    bijective: ClassVar[bool] = True  # one-to-one and onto; a surjection is not
     volume_preserving: ClassVar[bool] = False
     saturating: ClassVar[bool] = False  # the inverse loses precision: mode invert keeps the input instead
     slow_inverse: ClassVar[bool] = False  # the inverse takes many evaluations: mode invert keeps the input instead
@@ -102,6 +105,19 @@ class InvertibleModule(nn.Module):
     def function_and_log_det(self, *inputs: Any, **side: Any) -> tuple[Any, Tensor]:
         """Compute both; override it where they share work."""
         return self.function(*inputs, **side), self.log_det(*inputs, **side)
+
+    def inverse_with_log_det(self, *outputs: Any, **side: Any) -> tuple[Any, Tensor]:
+        """Compute the inverse and the log-determinant of *its* Jacobian; override it where they share work."""
+        inputs = self.inverse(*outputs, **side)
+        return inputs, -self.log_det(*engine.tuple_of(inputs), **side)
+
+    def replay_with_log_det(self, tape: Tape, *outputs: Any, **side: Any) -> None:
+        """As :meth:`replay`, for both the function and its log-determinant."""
+        if _is_overridden(self, "function_and_log_det"):
+            tape.run(self.function_and_log_det, *tape.invert(*outputs), **side)
+        else:
+            self.replay(tape, *outputs, **side)
+            tape.run(self.log_det, *tape.inputs, **side)
 
     def forward(self, *inputs: Any, strict_forward: bool = False, **side: Any) -> Any:
         """Run :meth:`function` so that backward rebuilds what it needs."""
@@ -150,7 +166,7 @@ class InvertibleModule(nn.Module):
             function=self.function,
             inverse=self.inverse if self._has_inverse() else None,
             replay=self.replay,
-            roots=(self,),
+            roots=self._roots(),
             policy=self._policy,
             keeps_input=self.saturating or self.slow_inverse,
             takes_saved="saved" in SideNames.of(self.inverse).names,
@@ -161,17 +177,15 @@ class InvertibleModule(nn.Module):
             outputs, log_det = self.function_and_log_det(*inputs, **side)
             return *engine.tuple_of(outputs), log_det
 
-        def replay(tape: Tape, *outputs: Any, **side: Any) -> None:
-            if _is_overridden(self, "function_and_log_det"):
-                tape.run(self.function_and_log_det, *tape.invert(*outputs), **side)
-            else:
-                self.replay(tape, *outputs, **side)
-                tape.run(self.log_det, *tape.inputs, **side)
-
         operation = self._operation()
         operation.name, operation.log_det = f"{operation.name} (log_det)", True
-        operation.function, operation.replay = function, replay
+        operation.function, operation.replay = function, self.replay_with_log_det
         return operation
+
+    def _roots(self) -> tuple[nn.Module, ...]:
+        """Return the modules that :meth:`function` sees: this one, and those behind functions that it was given."""
+        functions = [value for value in vars(self).values() if isinstance(value, FunctionType | MethodType | partial)]
+        return (self, *engine.modules_of(*functions)) if functions else (self,)
 
     def _policies(self) -> list[Policy]:
         return [self._policy]
@@ -231,9 +245,9 @@ class Inverse(InvertibleModule):
     inverse = property(lambda self: self.layer.function)
     domain = property(lambda self: self.layer.codomain)
     codomain = property(lambda self: self.layer.domain)
+    bijective = property(lambda self: self.layer.bijective)
     volume_preserving = property(lambda self: self.layer.volume_preserving)
     saturating = property(lambda self: self.layer.saturating)
-    slow_inverse = property(lambda self: self.layer.slow_inverse)
     exact = property(lambda self: self.layer.exact)
     composite = property(lambda self: self.layer.composite)
     streams = property(lambda self: self.layer.streams)
@@ -245,8 +259,7 @@ class Inverse(InvertibleModule):
     def function_and_log_det(self, *inputs: Any, **side: Any) -> tuple[Any, Tensor]:
         if self.composite:
             return self.layer.inverse_and_log_det(*inputs, **side)
-        outputs = self.layer.inverse(*inputs, **side)
-        return outputs, -self.layer.log_det(*engine.tuple_of(outputs), **side)
+        return self.layer.inverse_with_log_det(*inputs, **side)
 
     def side_names(self) -> SideNames:
         return self.layer.side_names()

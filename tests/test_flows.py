@@ -94,6 +94,8 @@ def test_errors():
         iz.as_transform(nn.Linear(1, 1))
     with pytest.raises(ValueError, match="as_transform: Expected event_dim to be at least 1, or two such numbers; got"):
         iz.as_transform(iz.Identity(), 0)
+    with pytest.raises(TypeError, match="as_transform: Expected layer to be a bijection; got a surjection, Invertible"):
+        iz.as_transform(iz.InvertibleSequential(iz.Reverse(), iz.Augment(2)))
     transform = iz.as_transform(iz.InvertibleLinear(2, 3))
     with pytest.raises(TypeError, match="InvertibleLinear: Expected layer to be a bijection with a log-determinant"):
         transform.log_abs_det_jacobian(torch.ones(1, 2), torch.ones(1, 3))

@@ -84,20 +84,22 @@ def at_end_of_backward(callback: Callable[[], None]) -> None:
 
 
 def storage_key(tensor: Tensor) -> int | None:
-    """Identify a tensor's storage while it lives; None for tensors without one (sparse, opaque)."""
+    """Identify a tensor's storage while it lives; None for tensors without one (sparse, opaque, lazy parameters)."""
     try:
         return tensor.untyped_storage()._cdata
-    except (NotImplementedError, RuntimeError):
+    except (NotImplementedError, RuntimeError, ValueError):
         return None
+
+
+_use_count: Callable[[int], int] | None = _private("_storage_Use_Count", None)
 
 
 def storage_owners(tensor: Tensor) -> int | None:
     """Count the tensors that own this tensor's storage; None where torch cannot tell, and then nothing is freed."""
-    count = _private("_storage_Use_Count", None)
-    if count is None:
+    if _use_count is None:
         return None
     storage = tensor.untyped_storage()  # this Python object owns it too
-    return count(storage._cdata) - 1
+    return _use_count(storage._cdata) - 1
 
 
 def deny_data(tensor: Tensor, message: str) -> None:
@@ -153,19 +155,33 @@ def is_fake(tensor: Tensor) -> bool:
 
 def same_state(a: Tensor, b: Tensor) -> bool:
     """Compare two states of a generator, which are real tensors even where others are fake."""
-    with torch._C._DisableTorchDispatch():
-        return torch.equal(a, b)
+    return _bytes_of(a) == _bytes_of(b)
 
 
 def digest(state: Tensor) -> int:
     """Sum up the state of a generator in one number."""
+    return hash(_bytes_of(state))
+
+
+def _bytes_of(state: Tensor) -> bytes:
     with torch._C._DisableTorchDispatch():
-        return hash(state.numpy().tobytes())
+        return state.numpy().tobytes()
+
+
+def plainly() -> contextlib.AbstractContextManager[Any]:
+    """Run operators as if no `vmap` were active and hooks were allowed: a graph made without them may be run inside."""
+    level = torch._C._vmapmode_increment_nesting()
+    torch._C._vmapmode_decrement_nesting()
+    if level == 1 and hooks_enabled() and not functorch_active():
+        return _NOTHING
+    return _cleared(level - 1)
+
+
+_NOTHING = contextlib.nullcontext()
 
 
 @contextlib.contextmanager
-def plainly() -> Iterator[None]:
-    """Run operators as if no `vmap` were active and hooks were allowed: a graph made without them may be run inside."""
+def _cleared(level: int) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         if functorch_active():
             from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack  # noqa: PLC0415 - is private
@@ -175,9 +191,7 @@ def plainly() -> Iterator[None]:
             message: Any = torch._C._autograd._saved_tensors_hooks_get_disabled_error_message()
             torch._C._autograd._saved_tensors_hooks_enable()
             stack.callback(torch._C._autograd._saved_tensors_hooks_disable, message)
-        level = torch._C._vmapmode_increment_nesting()
-        torch._C._vmapmode_decrement_nesting()
-        for _ in range(level - 1):
+        for _ in range(level):
             torch._C._vmapmode_decrement_nesting()
             stack.callback(torch._C._vmapmode_increment_nesting)
         yield

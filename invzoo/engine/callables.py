@@ -12,6 +12,8 @@ __all__ = ["SideNames", "modules_of"]
 
 def modules_of(*callables: Callable[..., Any] | None) -> list[nn.Module]:
     """Find the modules that functions are, are bound to, or close over; lists and dicts of modules count too."""
+    if len(callables) == 1 and isinstance(callables[0], nn.Module):
+        return [callables[0]]
     found: dict[int, nn.Module] = {}
     seen: set[int] = set()
     todo: list[Any] = [*callables]

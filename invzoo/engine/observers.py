@@ -45,13 +45,18 @@ class _Thread(threading.local):
 _thread = _Thread()
 _lock = threading.Lock()
 _Site = tuple[dict[int, Hook], int, Hook]
+_NOTHING = contextlib.nullcontext()
 
 
 def _sites(modules: Iterable[nn.Module]) -> list[_Site]:
     """Find the users' hooks on these modules and on all modules."""
-    tables = [t for m in modules for t in (m._forward_pre_hooks, m._forward_hooks) if t]
-    tables += [getattr(torch_module, name, {}) for name in ("_global_forward_pre_hooks", "_global_forward_hooks")]
-    tables = list({id(table): table for table in tables if table}.values())  # a shared module comes twice
+    tables = [getattr(torch_module, name, {}) for name in ("_global_forward_pre_hooks", "_global_forward_hooks")]
+    for m in modules:
+        tables += (m._forward_pre_hooks, m._forward_hooks)
+    tables = [table for table in tables if table]
+    if not tables:
+        return []
+    tables = list({id(table): table for table in tables}.values())  # a shared module comes twice
     found = [(t, key, hook.hook if isinstance(hook, _StandIn) else hook) for t in tables for key, hook in t.items()]
     return [site for site in found if not _is_torch(site[2])]
 
@@ -94,13 +99,13 @@ class Observers:
         self.modules = modules
         self.active: list[_Site] = []  # those whose hooks returned a value
 
-    @contextlib.contextmanager
-    def watched(self) -> Iterator[None]:
+    def watched(self) -> contextlib.AbstractContextManager[None]:
         """During forward: learn which hooks return a value, and keep what autograd saves inside them."""
         sites = _sites(self.modules)
-        if not sites:
-            yield
-            return
+        return self._watch(sites) if sites else _NOTHING
+
+    @contextlib.contextmanager
+    def _watch(self, sites: list[_Site]) -> Iterator[None]:
         returned: set[int] = set()
 
         def run(hook: Hook, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -113,14 +118,14 @@ class Observers:
             yield
         self.active = [site for site in sites if id(site[2]) in returned]
 
-    @contextlib.contextmanager
-    def silenced(self) -> Iterator[None]:
+    def silenced(self) -> contextlib.AbstractContextManager[None]:
         """During a replay: run torch's own hooks, and of the users' those alone that returned a value in forward."""
         gone = [(table, key) for table, key, _ in self.active if key not in table]
         sites = _sites(self.modules) + [(t, k, hook) for t, k, hook in self.active if (t, k) in gone]
-        if not sites:
-            yield
-            return
+        return self._silence(sites, gone) if sites else _NOTHING
+
+    @contextlib.contextmanager
+    def _silence(self, sites: list[_Site], gone: list[tuple[dict[int, Hook], int]]) -> Iterator[None]:
         active = {id(hook) for _, _, hook in self.active}
         with _standing_in(sites, lambda hook, *call: _run_apart(hook, *call) if id(hook) in active else None):
             yield

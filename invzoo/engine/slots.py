@@ -22,15 +22,8 @@ def key_of(tensor: Tensor) -> tuple[Any, ...]:
     storage = storage_key(tensor)
     if storage is None:
         return (None,)
-    return (
-        storage,
-        tensor.storage_offset(),
-        tensor.shape,
-        tensor.stride(),
-        tensor.dtype,
-        tensor.is_conj(),
-        tensor.is_neg(),
-    )
+    key = (storage, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)
+    return (*key, tensor.is_conj(), tensor.is_neg()) if tensor.is_complex() else (*key, tensor.is_neg())
 
 
 class Slot:

@@ -1,9 +1,8 @@
 """What one thread is doing: the calls that run, where they stand, and what kept graphs hold for a while."""
 
-import contextlib
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,7 +22,9 @@ from .slots import Slot
 if TYPE_CHECKING:
     from .call import Call
 
-__all__ = ["note", "place", "state", "steps_aside"]
+__all__ = ["Place", "note", "place", "state", "steps_aside"]
+
+Place = tuple[Any, ...]  # what describes the innermost place, and the place around it
 
 
 class _Kept:
@@ -61,30 +62,39 @@ class _State(threading.local):
 
     def __init__(self) -> None:
         self.packing: list[Any] = []  # the pack hooks of the calls that run right now
-        self.place: list[str] = []  # where in its containers the running layer stands, for errors
+        self.place: Place = ()  # where in its containers the running layer stands, for errors
         self.kept = _Kept()
 
 
 state = _State()
 
 
-@contextlib.contextmanager
-def place(name: str) -> Iterator[None]:
+class place:  # noqa: N801 - reads as the word that it is, like torch.no_grad
     """Say where the layers that run inside stand: errors, those of their replays too, carry it as a note."""
-    state.place.append(name)
-    try:
-        yield
-    except Exception as error:
-        note(error, state.place)
-        raise
-    finally:
-        state.place.pop()
+
+    __slots__ = ("_before", "_describe")
+
+    def __init__(self, describe: Callable[[], str]):
+        self._describe = describe
+
+    def __enter__(self) -> None:
+        self._before = state.place
+        state.place = (self._describe, self._before)
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, Exception):
+            note(error, state.place)
+        state.place = self._before
 
 
-def note(error: Exception, where: Sequence[str]) -> None:
+def note(error: Exception, where: Place) -> None:
     """Say in an error where it comes from, once."""
-    place = " of ".join(reversed(where))
-    if where and not any(known.endswith(place) for known in getattr(error, "__notes__", ())):
+    parts = []
+    while where:
+        describe, where = where
+        parts.append(describe())
+    place = " of ".join(parts)
+    if place and not any(known.endswith(place) for known in getattr(error, "__notes__", ())):
         error.add_note(f"in {place}")
 
 

@@ -37,18 +37,7 @@ def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
 
 
 class _Entry(NamedTuple):
-    """A parameter or buffer where a module keeps it, as it was before the call."""
-
-    table: dict[str, Any]
-    name: str
-    tensor: Tensor
-    version: int
-    copy: Tensor | None  # of a buffer
-    counted: bool  # whether every change of it moves its version
-
-
-class _Unchanged(NamedTuple):
-    """A parameter or buffer that the call left alone, as it must be found again."""
+    """A parameter or buffer where a module keeps it, as it was before the call and must be found again."""
 
     table: dict[str, Any]
     name: str
@@ -56,6 +45,14 @@ class _Unchanged(NamedTuple):
     version: int
     storage: int | None
     requires_grad: bool
+
+
+class _Buffer(NamedTuple):
+    """A buffer that the call may change."""
+
+    entry: _Entry
+    copy: Tensor
+    counted: bool  # whether every change of it moves its version
 
 
 class _State(NamedTuple):
@@ -93,33 +90,31 @@ class Surroundings:
     train and eval flags, the parameters, and the buffers that the call changed.
     """
 
-    __slots__ = ("autocast", "entries", "generators", "observers", "replaced", "training", "unchanged")
+    __slots__ = ("autocast", "buffers", "entries", "generators", "observers", "replaced", "training")
 
     def __init__(self, roots: Sequence[nn.Module], tensors: Sequence[Tensor], generators: Sequence[torch.Generator]):
         modules = walk(roots)
         self.training = [(m, m.training) for m in modules]
         self.observers = Observers(modules)
-        self.entries = [
-            _Entry(m._parameters, n, p, version_of(p), None, True)
-            for m in modules
-            for n, p in m._parameters.items()
-            if p is not None
-        ]
+        self.entries: list[_Entry] = []
+        self.buffers: list[_Buffer] = []
         for m in modules:
-            # F.batch_norm moves the running statistics without counting.
-            counted = not (m.training and isinstance(m, _NormBase))
+            for name, parameter in m._parameters.items():
+                if parameter is not None:
+                    self.entries.append(_entry(m._parameters, name, parameter))
             for name, buffer in m._buffers.items():
                 if buffer is not None:
-                    copy = buffer.detach().clone()
-                    self.entries.append(_Entry(m._buffers, name, buffer, version_of(buffer), copy, counted))
-        types, devices = {"cpu"}, set()
+                    # F.batch_norm moves the running statistics without counting.
+                    counted = not (m.training and isinstance(m, _NormBase))
+                    self.buffers.append(_Buffer(_entry(m._buffers, name, buffer), buffer.detach().clone(), counted))
+        types: tuple[str, ...] = ("cpu",)
+        devices: set[torch.device] = set()
         if has_accelerator():
-            devices = {t.device for t in tensors} | {e.tensor.device for e in self.entries}
-            devices = {d for d in devices if d.type not in ("cpu", "meta")}
-            types |= {d.type for d in devices}
+            held = [e.tensor for e in self.entries] + [b.copy for b in self.buffers]
+            devices = {t.device for t in (*tensors, *held) if t.device.type not in ("cpu", "meta")}
+            types = ("cpu", *{d.type for d in devices})
         self.generators = _generator_states(devices, generators)
         self.autocast = _autocast_state(types)
-        self.unchanged: list[_Unchanged] = []
         self.replaced: list[tuple[dict[str, Any], str, Tensor]] = []
 
     @property
@@ -132,23 +127,23 @@ class Surroundings:
         if not seed:
             self.generators = [g for g in self.generators if not same_state(g.state, g.get())]
         self.generators = [g._replace(end=digest(g.get())) for g in self.generators]
-        for table, name, tensor, version, copy, counted in self.entries:
-            now, moved = table.get(name), version_of(tensor) != version
-            if copy is None and moved:
+        for entry in self.entries:
+            if version_of(entry.tensor) != entry.version:
                 raise RuntimeError(
-                    f"Expected function not to change parameters in place; got a change of {name!r}. "
+                    f"Expected function not to change parameters in place; got a change of {entry.name!r}. "
                     "Change it outside the call, or use mode 'store'"
                 )
-            if copy is not None and (moved or not counted or now is not tensor):
-                self.replaced.append((table, name, copy))
-            elif not is_distributed(tensor):
-                # The graph of a functional_call's parameter may lead back here, so hold its data alone.
-                held = tensor if tensor.is_leaf else tensor.detach().requires_grad_()
-                self.unchanged.append(_Unchanged(table, name, held, version, storage_key(tensor), tensor.requires_grad))
-        self.entries = []
+        for entry, copy, counted in self.buffers:
+            moved = version_of(entry.tensor) != entry.version or entry.table.get(entry.name) is not entry.tensor
+            if moved or not counted:
+                self.replaced.append((entry.table, entry.name, copy))
+            else:
+                self.entries.append(entry)
+        self.entries = [_held(entry) for entry in self.entries if not is_distributed(entry.tensor)]
+        self.buffers = []
 
     def _check(self) -> None:
-        for entry in self.unchanged:
+        for entry in self.entries:
             if version_of(entry.tensor) != entry.version or storage_key(entry.tensor) != entry.storage:
                 raise RuntimeError(
                     f"Expected parameters and buffers to stay as they were between forward and backward; got a change "
@@ -176,17 +171,12 @@ class Surroundings:
     def restored(self) -> Iterator[None]:
         """Put everything back as it was, for as long as the context lasts."""
         self._check()
-        put = [e for e in self.unchanged if (now := e.table[e.name]) is not e.tensor and not is_distributed(now)]
-        toggled = [e for e in self.unchanged if e.tensor.requires_grad != e.requires_grad]
+        put = [e for e in self.entries if (now := e.table[e.name]) is not e.tensor and not is_distributed(now)]
+        toggled = [e for e in self.entries if e.tensor.requires_grad != e.requires_grad]
         flags = [(m, was, m.training) for m, was in self.training if m.training != was]
         states = [(g.set, g.get()) for g in self.generators]
         old = [(e.table, e.name, e.table.get(e.name)) for e in put] + [(t, n, t.get(n)) for t, n, _ in self.replaced]
-        with contextlib.ExitStack() as stack:
-            for device, enabled, dtype in self.autocast:
-                if enabled or torch.is_autocast_enabled(device):
-                    # Weights cast without gradients, by an inverse, must not be found by the function's run.
-                    stack.enter_context(torch.autocast(device, dtype, enabled, cache_enabled=False))
-            stack.enter_context(self.observers.silenced())
+        with self._autocast(), self.observers.silenced():
             try:
                 for entry in put:
                     entry.table[entry.name] = entry.tensor
@@ -205,3 +195,25 @@ class Surroundings:
                     entry.tensor.requires_grad_(not entry.requires_grad)
                 for table, name, now in reversed(old):
                     table[name] = now
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Set autocast as it was, on every device type."""
+        changes = [state for state in self.autocast if state[1] or torch.is_autocast_enabled(state[0])]
+        if not changes:
+            return contextlib.nullcontext()
+        stack = contextlib.ExitStack()
+        for device, enabled, dtype in changes:
+            # Weights cast without gradients, by an inverse, must not be found by the function's run.
+            stack.enter_context(torch.autocast(device, dtype, enabled, cache_enabled=False))
+        return stack
+
+
+def _entry(table: dict[str, Any], name: str, tensor: Tensor) -> _Entry:
+    return _Entry(table, name, tensor, version_of(tensor), storage_key(tensor), tensor.requires_grad)
+
+
+def _held(entry: _Entry) -> _Entry:
+    """Return the entry without a graph: that of a functional_call's parameter may lead back to the call."""
+    if entry.tensor.is_leaf:
+        return entry
+    return entry._replace(tensor=entry.tensor.detach().requires_grad_())

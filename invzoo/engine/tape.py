@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from ._torch import set_grad_enabled
+from ._torch import keeps_graph, set_grad_enabled, storage_owners
 from .state import state
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class Input:
                 f"Expected the inverse of {name} to return a tensor of shape {tuple(self.shape)} for input {position}; "
                 f"got {got}"
             )
-        return value.detach().to(self.dtype)
+        return value.detach() if value.dtype == self.dtype else value.detach().to(self.dtype)
 
     def leaf(self, value: Tensor) -> Tensor:
         """Return ``value`` as a function must get it: in the memory format that it had, if dense, for its views."""
@@ -90,6 +90,11 @@ class Tape:
     def invert(self, *outputs: Any) -> list[Any]:
         """Rebuild all inputs with the inverse."""
         return [self.input(i, v) for i, v in enumerate(self._call.invert(outputs))]
+
+    def owns(self, output: Tensor) -> bool:
+        """Whether nobody else can see an output, nor needs it again: its memory may take the input then."""
+        nbytes = output.numel() * output.element_size()
+        return not keeps_graph() and storage_owners(output) == 1 and output.untyped_storage().nbytes() == nbytes
 
     def run(self, function: Callable[..., Any], *args: Any, **side: Any) -> Any:
         """Evaluate a piece of the function; what autograd saves meanwhile goes to the graph of the forward."""

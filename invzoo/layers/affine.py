@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..engine import Operation, SideNames, Tape, modules_of
+from ..engine import SideNames, Tape
 from ..log_dets import sum_per_sample
 from ..module import InvertibleModule
 from ._checks import check_features, check_like, check_positive, check_positive_int, refuse
@@ -94,19 +94,8 @@ class ElementwiseMap(InvertibleModule):
         h = tape.run(self.map_parameters, y, context)
         return tape.input(0, self.map.inverse(y, h, self.dim)), h
 
-    def _replay_with_log_det(self, tape: Tape, *outputs: Tensor, **side: Any) -> None:
+    def replay_with_log_det(self, tape: Tape, *outputs: Tensor, **side: Any) -> None:
         tape.run(self._map_and_log_det, *self._rebuild(tape, *outputs, **side))
-
-    def _operation(self) -> Operation:
-        operation = super()._operation()
-        if self.conditioner is not None and not isinstance(self.conditioner, nn.Module):
-            operation.roots = (self, *modules_of(self.conditioner))
-        return operation
-
-    def _operation_with_log_det(self) -> Operation:
-        operation = super()._operation_with_log_det()
-        operation.replay = self._replay_with_log_det
-        return operation
 
 
 def _aligned(h: Tensor, ndim: int, dim: int) -> Tensor:

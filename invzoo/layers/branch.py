@@ -3,9 +3,9 @@
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..engine import Operation, SideNames, modules_of
+from ..engine import SideNames
 from ..module import InvertibleModule
 from ._checks import check_floating, refuse
 
@@ -36,9 +36,3 @@ class BranchLayer(InvertibleModule):
             got = f"shape {tuple(h.shape)}" if isinstance(h, Tensor) else type(h).__name__
             refuse(self, "f", f"return a Tensor of shape {tuple(x.shape)}", got)
         return h.to(x.dtype)
-
-    def _operation(self) -> Operation:
-        operation = super()._operation()
-        if not isinstance(self.f, nn.Module):  # a function may close over modules
-            operation.roots = (self, *modules_of(self.f))
-        return operation

@@ -84,7 +84,8 @@ class Coupling(InvertibleModule):
         if len(tensors) > 2 or not all(isinstance(x, Tensor) for x in tensors):
             got = ", ".join(type(x).__name__ for x in tensors)
             refuse(self, "input", "be one Tensor or two", got or "none", TypeError)
-        self.side_names().check(self, side)
+        if side:
+            self.side_names().check(self, side)
         if self.streams is None and len(tensors) != 1:
             refuse(self, "input", "be one Tensor, for a checkerboard", "two", TypeError)
         if self.streams is not None and len(tensors) == 1:
@@ -124,7 +125,8 @@ class _Update:
     def call(self, inputs: tuple[Tensor, ...], side: dict[str, Any], log_dets: LogDets | None) -> tuple[Tensor, ...]:
         """Run the update through the engine."""
         asked = log_dets is not None and not self.coupling.volume_preserving
-        side = SideNames.of(self.net).choose(side)
+        if side:
+            side = SideNames.of(self.net).choose(side)
         outputs = engine.tuple_of(engine.call(self._operation(log_det=asked), inputs, side))
         if asked:
             log_dets.add(outputs[-1])  # type: ignore[union-attr]  # it is asked for
@@ -138,12 +140,12 @@ class _Update:
             return moved, *inputs[1:], *logs
 
         def inverse(*outputs: Tensor, **side: Any) -> tuple[Tensor, ...]:
-            return self._move(outputs[0], self._evaluate(outputs[-1], **side), not self.inverted), *outputs[1:]
+            return self._move_back(outputs[0], self._evaluate(outputs[-1], **side)), *outputs[1:]
 
         def replay(tape: Tape, *outputs: Tensor, **side: Any) -> None:
             # Where the subnet looks, the outputs are the inputs.
             h = tape.run(self._evaluate, tape.input(len(outputs) - 1, outputs[-1]), **side)
-            x = tape.input(0, self._move(outputs[0], h, not self.inverted))
+            x = tape.input(0, self._move_back(outputs[0], h, in_place=tape.owns(outputs[0])))
             if self.coupling.map.records or self.coupling.streams is None:  # a mask is saved
                 tape.run(there, x, h)
 
@@ -156,7 +158,8 @@ class _Update:
         return self.net(self._masked(source, 0, 1 - self.target), **side)
 
     def _there(self, x: Tensor, h: Tensor) -> tuple[Tensor]:
-        return (self._move(x, h, self.inverted),)
+        step = self.coupling.map.inverse if self.inverted else self.coupling.map.forward
+        return (self._masked(step(x, h, self.coupling.dim), x, self.target),)
 
     def _there_and_log_det(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         map_, dim = self.coupling.map, self.coupling.dim
@@ -168,9 +171,13 @@ class _Update:
         log_det = sum_per_sample(self.coupling, self._masked(log_slope, 0, self.target))
         return self._masked(moved, x, self.target), log_det
 
-    def _move(self, x: Tensor, h: Tensor, back: bool) -> Tensor:
-        step = self.coupling.map.inverse if back else self.coupling.map.forward
-        return self._masked(step(x, h, self.coupling.dim), x, self.target)
+    def _move_back(self, y: Tensor, h: Tensor, *, in_place: bool = False) -> Tensor:
+        map_ = self.coupling.map
+        if in_place and self.coupling.streams is not None:
+            step = map_.forward_ if self.inverted else map_.inverse_
+        else:
+            step = map_.forward if self.inverted else map_.inverse
+        return self._masked(step(y, h, self.coupling.dim), y, self.target)
 
     def _masked(self, values: Tensor, others: Tensor | float, parity: int) -> Tensor:
         """Keep ``values`` on the fields of one parity, of a checkerboard; on streams there is nothing to mask."""

@@ -46,6 +46,14 @@ class Map(ABC):
         """Compute both; override it where they share work."""
         return self.forward(x, h, dim), self.log_slope(x, h, dim)
 
+    def forward_(self, x: Tensor, h: Tensor, dim: int) -> Tensor:
+        """As :meth:`forward`, in the memory of ``x`` if that saves any."""
+        return self.forward(x, h, dim)
+
+    def inverse_(self, y: Tensor, h: Tensor, dim: int) -> Tensor:
+        """As :meth:`inverse`, in the memory of ``y`` if that saves any."""
+        return self.inverse(y, h, dim)
+
     @abstractmethod
     def check(self, owner: object) -> None:
         """Raise if the options make no map; ``owner`` is the layer that has them."""
@@ -67,6 +75,12 @@ class Shift(Map):
 
     def inverse(self, y: Tensor, h: Tensor, dim: int) -> Tensor:
         return y - h
+
+    def forward_(self, x: Tensor, h: Tensor, dim: int) -> Tensor:
+        return x.add_(h)
+
+    def inverse_(self, y: Tensor, h: Tensor, dim: int) -> Tensor:
+        return y.sub_(h)
 
     def log_slope(self, x: Tensor, h: Tensor, dim: int) -> Tensor:
         return torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
@@ -105,6 +119,14 @@ class Affine(Map):
     def inverse(self, y: Tensor, h: Tensor, dim: int) -> Tensor:
         log_scale, shift = self._parts(y, h, dim)
         return ((y - shift) * (-log_scale).exp()).to(y.dtype)
+
+    def forward_(self, x: Tensor, h: Tensor, dim: int) -> Tensor:
+        log_scale, shift = self._parts(x, h, dim)
+        return self.forward(x, h, dim) if x.dtype != shift.dtype else x.mul_(log_scale.exp()).add_(shift)
+
+    def inverse_(self, y: Tensor, h: Tensor, dim: int) -> Tensor:
+        log_scale, shift = self._parts(y, h, dim)
+        return self.inverse(y, h, dim) if y.dtype != shift.dtype else y.sub_(shift).mul_((-log_scale).exp())
 
     def log_slope(self, x: Tensor, h: Tensor, dim: int) -> Tensor:
         return self._parts(x, h, dim)[0].expand_as(x)

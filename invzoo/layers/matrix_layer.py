@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..engine import Operation, SideNames, Tape, modules_of
+from ..engine import SideNames, Tape
 from ..log_dets import log_det_dtype
 from ..module import InvertibleModule
 from ._checks import (
@@ -143,19 +143,8 @@ class MatrixLayer(InvertibleModule):
         tape.run(self._apply_weight, x, *factors)
         return x, *parameters
 
-    def _replay_with_log_det(self, tape: Tape, *outputs: Tensor, **side: Any) -> None:
+    def replay_with_log_det(self, tape: Tape, *outputs: Tensor, **side: Any) -> None:
         tape.run(self._log_det, *self._rebuild(tape, *outputs, **side))
-
-    def _operation(self) -> Operation:
-        operation = super()._operation()
-        if not (self.conditioner is None or isinstance(self.conditioner, nn.Module)):
-            operation.roots = (self, *modules_of(self.conditioner))
-        return operation
-
-    def _operation_with_log_det(self) -> Operation:
-        operation = super()._operation_with_log_det()
-        operation.replay = self._replay_with_log_det
-        return operation
 
     @staticmethod
     def affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

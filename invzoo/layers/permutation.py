@@ -2,13 +2,15 @@
 
 import operator
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..engine import Tape
+from .. import engine
+from ..engine import Operation, Tape
+from ..log_dets import zero_log_det
 from ..module import InvertibleModule
 from ._checks import check_features, check_positive_int, refuse
 from .split import Partition
@@ -16,6 +18,7 @@ from .split import Partition
 __all__ = ["Deinterleave", "Interleave", "Permute", "Reverse", "Shuffle", "Swap"]
 
 Device = torch.device | str | None
+_Half = Callable[[Tensor], Tensor]  # exchanges the halves of one tensor
 
 
 def _dim_of(owner: InvertibleModule, argument: str, x: Any, dim: int, at_least: int = 0) -> int:
@@ -234,31 +237,42 @@ class Swap(_AlongDim):
         (tensor([1., 1.]), tensor([0.]))
     """
 
-    @property
-    def streams(self) -> Partition:
-        return Partition("half", self.dim)
+    composite = True  # streams are exchanged as they are, and one tensor in a call of its own
+
+    def __init__(self, dim: int = 1, **options: Any) -> None:
+        super().__init__(dim, **options)
+        self.streams = Partition("half", dim)
 
     def takes_streams(self, first: int, second: int) -> bool:
         return first == second  # or the halves of the swapped tensor would be others than the swapped halves
 
     def function(self, *inputs: Tensor) -> Any:
-        return self._swap("x", inputs, 1)
+        return self._swap("x", inputs, self._there, self._back)
 
     def inverse(self, *outputs: Tensor) -> Any:
-        return self._swap("y", outputs, 0)
+        return self._swap("y", outputs, self._back, self._there)
 
-    def _swap(self, argument: str, tensors: tuple[Tensor, ...], extra: int) -> Any:
-        """Exchange two streams, or the parts of one tensor, whose first has the `extra` entry if the size is odd."""
+    def inverse_and_log_det(self, *outputs: Tensor) -> tuple[Any, Tensor]:
+        return self.inverse(*outputs), zero_log_det(self, outputs)
+
+    def _swap(self, argument: str, tensors: tuple[Tensor, ...], there: _Half, back: _Half) -> Any:
         if len(tensors) not in (1, 2) or not all(isinstance(t, Tensor) for t in tensors):
             got = ", ".join(type(t).__name__ for t in tensors)
             refuse(self, argument, "be one Tensor or two", got or "none", TypeError)
         if len(tensors) == 2:
             return tensors[1], tensors[0]
-        dim = _dim_of(self, argument, tensors[0], self.dim, at_least=2)
-        n = tensors[0].shape[dim]
-        first = (n + extra) // 2
-        a, b = tensors[0].split([first, n - first], dim)
-        return torch.cat((b, a), dim)
+        _dim_of(self, argument, tensors[0], self.dim, at_least=2)
+        return engine.call(Operation(self._name(), there, back, None, (), self._policy), tensors, {})
+
+    def _there(self, x: Tensor) -> Tensor:
+        return self._exchange(x, (x.shape[self.dim] + 1) // 2)
+
+    def _back(self, y: Tensor) -> Tensor:
+        return self._exchange(y, y.shape[self.dim] // 2)
+
+    def _exchange(self, x: Tensor, first: int) -> Tensor:
+        a, b = x.split([first, x.shape[self.dim] - first], self.dim)
+        return torch.cat((b, a), self.dim)
 
 
 class Interleave(_AlongDim):

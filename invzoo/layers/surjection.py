@@ -13,7 +13,7 @@ from torch.distributions import Bernoulli, Distribution, Normal, constraints
 
 from ..engine import SideNames
 from ..log_dets import sum_per_sample
-from ..module import Inverse, InvertibleModule
+from ..module import InvertibleModule
 from ._checks import check_positive_int, refuse
 from .elementwise import check_real
 from .matrix import widen
@@ -57,7 +57,7 @@ class Surjection(InvertibleModule):
         options: those of :class:`InvertibleModule`.
     """
 
-    bijective: ClassVar[bool] = False
+    bijective = False
     draws: ClassVar[bool]  # whether the function is the way that draws
     saturating = True
 
@@ -133,19 +133,6 @@ class Surjection(InvertibleModule):
 
     def side_names(self) -> SideNames:
         return SideNames.of(self.distribution)
-
-    @property
-    def inv(self) -> InvertibleModule:
-        return _Swapped(self)
-
-
-class _Swapped(Inverse):
-    """A surjection with its directions swapped: what one draws, the log-determinant must know."""
-
-    layer: Surjection
-
-    def function_and_log_det(self, *inputs: Any, **side: Any) -> tuple[Any, Tensor]:
-        return self.layer.inverse_with_log_det(*inputs, **side)
 
 
 class _Features(Surjection):

@@ -64,13 +64,13 @@ def step(net: nn.Module, x: Tensor) -> tuple[float, float]:
 def test_memory_is_flat_in_depth(container, needs_grad):
     x = torch.randn(BATCH, 2 * WIDTH, requires_grad=needs_grad)
     results = []
-    for depth in (4, 64):
+    for depth in (8, 64):
         net = make(container, depth)
         step(net, x)  # what a first call checks, and the input's gradient
         results.append(step(net, x))
     for held, peak in results:
         assert 0.95 < held < 1.05 if container != "streams" else held < 2.05  # torch.cat is not ours
-        assert peak <= 4.5
+        assert peak < 4.05
     torch.testing.assert_close(results[1], results[0], rtol=0, atol=0.01)
 
 
@@ -79,7 +79,7 @@ def test_memory_is_flat_at_a_thousand_layers():
     shallow, deep = (step(make("stack", depth), x) for depth in (4, 1000))
     torch.testing.assert_close(deep, shallow, rtol=0, atol=0.01)
     assert 0.95 < deep[0] < 1.05
-    assert deep[1] <= 4.5
+    assert deep[1] < 4.05
 
 
 @pytest.mark.parametrize("container", CONTAINERS)
