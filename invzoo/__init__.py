@@ -3,6 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from .blocks import GlowStep, HINTCoupling
 from .containers import InvertibleSequential, MultiScale, Parallel, Repeat
 from .contract import requires_grad
 from .engine import Mode, checkpoint
@@ -11,6 +12,7 @@ from .layers.act_norm import ActNorm
 from .layers.activation import Identity, InvertibleELU, InvertibleLeakyReLU, SneakyReLU
 from .layers.adaptive import InvertiblePReLU, SinhArcsinh, Snake
 from .layers.affine import ConditionalAffine, ElementwiseAffine
+from .layers.autoregressive import MaskedAutoregressive
 from .layers.batch_norm import InvertibleBatchNorm
 from .layers.conv import InvertibleConv1x1
 from .layers.coupling import AdditiveCoupling, AffineCoupling, GINCoupling
@@ -64,6 +66,8 @@ __all__ = [
     "EmergingConv",
     "Flatten",
     "GINCoupling",
+    "GlowStep",
+    "HINTCoupling",
     "HaarDownsample",
     "HaarUpsample",
     "Hadamard",
@@ -91,6 +95,7 @@ __all__ = [
     "InvertibleSoftplus",
     "InvertibleTanh",
     "Leapfrog",
+    "MaskedAutoregressive",
     "Merge",
     "MixtureLogisticCoupling",
     "Mode",

@@ -9,8 +9,8 @@ import invzoo as iz
 
 ROOT = pathlib.Path(iz.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
-ORDER = ["errors", "log_dets", "engine", "contract", "module", "layers", "shapes", "containers", "flows", "testing"]
-ORDER += ["demo", "cli", "__main__"]
+ORDER = ["errors", "log_dets", "engine", "contract", "module", "layers", "shapes", "containers", "blocks"]
+ORDER += ["flows", "testing", "demo", "cli", "__main__"]
 
 
 def level(parts):

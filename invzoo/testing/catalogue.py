@@ -216,6 +216,20 @@ CATALOGUE: tuple[Entry, ...] = (
         Case(lambda: iz.MixtureLogisticCoupling(_Conditioned(2, 3, 28)), (4,), id="context", side={"context": (3,)}),
         cost="a run, and 10 to 25 of the mixture",
     ),
+    # ---- autoregressive layers ----
+    Entry(
+        iz.MaskedAutoregressive,
+        "y[i] = map(x[i]) with parameters from x[0], ..., x[i - 1]",
+        "sum of log slopes",
+        Case(lambda: iz.MaskedAutoregressive(3, (6, 4)), (3,)),
+        Case(lambda: iz.MaskedAutoregressive(3, (5,), map="shift", order="reversed"), (2, 3), id="shift"),
+        Case(lambda: iz.MaskedAutoregressive(3, (4,), map="spline", order="random"), (3,), id="spline"),
+        Case(
+            lambda: iz.MaskedAutoregressive(3, (6, 4), context_features=2), (3,), id="context", side={"context": (2,)}
+        ),
+        cost="a run, in a step for each feature",
+        keeps="its input",
+    ),
     # ---- linear layers and convolutions ----
     Entry(
         iz.InvertibleLinear,
@@ -711,6 +725,31 @@ CATALOGUE: tuple[Entry, ...] = (
         Case(lambda: iz.MultiScale(iz.AffineCoupling(_subnet(2, 4)), iz.Reverse(), input_shape=(4,)), (4,), id="cat"),
         cost="sum of its stages'",
         keeps="what its stages keep",
+    ),
+    # ---- blocks ----
+    Entry(
+        iz.GlowStep,
+        "coupling(W actnorm(x) + b)",
+        "sum of its layers'",
+        Case(lambda: _after_a_batch(iz.GlowStep(3, _convolutions(1, 4)), 3, 2, 4), (3, 2, 4)),
+        Case(
+            lambda: _after_a_batch(iz.GlowStep(4, _subnet(2, 4), kind="plu", dim=-1, scale="sigmoid"), 4),
+            (4,),
+            id="vectors",
+        ),
+    ),
+    Entry(
+        iz.HINTCoupling,
+        "(x1, x2) -> (h1(x1), h2(x2 exp(s(x1)) + t(x1))), h1 and h2 likewise",
+        "sum over its couplings",
+        Case(lambda: iz.HINTCoupling(5, _subnet), (5,)),
+        Case(lambda: iz.HINTCoupling(4, _convolutions, depth=1), (4, 2, 2), id="images"),
+        Case(
+            lambda: iz.HINTCoupling(4, lambda n, m: _Conditioned(n, 3, m), depth=2),
+            (4,),
+            id="context",
+            side={"context": (3,)},
+        ),
     ),
     Entry(
         iz.Inverse,

@@ -1,0 +1,155 @@
+"""Blocks: chains of a few layers that go by one name in the literature."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .containers import Chain, Parallel, set_options
+from .errors import refuse
+from .layers._checks import check_positive_int
+from .layers.act_norm import ActNorm
+from .layers.activation import Identity
+from .layers.conv import InvertibleConv1x1
+from .layers.coupling import AffineCoupling
+from .layers.linear import InvertibleLinear
+from .layers.split import Partition
+from .module import InvertibleModule
+
+__all__ = ["GlowStep", "HINTCoupling"]
+
+
+class GlowStep(Chain):
+    r"""Standardise the features, mix them, and move one half by the other: ActNorm, a matrix, an affine coupling.
+
+    .. math:: y = \mathrm{coupling}(W \, \mathrm{actnorm}(x) + b)
+
+    The log-determinant is the sum of the layers'. ``act_norm`` is set by the first training batch.
+
+    Shapes: with ``dim=1``, images (B, features, ...) with one to three dims of pixels, mixed by
+    :class:`InvertibleConv1x1`; with ``dim=-1``, vectors and sequences (B, ..., features), mixed by
+    :class:`InvertibleLinear`. The subnet maps the second half (the smaller one, if ``features`` is odd) to twice the
+    size of the first in ``dim``.
+
+    Args:
+        features: size of ``dim``.
+        f: the coupling's subnet, a module or a function; it gets the side inputs as keyword arguments.
+        kind: of the matrix: ``'householder'``, ``'cayley'``, ``'scaled'``, ``'plu'`` or ``'free'``.
+        dim: 1 or -1.
+        scale, max_log_scale: of the coupling, as for :class:`AffineCoupling`.
+        zero_init: set the last weighted module of ``f`` to zero, as the paper does, so that the step starts linear.
+        device: of the parameters of norm and matrix.
+        dtype: likewise, and without autocast that of x and y.
+        options: those of :class:`InvertibleModule`. Modes and checks are those of the layers.
+
+    Raises:
+        ValueError: for another ``dim``, and as its layers do.
+        TypeError: as its layers do.
+
+    Reference:
+        "Glow: Generative Flow with Invertible 1x1 Convolutions", Kingma and Dhariwal, 2018.
+
+    Example:
+        >>> step = iz.GlowStep(4, nn.Conv2d(2, 4, 3, padding=1))
+        >>> x = torch.randn(2, 4, 8, 8)
+        >>> torch.allclose(step.inverse(step(x)), x, atol=1e-5)
+        True
+    """
+
+    def __init__(
+        self,
+        features: int,
+        f: Callable[..., Tensor],
+        *,
+        kind: str = "householder",
+        dim: int = 1,
+        scale: str = "tanh",
+        max_log_scale: float = 2.0,
+        zero_init: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        if dim not in (1, -1):
+            refuse(self, "dim", "be 1 or -1", repr(dim))
+        mix = InvertibleConv1x1 if dim == 1 else InvertibleLinear
+        self.act_norm = ActNorm(features, dim=dim, device=device, dtype=dtype)
+        self.mix = mix(features, kind=kind, device=device, dtype=dtype)
+        self.coupling = AffineCoupling(f, dim=dim, scale=scale, max_log_scale=max_log_scale, zero_init=zero_init)
+        set_options(self, options)
+
+    def _layers(self) -> Iterable[tuple[str, InvertibleModule]]:
+        return self.named_children()  # type: ignore[return-value]
+
+
+class HINTCoupling(Chain):
+    r"""Move the second half by the first, then each half in the same way: a coupling with a triangular Jacobian.
+
+    .. math:: y = h(x), \qquad h(x_1, x_2) = (h_1(x_1), \; h_2(e^{s(x_1)} x_2 + t(x_1)))
+
+    An :class:`AffineCoupling` leaves half of the features as they are; here all of them but the first ones move, and
+    with full depth each one depends on all before it. The log-determinant is the sum over all couplings.
+
+    Shapes: as for :class:`AffineCoupling`, of one tensor.
+
+    Args:
+        features: size of ``dim``, 2 or more.
+        subnet: ``subnet(inputs, outputs)`` makes a module or a function from ``inputs`` features in ``dim`` to
+            ``outputs``; it gets the side inputs as keyword arguments.
+        depth: how often the features are halved, at most; as often as there are two of them if None.
+        dim: the dimension that is split.
+        scale, max_log_scale: as for :class:`AffineCoupling`.
+        zero_init: set the last weighted module of each subnet to zero, so that the layer starts as the identity.
+        options: those of :class:`InvertibleModule`. Modes and checks are those of the layers.
+
+    Raises:
+        ValueError: for fewer than 2 features, a ``depth`` below 1, and as :class:`AffineCoupling` does.
+        TypeError: for a ``subnet`` that cannot be called, and as :class:`AffineCoupling` does.
+
+    Reference:
+        "HINT: Hierarchical Invertible Neural Transport for Density Estimation and Bayesian Inference", Kruse,
+        Detommaso, Köthe and Scheichl, 2019.
+
+    Example:
+        >>> layer = iz.HINTCoupling(8, lambda n, m: nn.Sequential(nn.Linear(n, 16), nn.Tanh(), nn.Linear(16, m)))
+        >>> x = torch.randn(3, 8)
+        >>> torch.allclose(layer.inverse(layer(x)), x, atol=1e-5)
+        True
+    """
+
+    def __init__(
+        self,
+        features: int,
+        subnet: Callable[[int, int], Callable[..., Tensor]],
+        *,
+        depth: int | None = None,
+        dim: int = 1,
+        scale: str = "tanh",
+        max_log_scale: float = 2.0,
+        zero_init: bool = True,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        self._check_arguments(features, subnet, depth)
+        settings: dict[str, Any] = {"scale": scale, "max_log_scale": max_log_scale, "zero_init": zero_init, "dim": dim}
+        sizes = Partition("half", dim).sizes(features)
+        self.coupling = AffineCoupling(subnet(sizes[0], 2 * sizes[1]), split=sizes, swap=True, **settings)
+        if features > 2 and depth != 1:
+            settings["depth"] = None if depth is None else depth - 1
+            halves = (HINTCoupling(n, subnet, **settings) if n > 1 else Identity() for n in sizes)
+            self.halves = Parallel(*halves, dim=dim, sizes=sizes)
+        set_options(self, options)
+
+    def _check_arguments(self, features: int, subnet: Any, depth: int | None) -> None:
+        check_positive_int(self, "features", features)
+        if features < 2:
+            refuse(self, "features", "be at least 2", features)
+        if not callable(subnet):
+            refuse(self, "subnet", "be a function of two sizes", type(subnet).__name__, TypeError)
+        if depth is not None:
+            check_positive_int(self, "depth", depth)
+
+    def _layers(self) -> Iterable[tuple[str, InvertibleModule]]:
+        return self.named_children()  # type: ignore[return-value]

@@ -1,0 +1,401 @@
+"""Masked autoregressive layers: who sees whom, the sequential inverse, and the inverse autoregressive flow."""
+
+import copy
+import itertools
+from collections import Counter
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd import gradcheck, gradgradcheck
+from torch.testing import assert_close
+
+import invzoo as iz
+from invzoo.layers.made import MADE, spread
+from invzoo.layers.maps import Affine
+from invzoo.layers.mixture import MixtureOfLogistics
+
+MAPS = ["affine", "shift", "spline", Affine("softclip", 1.0), MixtureOfLogistics(2)]
+ORDERS = ["input", "reversed", "random"]
+
+all_maps = pytest.mark.parametrize("map_", MAPS, ids=str)
+all_orders = pytest.mark.parametrize("order", ORDERS)
+directions = pytest.mark.parametrize("inverted", [False, True], ids=["function", "inverse"])
+
+
+def trained(layer, std=0.5):
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.add_(std * torch.randn_like(p))
+    return layer
+
+
+def made(features=5, hidden=(12, 10), std=0.5, dtype=torch.float64, **options):
+    return trained(iz.MaskedAutoregressive(features, hidden, dtype=dtype, **options), std)
+
+
+def inputs(*shape, dtype=torch.float64):
+    return torch.randn(shape, dtype=dtype, requires_grad=True)
+
+
+def jacobian(function, x):
+    return torch.autograd.functional.jacobian(lambda sample: function(sample[None])[0], x)
+
+
+# ---- who sees whom --------------------------------------------------------------------------------------------------
+
+
+@all_maps
+@all_orders
+def test_a_feature_sees_those_before_it_and_all_of_them(map_, order):
+    layer = made(map=map_, order=order, hidden=(40, 30))
+    seen = jacobian(layer.function, inputs(5)[:].detach())[layer.permutation][:, layer.permutation] != 0
+    assert torch.equal(seen, torch.ones(5, 5).tril().bool())
+
+
+def test_orders():
+    assert made(order="input").permutation.tolist() == [0, 1, 2, 3, 4]
+    assert made(order="reversed").permutation.tolist() == [4, 3, 2, 1, 0]
+    assert len({tuple(made(order="random").permutation.tolist()) for _ in range(8)}) > 1
+
+
+def test_a_random_order_is_saved():
+    layer, other = made(order="random"), made(order="random")
+    other.load_state_dict(layer.state_dict())
+    x = inputs(3, 5)
+    assert_close(other(x), layer(x), rtol=0, atol=0)
+    keys = [f"net.layers.{i}.{name}" for i in range(3) for name in ("weight", "bias")]
+    assert sorted(layer.state_dict()) == sorted(["permutation", *keys])
+
+
+@pytest.mark.parametrize(("units", "first", "count"), [(7, 1, 3), (64, 1, 63), (3, 1, 9), (1, 0, 5), (10, 0, 10)])
+def test_degrees_are_balanced(units, first, count):
+    degrees = spread(units, first, count)
+    assert degrees == sorted(degrees)
+    assert first <= degrees[0]
+    assert degrees[-1] < first + count
+    numbers = Counter(degrees)
+    if units >= count:
+        assert max(numbers.values()) - min(numbers.values()) <= 1
+        assert len(numbers) == count
+    else:  # as far from one another, and from the ends
+        assert max(numbers.values()) == 1
+        assert abs((degrees[0] - first) - (first + count - 1 - degrees[-1])) <= 1
+
+
+@pytest.mark.parametrize("context_features", [None, 3])
+def test_the_net_is_that_of_the_papers_masks(context_features):
+    net = MADE(4, 2, (7, 5), context_features, torch.tanh, dtype=torch.float64)
+    trained(net)
+    x, context = inputs(6, 4), None if context_features is None else inputs(6, context_features)
+    first, count = (1, 3) if context is None else (0, 4)
+    degrees = [[1, 2, 3, 4], spread(7, first, count), spread(5, first, count), [0, 1, 2, 3, 0, 1, 2, 3]]
+    h = x
+    for i, (before, after) in enumerate(itertools.pairwise(degrees)):
+        mask = torch.tensor([[float(a >= b) for b in before] for a in after], dtype=torch.float64)
+        h = h @ (net.layers[i].weight * mask).mT + net.layers[i].bias
+        if i < 2:
+            h = torch.tanh(h if context is None else h + context @ net.contexts[i].weight.mT)
+    assert_close(net(x, context), h)
+
+
+def test_values_are_those_of_the_map():
+    layer, x = made(), inputs(3, 5)
+    h, t = layer.net(x).chunk(2, 1)
+    s = 2 * torch.tanh(0.05 * h)
+    y, log_det = layer.forward_and_log_det(x)
+    assert_close(y, x * s.exp() + t)
+    assert_close(log_det, s.sum(1))
+
+
+# ---- inverse and log-determinant ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("context_features", [None, 2])
+@pytest.mark.parametrize(("features", "hidden"), [(5, (12, 10)), (1, (3,)), (2, (1, 4)), (9, (3, 2, 5)), (6, (5,))])
+@all_orders
+def test_the_inverse_is_that_of_as_many_runs_as_features(order, features, hidden, context_features):
+    layer = made(features, hidden, order=order, context_features=context_features)
+    side = {} if context_features is None else {"context": inputs(4, 2)}
+    y = inputs(4, features).detach()
+    x = torch.zeros_like(y)
+    for _ in range(features):
+        x = layer.map.inverse(y[:, layer.permutation], layer.net(x[:, layer.permutation], **side), -1)
+        x = x[:, layer.permutation.argsort()]
+    assert_close(layer.inverse(y, **side), x)
+    assert_close(layer(x, **side), y)
+
+
+def test_the_inverse_evaluates_every_unit_once():
+    seen = []
+
+    def activation(x):
+        seen.append(x.numel())
+        return F.silu(x)
+
+    layer = made(6, (20, 11), activation=activation)
+    layer.inverse(inputs(3, 6))
+    assert sum(seen) == 3 * (20 + 11)
+
+
+def test_the_net_is_evaluated_once_for_output_and_log_det():
+    layer, calls = made(), []
+    layer.net.register_forward_hook(lambda *_: calls.append(1))
+    with iz.mode(layer, "store"):
+        layer.forward_and_log_det(inputs(3, 5))
+    assert len(calls) == 1
+
+
+@all_maps
+@all_orders
+def test_log_det_in_both_directions(map_, order):
+    layer, x = made(map=map_, order=order), inputs(2, 5)
+    y, log_det = layer.forward_and_log_det(x)
+    expected = torch.stack([torch.linalg.slogdet(jacobian(layer.function, s)).logabsdet for s in x.detach()])
+    assert_close(log_det, expected)
+    back, inverse_log_det = layer.inv.forward_and_log_det(y.detach())
+    assert_close(back, x)
+    assert_close(inverse_log_det, -expected)
+    inverse = jacobian(layer.inv.function, y[0].detach())
+    assert_close(torch.linalg.slogdet(inverse).logabsdet, -expected[0])
+    assert layer.volume_preserving == (map_ == "shift")
+
+
+@all_maps
+@directions
+def test_gradients(map_, inverted):
+    layer = made(3, (5, 4), map=map_, order="random", context_features=2)
+    x, context = inputs(2, 3), inputs(2, 2)
+    run = (layer.inv if inverted else layer).forward_and_log_det
+    leaves = (x, context, *layer.parameters())
+    assert gradcheck(lambda *_: run(x, context=context), leaves, fast_mode=True)
+    if map_ in ("affine", "spline"):
+        assert gradgradcheck(lambda *_: run(x, context=context), leaves, fast_mode=True)
+
+
+@all_maps
+@directions
+def test_modes_agree(map_, inverted):
+    layer = made(map=map_, order="random", context_features=2)
+    module = layer.inv if inverted else layer
+    x, context = inputs(3, 5), inputs(3, 2)
+    weights = torch.randn(3, 5, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
+    leaves = [x, context, *layer.parameters()]
+    found = []
+    for mode in iz.Mode:
+        with iz.mode(layer, mode):
+            y, log_det = module.forward_and_log_det(x * 1, context=context.exp())
+            y = y + module(x * 2, context=context)
+            loss = (y * weights[0]).sum() + (log_det * weights[1]).sum()
+            found.append((y, log_det, torch.autograd.grad(loss, leaves)))
+    for other in found[1:]:
+        assert_close(other, found[0], rtol=1e-9, atol=1e-12)
+
+
+def test_mode_invert_trains_the_inverse_flow_like_plain_modules():
+    """A stack of IAFs, fitted by reparametrised samples: gradients go through the sequential inverse."""
+    flow = iz.InvertibleSequential(*(made(4, (8,), order=order).inv for order in ORDERS))
+    z = torch.randn(5, 4, dtype=torch.float64)
+    gradients = []
+    for mode in iz.Mode:
+        with iz.mode(flow, mode):
+            x, log_det = flow.forward_and_log_det(z)
+            gradients.append(torch.autograd.grad((x.square().sum(1) / 2 - log_det).sum(), [*flow.parameters()]))
+    assert_close(gradients[1:], gradients[:1] * 2, rtol=1e-9, atol=1e-12)
+    assert_close(flow.inverse(x), z)
+
+
+def test_the_graph_of_the_inverse_is_small():
+    """In mode store the graph of the inverse holds each unit once, not once for each feature."""
+    layer = made(32, (64,), dtype=torch.float32)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        layer.inverse(inputs(100, 32, dtype=torch.float32))
+    known = {p.untyped_storage().data_ptr() for p in layer.parameters()}
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in saved}
+    held = sum(size for pointer, size in storages.items() if pointer not in known)
+    assert held < 100 * 4 * 4 * (32 + 64)
+
+
+# ---- context --------------------------------------------------------------------------------------------------------
+
+
+@all_orders
+def test_every_parameter_depends_on_the_context(order):
+    layer = made(context_features=2, order=order)
+    x, context = inputs(1, 5), inputs(1, 2)
+    h = layer.net(x, context)[0]
+    for value in h:
+        assert torch.autograd.grad(value, context, retain_graph=True)[0].ne(0).all()
+
+
+def test_every_hidden_layer_sees_the_context():
+    layer, x, context = made(context_features=2, hidden=(6, 7, 8)), inputs(3, 5), inputs(3, 2)
+    layer(x, context=context).square().sum().backward()
+    assert [c.weight.shape for c in layer.net.contexts] == [(6, 2), (7, 2), (8, 2)]
+    assert all(c.weight.grad.ne(0).all() for c in layer.net.contexts)
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (2, 1, 1, 3), (2, 1, 6, 3), (1, 4, 6, 3), (2, 4, 6, 3)])
+def test_positions_share_a_context_or_have_their_own(shape):
+    layer, x, context = made(context_features=3), inputs(2, 4, 6, 5), inputs(*shape)
+    each = context[:, None, None] if len(shape) == 2 else context
+    each = each.expand(2, 4, 6, 3).flatten(0, 2)
+    y, log_det = layer.forward_and_log_det(x, context=context)
+    flat, log_dets = layer.forward_and_log_det(x.flatten(0, 2), context=each)
+    assert_close(y.flatten(0, 2), flat)
+    assert_close(log_det, log_dets.view(2, -1).sum(1))
+    assert_close(layer.inverse(y, context=context), x)
+
+
+# ---- start, precision, long stacks ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("map_", ["affine", "shift", "spline"])
+def test_starts_as_the_identity(map_):
+    layer, x = iz.MaskedAutoregressive(5, map=map_), torch.randn(7, 5)
+    y, log_det = layer.forward_and_log_det(x)
+    assert_close(y, x, rtol=0, atol=1e-6 if map_ == "spline" else 0)
+    assert_close(log_det, torch.zeros(7), rtol=0, atol=1e-5 if map_ == "spline" else 0)
+    y.square().sum().backward()
+    assert layer.net.layers[-1].weight.grad.any()
+
+
+@pytest.mark.parametrize("map_", ["affine", "shift", "spline"])
+def test_a_stack_of_64_layers_comes_back_in_float32(map_):
+    net = iz.InvertibleSequential(
+        *(iz.MaskedAutoregressive(64, map=map_, order=ORDERS[1 + i % 2]) for i in range(64 if map_ != "spline" else 16))
+    )
+    x = torch.randn(8, 64)
+    with torch.no_grad():
+        assert_close(net.inverse(net(x)), x, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("map_", ["affine", "shift", "spline"])
+def test_a_trained_stack_comes_back_in_float32(map_):
+    layers = [made(16, (32,), 0.1, torch.float32, map=map_, order=ORDERS[i % 3]) for i in range(16)]
+    net, x = iz.InvertibleSequential(*layers), torch.randn(8, 16)
+    with torch.no_grad():
+        assert not torch.allclose(net(x), x, atol=0.1)
+        assert_close(net.inverse(net(x)), x, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("scale", [10.0, 1e4])
+def test_log_scales_are_bounded(scale):
+    layer, x = made(std=scale), inputs(3, 5)
+    assert layer.forward_and_log_det(x)[1].abs().le(10).all()
+
+
+@pytest.mark.parametrize("map_", ["affine", "shift", "spline"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(map_, dtype):
+    layer, x = made(std=0.1, dtype=dtype, map=map_, order="random"), torch.randn(4, 5).to(dtype)
+    y, log_det = layer.forward_and_log_det(x)
+    assert (y.dtype, log_det.dtype) == (dtype, torch.float32)
+    wide = copy.deepcopy(layer).double()
+    assert_close(y.double(), wide(x.double()), rtol=2e-2, atol=2e-2)
+    assert_close(layer.inverse(y), x, rtol=5e-2, atol=5e-2)
+
+
+def test_autocast_can_be_undone():
+    layer, x = made(dtype=torch.float32, context_features=2), inputs(4, 5, dtype=torch.float32)
+    context = torch.randn(4, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x, context=context)
+        assert y.dtype is torch.float32
+        assert_close(layer.inverse(y, context=context), x, rtol=1e-4, atol=1e-4)
+    y.sum().backward()
+
+
+@all_maps
+def test_empty_batches_and_single_samples(map_):
+    layer = made(map=map_)
+    for batch in (0, 1):
+        y, log_det = layer.forward_and_log_det(inputs(batch, 5))
+        assert (y.shape, log_det.shape) == ((batch, 5), (batch,))
+        layer.inverse(y).sum().backward()
+
+
+def test_parameters_are_made_anew_after_to_empty():
+    torch.manual_seed(1)
+    layer = iz.MaskedAutoregressive(5, (6, 7), order="random")
+    empty = iz.MaskedAutoregressive(5, (6, 7), order="random", device="meta").to_empty(device="cpu")
+    empty.reset_parameters()
+    assert sorted(empty.permutation.tolist()) == [*range(5)]
+    assert torch.equal(empty.net.degrees, layer.net.degrees)
+    empty.load_state_dict(layer.state_dict())
+    x = torch.randn(3, 5)
+    assert_close(empty(x), layer(x), rtol=0, atol=0)
+
+
+def test_repr():
+    layer = iz.MaskedAutoregressive(5, (6,), order="reversed", context_features=2)
+    assert "5, map=Affine(scale='tanh'" in repr(layer)
+    assert "order='reversed', context_features=2" in repr(layer)
+    assert "Linear(in_features=5, out_features=6" in repr(layer)
+
+
+# ---- errors ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "match"),
+    [
+        ((0,), {}, ValueError, r"MaskedAutoregressive: Expected features to be at least 1; got 0"),
+        ((5, ()), {}, ValueError, r"Expected hidden to be a sequence of one size or more; got \(\)"),
+        ((5, 64), {}, ValueError, r"Expected hidden to be a sequence of one size or more; got 64"),
+        ((5, (4, 0)), {}, ValueError, r"Expected hidden to be at least 1; got 0"),
+        ((5, (4, 2.0)), {}, TypeError, r"Expected hidden to be an int; got 2.0"),
+        ((5,), {"map": "quadratic"}, ValueError, r"Expected map to be one of 'affine', 'shift', 'spline'; got 'quad"),
+        ((5,), {"map": Affine(centred=True)}, ValueError, r"Expected map to move each value alone; got Affine"),
+        ((5,), {"map": Affine("cubic")}, ValueError, r"MaskedAutoregressive: Expected scale to be one of"),
+        ((5,), {"order": "sorted"}, ValueError, r"Expected order to be one of 'input', 'reversed', 'random'; got"),
+        ((5,), {"context_features": 0}, ValueError, r"Expected context_features to be at least 1; got 0"),
+        ((5,), {"activation": "relu"}, TypeError, r"Expected activation to be a function; got str"),
+    ],
+)
+def test_bad_arguments(arguments, options, error, match):
+    with pytest.raises(error, match=match):
+        iz.MaskedAutoregressive(*arguments, **options)
+
+
+@pytest.mark.parametrize(
+    ("x", "side", "error", "match"),
+    [
+        (torch.zeros(2, 4), {}, ValueError, r"Expected [xy] to have size 5 in dim -1; got shape \(2, 4\)"),
+        (torch.zeros(5), {}, ValueError, r"Expected [xy] to have dims \(batch, ..., features\); got shape \(5,\)"),
+        (torch.zeros(2, 5).double(), {}, TypeError, r"Expected [xy] to be of the layer's dtype torch.float32"),
+        (torch.zeros(2, 5).long(), {}, TypeError, r"Expected [xy] to be real floating point; got torch.int64"),
+        (torch.zeros(2, 5), {"context": torch.zeros(2, 3)}, TypeError, r"side inputs among \[\]; got \['context'\]"),
+    ],
+)
+def test_bad_inputs(x, side, error, match):
+    layer = iz.MaskedAutoregressive(5)
+    for run in (layer, layer.inverse, layer.forward_and_log_det, layer.inv):
+        with pytest.raises(error, match=match):
+            run(x, **side)
+
+
+@pytest.mark.parametrize(
+    ("context", "error", "match"),
+    [
+        (None, TypeError, r"MaskedAutoregressive: Expected context to be a Tensor; got NoneType"),
+        (torch.zeros(2, 3).double(), TypeError, r"Expected context to be of the layer's dtype torch.float32"),
+        (torch.zeros(2, 4), ValueError, r"Expected context to have shape \(2, 3\), or one for \(2, 6, 3\); got shape"),
+        (torch.zeros(4, 3), ValueError, r"Expected context to have shape \(2, 3\), or one for .*got shape \(4, 1, 3\)"),
+        (torch.zeros(2, 5, 3), ValueError, r"Expected context to have shape \(2, 3\), or one for .*; got shape"),
+        (torch.zeros(3), ValueError, r"Expected context to have shape \(2, 3\), or one for .*; got shape \(3,\)"),
+    ],
+)
+def test_bad_contexts(context, error, match):
+    layer = iz.MaskedAutoregressive(5, context_features=3)
+    with pytest.raises(error, match=match):
+        layer(torch.zeros(2, 6, 5), context=context)
+
+
+def test_an_activation_may_be_a_module():
+    layer = made(activation=nn.PReLU(dtype=torch.float64))
+    assert "net.activation.weight" in layer.state_dict()
+    x = inputs(3, 5)
+    assert_close(layer.inverse(layer(x)), x)

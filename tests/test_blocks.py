@@ -1,0 +1,276 @@
+"""Blocks: the layers that they are made of, and how these are put together."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import invzoo as iz
+
+
+class Net(nn.Module):
+    """A small subnet between any two numbers of features in ``dim`` 1."""
+
+    def __init__(self, inputs, outputs, dtype=torch.float64):
+        super().__init__()
+        self.inner = nn.Linear(inputs, 5, dtype=dtype)
+        self.outer = nn.Linear(5, outputs, dtype=dtype)
+
+    def forward(self, x, context=None):
+        h = self.outer(self.inner(x.movedim(1, -1)).tanh()).movedim(-1, 1)
+        return h if context is None else h * context
+
+
+class Net32(Net):
+    def __init__(self, inputs, outputs):
+        super().__init__(inputs, outputs, torch.float32)
+
+
+def trained(layer, std=0.3):
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.add_(std * torch.randn_like(p))
+    return layer
+
+
+def glow(features=5, **options):
+    first = -(-features // 2)
+    return trained(iz.GlowStep(features, Net(features - first, 2 * first), dtype=torch.float64, **options))
+
+
+def hint(features=7, **options):
+    return trained(iz.HINTCoupling(features, Net, **options))
+
+
+def inputs(*shape, dtype=torch.float64):
+    return torch.randn(shape, dtype=dtype, requires_grad=True)
+
+
+def jacobian(function, x):
+    matrix = torch.autograd.functional.jacobian(lambda sample: function(sample[None])[0], x.detach())
+    return matrix.reshape(x.numel(), x.numel())
+
+
+CASES = [
+    pytest.param(lambda: glow(5), (5, 3, 2), id="glow"),
+    pytest.param(lambda: glow(4, dim=-1, kind="plu"), (4,), id="glow of vectors"),
+    pytest.param(lambda: glow(4, kind="scaled", scale="softclip"), (4, 3), id="glow of sequences"),
+    pytest.param(lambda: hint(7), (7,), id="hint"),
+    pytest.param(lambda: hint(6, depth=2), (6, 2, 2), id="hint of images"),
+    pytest.param(lambda: hint(6, dim=-1, scale="sigmoid"), (6,), id="hint, dim -1"),
+]
+blocks = pytest.mark.parametrize(("make", "shape"), CASES)
+
+
+@blocks
+def test_round_trip_and_log_det(make, shape):
+    block, x = make(), inputs(3, *shape)
+    block(x)  # sets the norm
+    y, log_det = block.forward_and_log_det(x)
+    assert_close(y, block(x))
+    assert_close(block.inverse(y), x)
+    back, inverse_log_det = block.inverse_and_log_det(y)
+    assert_close(back, x)
+    expected = torch.stack([torch.linalg.slogdet(jacobian(block, sample)).logabsdet for sample in x])
+    assert_close(log_det, expected)
+    assert_close(inverse_log_det, -expected)
+    assert_close(block.inv.inverse_and_log_det(x), (y, log_det))
+
+
+@blocks
+@pytest.mark.parametrize("inverted", [False, True], ids=["function", "inverse"])
+def test_modes_agree(make, shape, inverted):
+    block, x = make(), inputs(3, *shape)
+    block(x)
+    module, found = block.inv if inverted else block, []
+    for mode in iz.Mode:
+        with iz.mode(block, mode):
+            y, log_det = module.forward_and_log_det(x * 1)
+            loss = y.square().sum() + (log_det * torch.arange(3.0)).sum() + module(x * 2).square().sum()
+            found.append((y, log_det, torch.autograd.grad(loss, [x, *block.parameters()])))
+    for other in found[1:]:
+        assert_close(other, found[0], rtol=1e-9, atol=1e-12)
+
+
+@blocks
+def test_options_are_those_of_the_layers(make, shape):
+    block = make()
+    assert block.mode == "invert"
+    block.mode = "recompute"
+    assert all(m.mode == "recompute" for m in block.modules() if isinstance(m, iz.InvertibleModule))
+
+
+def test_options_reach_every_layer():
+    for block in (glow(mode="store", check="never"), hint(mode="store", check="never")):
+        layers = [m for m in block.modules() if isinstance(m, iz.AffineCoupling | iz.ActNorm)]
+        assert {(m.mode, m.check) for m in layers} == {("store", "never")}
+
+
+@blocks
+def test_copies_and_files(make, shape):
+    block, x = make(), inputs(3, *shape)
+    y = block(x)
+    assert_close(copy.deepcopy(block)(x), y)
+    assert_close(pickle.loads(pickle.dumps(block))(x), y)
+    other = make()
+    other.load_state_dict(block.state_dict())
+    assert_close(other(x), y)
+
+
+@blocks
+def test_contexts_get_their_gradients(make, shape):
+    block, x, context = make(), inputs(3, *shape), inputs(3, 1, *[1] * (len(shape) - 1))
+    block(x, context=context.exp())
+    got = torch.autograd.grad(block(x, context=context.exp()).square().sum(), [x, context])
+    with iz.mode(block, "store"):
+        plain = torch.autograd.grad(block(x, context=context.exp()).square().sum(), [x, context])
+    assert_close(got, plain, rtol=1e-9, atol=1e-12)
+    assert got[1].ne(0).all()
+    assert_close(block.inverse(block(x, context=context), context=context), x)
+    with pytest.raises(TypeError, match=rf"{type(block).__name__}: Expected side inputs among .*; got \['mask'\]"):
+        block(x, mask=context)
+
+
+# ---- GlowStep -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("dim", "shape", "mix"), [(1, (4, 3), iz.InvertibleConv1x1), (-1, (4,), iz.InvertibleLinear)])
+def test_a_glow_step_is_its_layers(dim, shape, mix):
+    step, x = glow(4, dim=dim, kind="cayley"), inputs(6, *shape)
+    names = {name: type(layer) for name, layer in step.named_children()}
+    assert names == {"act_norm": iz.ActNorm, "mix": mix, "coupling": iz.AffineCoupling}
+    y = step(x)
+    assert_close(y, step.coupling(step.mix(step.act_norm(x))))
+    assert_close(iz.InvertibleSequential(*step.children())(x), y)
+
+
+def test_the_first_batch_sets_the_norm():
+    step, x = iz.GlowStep(4, Net(2, 4), dtype=torch.float64), 3 + 2 * inputs(50, 4, 5)
+    assert not step.act_norm.initialized
+    step.forward_and_log_det(x)
+    assert step.act_norm.initialized
+    assert_close(step.act_norm(x).mean((0, 2)), torch.zeros(4, dtype=torch.float64))
+
+
+def test_a_glow_step_that_starts_at_zero_is_linear():
+    step, x = iz.GlowStep(4, Net32(2, 4), dim=-1), torch.randn(5, 4)
+    assert_close(step(x), step.mix(step.act_norm(x)), rtol=0, atol=0)
+    assert iz.GlowStep(4, Net32(2, 4), zero_init=False).coupling.f.outer.weight.any()
+    assert glow(4, scale="exp", max_log_scale=1.0).coupling.map == iz.layers.maps.Affine("exp", 1.0)
+
+
+@pytest.mark.parametrize("dim", [0, 2, -2, None])
+def test_features_are_in_dim_1_or_the_last(dim):
+    with pytest.raises(ValueError, match=rf"GlowStep: Expected dim to be 1 or -1; got {dim}"):
+        iz.GlowStep(4, nn.Linear(2, 4), dim=dim)
+
+
+def test_a_glow_step_says_which_layer_refuses():
+    with pytest.raises(ValueError, match=r"ActNorm: Expected input to have size 4 in dim 1") as info:
+        glow(4)(inputs(2, 3, 5))
+    assert any("layer act_norm (ActNorm)" in note for note in info.value.__notes__)
+    with pytest.raises(ValueError, match=r"InvertibleConv1x1: Expected kind to be one of"):
+        glow(4, kind="lu")
+    with pytest.raises(TypeError, match=r"AffineCoupling: Expected f to be a module or a function; got int"):
+        iz.GlowStep(4, 3)
+
+
+# ---- HINTCoupling ---------------------------------------------------------------------------------------------------
+
+
+def recursion(layer, x):
+    """The map of the paper, with the nets of a layer."""
+    if not isinstance(layer, iz.HINTCoupling):
+        return x
+    n = -(-x.shape[1] // 2)
+    x1, x2 = x[:, :n], x[:, n:]
+    h, t = layer.coupling.f(x1).chunk(2, 1)
+    x2 = x2 * torch.exp(2 * torch.tanh(0.05 * h)) + t
+    halves = layer.halves.layers if hasattr(layer, "halves") else (None, None)
+    return torch.cat([recursion(half, part) for half, part in zip(halves, (x1, x2))], 1)
+
+
+@pytest.mark.parametrize("features", [2, 3, 4, 7, 8])
+@pytest.mark.parametrize("depth", [None, 1, 2, 9])
+def test_hint_is_the_papers_recursion(features, depth):
+    layer, x = hint(features, depth=depth), inputs(3, features)
+    assert_close(layer(x), recursion(layer, x))
+
+
+def test_a_deep_hint_has_a_full_triangular_jacobian():
+    assert torch.equal(jacobian(hint(7), inputs(7)) != 0, torch.ones(7, 7).tril().bool())
+
+
+@pytest.mark.parametrize(("depth", "couplings"), [(None, 7), (1, 1), (2, 3), (3, 7), (8, 7)])
+def test_depth_is_how_often_features_are_halved(depth, couplings):
+    layer = hint(8, depth=depth)
+    assert sum(isinstance(m, iz.AffineCoupling) for m in layer.modules()) == couplings
+    moved = jacobian(layer, inputs(8)) - torch.eye(8, dtype=torch.float64)
+    assert moved.ne(0).any(1).sum() == {1: 4, 2: 6}.get(depth, 7)
+
+
+class Count(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.cats = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.cats += func.overloadpacket is torch.ops.aten.cat
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_coupling_and_the_halves_behind_it_share_streams():
+    with Count() as count:
+        hint(8)(inputs(3, 8))
+    assert count.cats == 7  # one for each coupling
+
+
+def test_hint_starts_as_the_identity():
+    x = torch.randn(3, 7)
+    assert_close(iz.HINTCoupling(7, Net32)(x), x, rtol=0, atol=0)
+    assert not torch.allclose(iz.HINTCoupling(7, Net32, zero_init=False)(x), x)
+    assert all(m.map.scale == "unit" for m in hint(scale="unit").modules() if isinstance(m, iz.AffineCoupling))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "match"),
+    [
+        ((1, Net), {}, ValueError, r"HINTCoupling: Expected features to be at least 2; got 1"),
+        ((2.0, Net), {}, TypeError, r"HINTCoupling: Expected features to be an int; got 2.0"),
+        ((4, 3), {}, TypeError, r"HINTCoupling: Expected subnet to be a function of two sizes; got int"),
+        ((4, Net), {"depth": 0}, ValueError, r"HINTCoupling: Expected depth to be at least 1; got 0"),
+        ((4, lambda n, m: None), {}, TypeError, r"AffineCoupling: Expected f to be a module or a function; got None"),
+        ((4, Net), {"scale": "cubic"}, ValueError, r"AffineCoupling: Expected scale to be one of"),
+    ],
+)
+def test_bad_arguments_of_hint(arguments, options, error, match):
+    with pytest.raises(error, match=match):
+        iz.HINTCoupling(*arguments, **options)
+
+
+def test_hint_refuses_other_sizes():
+    with pytest.raises(ValueError, match=r"Expected input to have 7 features in dim 1; got shape \(2, 6\)"):
+        hint(7)(inputs(2, 6))
+
+
+# ---- long stacks ----------------------------------------------------------------------------------------------------
+
+
+LONG = [
+    pytest.param(lambda: iz.GlowStep(64, Net32(32, 64), dim=-1), id="glow"),
+    pytest.param(lambda: iz.InvertibleSequential(iz.HINTCoupling(64, Net32), iz.Shuffle(64)), id="hint"),
+]
+
+
+@pytest.mark.parametrize("make", LONG)
+@pytest.mark.parametrize(("depth", "std"), [(64, 0.0), (16, 0.1)])
+def test_a_long_stack_comes_back_in_float32(make, depth, std):
+    net, x = trained(iz.InvertibleSequential(*(make() for _ in range(depth))), std), torch.randn(16, 64)
+    with torch.no_grad():
+        y = net(x)
+        assert not torch.allclose(y, x, atol=0.1)
+        assert_close(net.inverse(y), x, rtol=0, atol=1e-4)
