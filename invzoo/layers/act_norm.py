@@ -7,9 +7,8 @@ import torch
 from torch import Tensor, distributed, nn
 
 from ..engine._torch import functorch_active, is_fake, tracing, version_of
-from ._checks import check_features, check_like, check_positive, check_positive_int, refuse
-from .affine import ElementwiseMap, per_feature
-from .elementwise import check_real
+from ._checks import check_positive, check_positive_int, refuse
+from .elementwise_map import ElementwiseMap, check_per_feature, per_feature
 from .maps import Affine
 from .matrix import bounded, widen
 
@@ -132,20 +131,16 @@ class ActNorm(ElementwiseMap):
         self._initialize_once(inputs)
         return super().forward_and_log_det(*inputs, **side)
 
+    def check_argument(self, argument: str, x: Tensor) -> None:
+        check_per_feature(self, argument, x, self.log_scale)
+
     def map_parameters(self, x: Tensor, context: Any = None) -> Tensor:
-        self._check(x)
-        self.side_names().check(self, {} if context is None else {"context": context})
         log_scale = bounded(widen(self.log_scale), self.max_log_scale)
         h = torch.cat(standardised(log_scale, widen(self.bias), widen(self.mean), widen(self.std)))
-        return per_feature(h, x, self.dim)
+        return self.conditioned(h, x, context)
 
     def extra_repr(self) -> str:
         return f"{self.features}, dim={self.dim}, max_log_scale={self.max_log_scale}, min_std={self.min_std}"
-
-    def _check(self, x: Tensor) -> None:
-        check_real(self, "input", x)
-        check_like(self, "input", x, self.log_scale)
-        check_features(self, "input", x, self.dim, self.features)
 
     def _initialize_once(self, inputs: tuple[Any, ...]) -> None:
         if not self.training or is_fake(self.initialized) or self._known_to_be_initialized():
@@ -162,7 +157,7 @@ class ActNorm(ElementwiseMap):
 
     @torch.no_grad()
     def _initialize(self, x: Tensor) -> None:
-        self._check(x)
+        self.check_argument("x", x)
         if functorch_active() or tracing() is not None:
             refuse(self, "layer", "have seen a training batch before it is transformed or traced", "one that has not")
         mean, std, count = moments_of_all_ranks(x, self.dim)

@@ -5,12 +5,12 @@ from typing import Any
 import torch
 
 from .curves import SinhArcsinhCurve, SnakeCurve, TwoSlopes
-from .per_feature import Conditioner, PerFeature
+from .elementwise_map import Conditioner, PerFeatureMap
 
 __all__ = ["InvertiblePReLU", "SinhArcsinh", "Snake"]
 
 
-class InvertiblePReLU(PerFeature):
+class InvertiblePReLU(PerFeatureMap):
     """Scale positive and negative values by learned slopes: ``x -> a x`` where ``x > 0`` and ``b x`` elsewhere.
 
     The logarithms of both slopes are learned and bounded: ``log a = m tanh(h / m)``. The output has the input's sign,
@@ -59,7 +59,7 @@ class InvertiblePReLU(PerFeature):
         super().__init__(curve, features, dim, conditioner, factory, **options)
 
 
-class SinhArcsinh(PerFeature):
+class SinhArcsinh(PerFeatureMap):
     """Skew values and change their tails: ``x -> sinh(exp(t) asinh(x) + s)``, ``y -> sinh((asinh(y) - s) / exp(t))``.
 
     Skew s and log-tail t are learned and bounded, as ``max_skew * tanh(h / max_skew)`` and likewise, and 0 at the
@@ -107,7 +107,7 @@ class SinhArcsinh(PerFeature):
         super().__init__(curve, features, dim, conditioner, factory, **options)
 
 
-class Snake(PerFeature):
+class Snake(PerFeatureMap):
     """Add a periodic wave: ``x -> x + sin(a x)^2 / (2 a)``, with a learned frequency a.
 
     That is half the amplitude of the paper's, whose slope touches 0; here it is 1 + sin(2 a x) / 2, between 1/2 and

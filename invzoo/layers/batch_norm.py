@@ -9,8 +9,8 @@ from ..log_dets import sum_per_sample
 from ..module import Inverse, InvertibleModule
 from ._checks import check_features, check_like, check_positive, check_positive_int, refuse
 from .act_norm import dims_but, standardised
-from .affine import per_feature
 from .elementwise import check_real
+from .elementwise_map import per_feature
 from .maps import Affine
 from .matrix import bounded, widen
 from .norm import HiddenStatistics, moments

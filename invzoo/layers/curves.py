@@ -19,10 +19,6 @@ __all__ = ["Curve", "ImplicitCurve", "SinhArcsinhCurve", "SnakeCurve", "TwoSlope
 class Curve(Map):
     """A map whose maths is done in float32 at least, on parameters stacked in front: (n, ...). Abstract."""
 
-    def reset(self, weight: Tensor) -> None:
-        """Write the parameters of the start, (n, features), into ``weight``."""
-        weight.zero_()
-
     @abstractmethod
     def value(self, x: Tensor, p: Tensor) -> Tensor:
         """Map ``x``."""
@@ -35,6 +31,10 @@ class Curve(Map):
     def log_derivative(self, x: Tensor, p: Tensor) -> Tensor:
         """Compute the logarithm of the derivative of :meth:`value`."""
 
+    def value_and_log_derivative(self, x: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute both; override it where they share work."""
+        return self.value(x, p), self.log_derivative(x, p)
+
     def forward(self, x: Tensor, h: Tensor, dim: int) -> Tensor:
         return self.value(widen(x), self._stack(h, dim)).to(x.dtype)
 
@@ -43,6 +43,10 @@ class Curve(Map):
 
     def log_slope(self, x: Tensor, h: Tensor, dim: int) -> Tensor:
         return self.log_derivative(widen(x), self._stack(h, dim)).expand_as(x)
+
+    def forward_and_log_slope(self, x: Tensor, h: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+        y, log_slope = self.value_and_log_derivative(widen(x), self._stack(h, dim))
+        return y.to(x.dtype), log_slope.expand_as(x)
 
     def _stack(self, h: Tensor, dim: int) -> Tensor:
         dim %= h.ndim
@@ -88,7 +92,7 @@ class TwoSlopes(Curve):
         weight[1] = self.max_log_slope * math.atanh(math.log(self.negative_slope) / self.max_log_slope)
 
     def value(self, x: Tensor, p: Tensor) -> Tensor:
-        return x * self.log_derivative(x, p).exp()
+        return self.value_and_log_derivative(x, p)[0]
 
     def root(self, y: Tensor, p: Tensor) -> Tensor:
         return y * (-self.log_derivative(y, p)).exp()
@@ -97,6 +101,10 @@ class TwoSlopes(Curve):
         """The log-slope, which the sign of y tells as well as that of x."""
         positive, negative = bounded(p, self.max_log_slope)
         return torch.where(x > 0, positive, negative)
+
+    def value_and_log_derivative(self, x: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+        log_slope = self.log_derivative(x, p)
+        return x * log_slope.exp(), log_slope
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,10 @@ class Map(ABC):
     def check(self, owner: object) -> None:
         """Raise if the options make no map; ``owner`` is the layer that has them."""
 
+    def reset(self, weight: Tensor) -> None:
+        """Write the parameters of the start, (parameters, features), into ``weight``."""
+        weight.zero_()
+
 
 @dataclass(frozen=True)
 class Shift(Map):

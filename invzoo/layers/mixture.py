@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ._checks import check_positive, check_positive_int
 from .coupling import Coupling, Subnet, zero_last
-from .maps import Map
-from .matrix import bounded, widen
+from .curves import Curve
+from .matrix import bounded
 from .roots import newton, with_gradients
 from .split import SplitSpec
 
@@ -56,7 +56,7 @@ _STEPS = 24  # of Newton's method, where values do not settle before
 
 
 @dataclass(frozen=True)
-class MixtureOfLogistics(Map):
+class MixtureOfLogistics(Curve):
     """``x -> e^a logit(F(x)) + b``, with F the distribution function of a mixture of logistic distributions.
 
     The parameters, times ``gain``, are the logarithm of each component's weight, its mean, its log-scale; then a and b.
@@ -83,28 +83,25 @@ class MixtureOfLogistics(Map):
         for name in ("max_mean", "max_log_scale", "gain"):
             check_positive(owner, name, getattr(self, name))
 
-    def forward(self, x: Tensor, h: Tensor, dim: int) -> Tensor:
-        mixture, log_scale, shift = self._parts(x, h, dim)
-        return (mixture.logit(widen(x)) * log_scale.exp() + shift).to(x.dtype)
+    def value(self, x: Tensor, p: Tensor) -> Tensor:
+        mixture, log_scale, shift = self._parts(p)
+        return mixture.logit(x) * log_scale.exp() + shift
 
-    def inverse(self, y: Tensor, h: Tensor, dim: int) -> Tensor:
-        mixture, log_scale, shift = self._parts(y, h, dim)
-        return _solve(mixture, (widen(y) - shift) * (-log_scale).exp()).to(y.dtype)
+    def root(self, y: Tensor, p: Tensor) -> Tensor:
+        mixture, log_scale, shift = self._parts(p)
+        return _solve(mixture, (y - shift) * (-log_scale).exp())
 
-    def log_slope(self, x: Tensor, h: Tensor, dim: int) -> Tensor:
-        mixture, log_scale, _ = self._parts(x, h, dim)
-        return mixture.log_slope(widen(x)) + log_scale
+    def log_derivative(self, x: Tensor, p: Tensor) -> Tensor:
+        mixture, log_scale, _ = self._parts(p)
+        return mixture.log_slope(x) + log_scale
 
-    def forward_and_log_slope(self, x: Tensor, h: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-        mixture, log_scale, shift = self._parts(x, h, dim)
-        y = mixture.logit(widen(x)) * log_scale.exp() + shift
-        return y.to(x.dtype), mixture.log_slope(widen(x)) + log_scale
+    def value_and_log_derivative(self, x: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+        mixture, log_scale, shift = self._parts(p)
+        return mixture.logit(x) * log_scale.exp() + shift, mixture.log_slope(x) + log_scale
 
-    def _parts(self, x: Tensor, h: Tensor, dim: int) -> tuple[_Mixture, Tensor, Tensor]:
-        k, dim = self.components, dim % x.ndim
-        h = self.gain * h.to(widen(x).dtype)
-        h = h.unflatten(dim, (self.parameters, x.shape[dim])).movedim(dim, 0)
-        weight, mean, log_scale, outer, shift = h.split((k, k, k, 1, 1))
+    def _parts(self, p: Tensor) -> tuple[_Mixture, Tensor, Tensor]:
+        k = self.components
+        weight, mean, log_scale, outer, shift = (self.gain * p).split((k, k, k, 1, 1))
         mixture = _Mixture(
             bounded(weight, _MAX_LOG_WEIGHT).log_softmax(0),
             bounded(mean + self._start(mean), self.max_mean),

@@ -15,9 +15,9 @@ from ..log_dets import sum_per_sample
 from ..module import InvertibleModule
 from ._checks import refuse
 from .elementwise import check_real, check_values, readable
+from .elementwise_map import Conditioner, PerFeatureMap
 from .integrals import BernsteinIntegral, NetIntegral, SquaresIntegral
 from .matrix import widen
-from .per_feature import Conditioner, PerFeature
 from .roots import bracket, newton, with_gradients
 
 __all__ = ["BernsteinPolynomial", "Monotone", "SumOfSquares", "UnconstrainedMonotonic"]
@@ -105,7 +105,7 @@ class Monotone(InvertibleModule):
         return sum_per_sample(self, widen(_slope(partial(self.curve, **side), x)).log())
 
 
-class UnconstrainedMonotonic(PerFeature):
+class UnconstrainedMonotonic(PerFeatureMap):
     """Integrate a positive net: ``x -> c + integral from 0 to x of exp(n(t)) dt``.
 
     n is a net with one hidden layer, of its own for each feature: ``m tanh(net(t) / m)``, ``net(t) = sum of v tanh(w t
@@ -162,7 +162,7 @@ class UnconstrainedMonotonic(PerFeature):
         super().__init__(curve, features, dim, conditioner, factory, **options)
 
 
-class SumOfSquares(PerFeature):
+class SumOfSquares(PerFeatureMap):
     """Integrate a mean of squares of polynomials: ``x -> c + integral from 0 to x of m + (1 - m) mean(p_k(t)^2) dt``.
 
     ``p_k(t) = 1 + a_k0 + a_k1 u + a_k2 u^2 + ...`` with ``u = t / tail_bound`` and all abs(a) < 1. Beyond
@@ -218,7 +218,7 @@ class SumOfSquares(PerFeature):
         super().__init__(curve, features, dim, conditioner, factory, **options)
 
 
-class BernsteinPolynomial(PerFeature):
+class BernsteinPolynomial(PerFeatureMap):
     """A monotone polynomial in Bernstein's form, linear beyond ``tail_bound`` on either side.
 
     Its derivative is ``sum of d_k C(n - 1, k) u^k (1 - u)^(n - 1 - k)`` with ``u = (x / tail_bound + 1) / 2`` and

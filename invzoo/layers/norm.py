@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from ..engine import tuple_of
 from ..module import Inverse, InvertibleModule
 from ._checks import check_features, check_like, check_positive, check_positive_int, refuse
-from .affine import per_feature
 from .elementwise import check_real
+from .elementwise_map import per_feature
 from .matrix import bounded, widen
 
 __all__ = ["HiddenStatistics", "InvertibleGroupNorm", "SampleNorm", "moments", "standardise"]

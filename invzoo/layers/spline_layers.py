@@ -3,13 +3,9 @@
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from ._checks import check_features, check_like, check_positive_int
-from .affine import Conditioner, ElementwiseMap, per_feature
 from .coupling import Coupling, Subnet, zero_last
-from .elementwise import check_real
-from .matrix import widen
+from .elementwise_map import Conditioner, PerFeatureMap
 from .spline import RationalQuadratic
 from .split import SplitSpec
 
@@ -79,7 +75,7 @@ class RationalQuadraticCoupling(Coupling):
             zero_last(net)
 
 
-class RationalQuadraticSpline(ElementwiseMap):
+class RationalQuadraticSpline(PerFeatureMap):
     r"""Move each feature by a spline of its own, which starts as the identity.
 
     A spline of rational quadratic pieces maps [-bound, bound] onto itself; its inverse has a closed form. The weight
@@ -115,9 +111,6 @@ class RationalQuadraticSpline(ElementwiseMap):
         True
     """
 
-    features: int
-    weight: nn.Parameter
-
     def __init__(
         self,
         features: int,
@@ -133,24 +126,5 @@ class RationalQuadraticSpline(ElementwiseMap):
         dtype: torch.dtype | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(RationalQuadratic(bins, bound, tails, min_bin, min_slope), dim, conditioner, **options)
-        check_positive_int(self, "features", features)
-        self.features = features
-        self.weight = nn.Parameter(torch.empty(self.map.parameters, features, device=device, dtype=dtype))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        nn.init.zeros_(self.weight)
-
-    def map_parameters(self, x: Tensor, context: Any = None) -> Tensor:
-        check_real(self, "input", x)
-        check_like(self, "input", x, self.weight)
-        check_features(self, "input", x, self.dim, self.features)
-        h = per_feature(widen(self.weight.flatten()), x, self.dim)
-        if self.conditioner is None:
-            self.side_names().check(self, {} if context is None else {"context": context})
-            return h
-        return h + self.conditions(x, context)
-
-    def extra_repr(self) -> str:
-        return f"{self.features}, dim={self.dim}, {self.map}"
+        spline, factory = RationalQuadratic(bins, bound, tails, min_bin, min_slope), {"device": device, "dtype": dtype}
+        super().__init__(spline, features, dim, conditioner, factory, **options)

@@ -222,7 +222,7 @@ def test_small_batches(batch):
         (lambda: iz.ElementwiseAffine(3)(torch.ones(2, 3).double()), TypeError, "be of the layer's dtype torch.float3"),
         (lambda: iz.ElementwiseAffine(3)(torch.ones(2, 3).int()), TypeError, "be real floating point; got torch.int32"),
         (lambda: iz.ElementwiseAffine(3)(torch.ones(2, 3) * 1j), TypeError, "be real floating point; got torch.comp"),
-        (lambda: iz.ElementwiseAffine(3)([1.0]), TypeError, "Expected input to be a Tensor; got list"),
+        (lambda: iz.ElementwiseAffine(3)([1.0]), TypeError, "Expected x to be a Tensor; got list"),
         (
             lambda: iz.ElementwiseAffine(3)(torch.ones(2, 3), context=1),
             TypeError,
@@ -256,7 +256,7 @@ def test_small_batches(batch):
         (
             lambda: iz.ConditionalAffine(nn.Identity(), dim=3)(torch.ones(2, 3), context=torch.ones(2, 6)),
             ValueError,
-            r"Expected input to have a dim 3; got shape \(2, 3\)",
+            r"Expected x to have a dim 3; got shape \(2, 3\)",
         ),
     ],
 )

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.testing import assert_close
 
+from invzoo.layers.elementwise_map import PerFeatureMap
 from invzoo.layers.integrals import clenshaw_curtis
 from invzoo.layers.monotone import BernsteinPolynomial, Monotone, SumOfSquares, UnconstrainedMonotonic
-from invzoo.layers.per_feature import PerFeature
 from invzoo.layers.roots import bracket, newton, with_gradients
 from invzoo.module import InvertibleModule, mode
 
@@ -222,13 +222,13 @@ def test_what_is_refused(call: Callable[[], object], error: type[Exception], mes
 # ---- integrals ------------------------------------------------------------------------------------------------------
 
 
-def fill(layer: PerFeature) -> np.ndarray:
+def fill(layer: PerFeatureMap) -> np.ndarray:
     with torch.no_grad():
         layer.weight.normal_()
     return layer.weight.detach().numpy()
 
 
-def assert_is_integral(layer: PerFeature, density: Callable[[np.ndarray], np.ndarray], c: float) -> None:
+def assert_is_integral(layer: PerFeatureMap, density: Callable[[np.ndarray], np.ndarray], c: float) -> None:
     """Compare a layer of one feature with a fine quadrature of ``density``, whose tails are constant."""
     points, weights = np.polynomial.legendre.leggauss(200)
     for x in (-7.0, -3.0, 0.0, 0.5, 4.0, 9.0):
@@ -279,7 +279,7 @@ def test_bernstein_polynomial_is_the_integral_of_one() -> None:
     ("layer", "size"),
     [(UnconstrainedMonotonic, 3.0), (SumOfSquares, 3.0), (SumOfSquares, 100.0), (BernsteinPolynomial, 100.0)],
 )
-def test_wild_weights_leave_it_invertible(layer: type[PerFeature], size: float) -> None:
+def test_wild_weights_leave_it_invertible(layer: type[PerFeatureMap], size: float) -> None:
     built, x = layer(3, dtype=torch.float64), 5 * inputs(100, 3)
     with torch.no_grad():
         built.weight.normal_(std=size)
@@ -304,7 +304,7 @@ def test_wild_weights_leave_it_invertible(layer: type[PerFeature], size: float) 
         (BernsteinPolynomial, "max_log_slope", 0, "be positive and finite; got 0"),
     ],
 )
-def test_options_are_refused(layer: type[PerFeature], option: str, value: float, message: str) -> None:
+def test_options_are_refused(layer: type[PerFeatureMap], option: str, value: float, message: str) -> None:
     with pytest.raises((ValueError, TypeError)) as error:
         layer(3, **{option: value})
     assert str(error.value) == f"{layer.__name__}: Expected {option} to {message}"

@@ -340,7 +340,7 @@ def test_each_feature_has_a_spline_of_its_own_and_the_context_adds_to_it():
     assert_close(layer(x, context=context), plain(x))
     with pytest.raises(TypeError, match="RationalQuadraticSpline: Expected context to be"):
         layer(x)
-    with pytest.raises(ValueError, match=r"RationalQuadraticSpline: Expected input to have size 3 in dim 1"):
+    with pytest.raises(ValueError, match=r"RationalQuadraticSpline: Expected x to have size 3 in dim 1"):
         plain(x[:, :2])
 
 

@@ -1,0 +1,204 @@
+"""Layers that move each value by a map whose parameters are weights, or functions of a condition."""
+
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..engine import SideNames, Tape
+from ..log_dets import sum_per_sample
+from ..module import InvertibleModule
+from ._checks import check_features, check_like, check_positive_int, refuse
+from .elementwise import check_real
+from .maps import Map
+from .matrix import widen
+
+__all__ = ["Conditioner", "ElementwiseMap", "PerFeatureMap", "check_per_feature", "per_feature"]
+
+Conditioner = Callable[..., Tensor]
+
+
+def per_feature(values: Tensor, x: Tensor, dim: int) -> Tensor:
+    """View one value per feature so that it broadcasts to ``x``, whose features are in ``dim``."""
+    shape = [1] * x.ndim
+    shape[dim] = -1
+    return values.view(shape)
+
+
+def check_per_feature(owner: Any, argument: str, x: Any, parameter: Tensor) -> None:
+    """``x`` is real, like the layer's ``parameter``, and has its features in its dim."""
+    check_real(owner, argument, x)
+    check_like(owner, argument, x, parameter)
+    check_features(owner, argument, x, owner.dim, owner.features)
+
+
+class ElementwiseMap(InvertibleModule):
+    """``x -> map(x)`` with parameters of the map that the layer finds without looking at values of x. Abstract.
+
+    A subclass says what they are, and what it takes. They, and a conditioner behind them, are evaluated once in a call
+    and once in its replay.
+
+    Args:
+        map: how a value moves by its parameters.
+        dim: the dim along which the parameters are stacked.
+        conditioner: makes parameters of ``context``, (B, n * features) or of the dims of x with n * features in
+            ``dim``, n parameters a feature, those of one kind side by side; or None.
+        options: those of :class:`InvertibleModule`.
+    """
+
+    map: Map
+    dim: int
+    conditioner: Conditioner | None
+
+    def __init__(self, map: Map, dim: int, conditioner: Conditioner | None, **options: Any) -> None:  # noqa: A002
+        super().__init__(**options)
+        map.check(self)
+        if not (conditioner is None or callable(conditioner)):
+            refuse(self, "conditioner", "be a module or a function", type(conditioner).__name__, TypeError)
+        self.map, self.dim, self.conditioner = map, dim, conditioner
+
+    @abstractmethod
+    def check_argument(self, argument: str, x: Tensor) -> None:
+        """Raise if ``x``, an input or an output called ``argument``, is none that the layer maps."""
+
+    @abstractmethod
+    def map_parameters(self, x: Tensor, context: Any = None) -> Tensor:
+        """Return the parameters stacked along ``dim``; their other dims are those of ``x``, or broadcast to them."""
+
+    def function(self, x: Tensor, context: Any = None) -> Tensor:
+        self.check_argument("x", x)
+        return self.map.forward(x, self.map_parameters(x, context), self.dim)
+
+    def inverse(self, y: Tensor, context: Any = None) -> Tensor:
+        self.check_argument("y", y)
+        return self.map.inverse(y, self.map_parameters(y, context), self.dim)
+
+    def log_det(self, x: Tensor, context: Any = None) -> Tensor:
+        self.check_argument("x", x)
+        return self._log_det(x, self.map_parameters(x, context))
+
+    def function_and_log_det(self, x: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
+        self.check_argument("x", x)
+        return self._map_and_log_det(x, self.map_parameters(x, context))
+
+    def inverse_with_log_det(self, y: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
+        self.check_argument("y", y)
+        h = self.map_parameters(y, context)
+        x = self.map.inverse(y, h, self.dim)
+        return x, -self._log_det(x, h)
+
+    def replay(self, tape: Tape, *outputs: Tensor, **side: Any) -> None:
+        tape.run(self.map.forward, *self._rebuild(tape, *outputs, **side), self.dim)
+
+    def replay_with_log_det(self, tape: Tape, *outputs: Tensor, **side: Any) -> None:
+        tape.run(self._map_and_log_det, *self._rebuild(tape, *outputs, **side))
+
+    def side_names(self) -> SideNames:
+        return SideNames(frozenset(() if self.conditioner is None else ("context",)), any=False)
+
+    def conditions(self, x: Tensor, context: Any) -> Tensor:
+        """Return what the conditioner makes of the context, in the dims of ``x`` and in at least float32."""
+        if context is None:
+            refuse(self, "context", "be what the conditioner takes", None, TypeError)
+        h = self.conditioner(context)  # type: ignore[misc]  # there is one
+        shape = [*x.shape]
+        shape[self.dim] *= self.map.parameters
+        if not isinstance(h, Tensor):
+            refuse(self, "conditioner", "return a Tensor", type(h).__name__, TypeError)
+        aligned = _aligned(h, x.ndim, self.dim)
+        if not _broadcasts(aligned, shape, self.dim):
+            shapes = dict.fromkeys(((shape[0], shape[self.dim]), tuple(shape)))
+            refuse(self, "conditioner", f"return shape {' or '.join(map(str, shapes))}", tuple(h.shape))
+        return aligned.to(torch.promote_types(x.dtype, torch.float32))
+
+    def conditioned(self, own: Tensor, x: Tensor, context: Any) -> Tensor:
+        """Return parameters of the layer, one per feature, plus what the conditioner makes of the context."""
+        h = per_feature(widen(own), x, self.dim)
+        if self.conditioner is not None:
+            return h + self.conditions(x, context)
+        if context is not None:
+            self.side_names().check(self, {"context": context})
+        return h
+
+    def _rebuild(self, tape: Tape, y: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
+        h = tape.run(self.map_parameters, y, context)
+        return tape.input(0, self.map.inverse(y, h, self.dim)), h
+
+    def _map_and_log_det(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        y, log_slope = self.map.forward_and_log_slope(x, h, self.dim)
+        return y, self._sum(log_slope)
+
+    def _log_det(self, x: Tensor, h: Tensor) -> Tensor:
+        return self._sum(self.map.log_slope(x, h, self.dim))
+
+    def _sum(self, log_slope: Tensor) -> Tensor:
+        if self.dim % log_slope.ndim == 0:
+            wanted = f"have a batch dim before dim {self.dim}, for a log-determinant"
+            refuse(self, "x", wanted, f"shape {tuple(log_slope.shape)}")
+        return sum_per_sample(self, log_slope)
+
+
+def _aligned(h: Tensor, ndim: int, dim: int) -> Tensor:
+    """View (B, features) as a tensor of ``ndim`` dims that has its features in ``dim``."""
+    if h.ndim != 2 or ndim < 2:
+        return h
+    shape = [len(h), *[1] * (ndim - 1)]
+    shape[dim] = h.shape[1]
+    return h.reshape(shape)
+
+
+def _broadcasts(h: Tensor, shape: list[int], dim: int) -> bool:
+    """Whether ``h`` broadcasts to ``shape``, and has the very size of it in ``dim``."""
+    return (
+        h.ndim == len(shape)
+        and h.shape[dim] == shape[dim]
+        and all(m in (1, n) for m, n in zip(h.shape, shape, strict=True))
+    )
+
+
+class PerFeatureMap(ElementwiseMap):
+    """A map whose parameters are its feature's own, plus those that a conditioner gives. Abstract.
+
+    The weight has a row for each parameter of the map, and a column for each feature.
+
+    Args:
+        map: how a value moves by its parameters.
+        features: size of dim ``dim``.
+        dim: the dim of the features.
+        conditioner: as for :class:`ElementwiseMap`.
+        factory: ``device`` and ``dtype`` of the weight.
+        options: those of :class:`InvertibleModule`.
+    """
+
+    features: int
+    weight: nn.Parameter
+
+    def __init__(
+        self,
+        map: Map,  # noqa: A002
+        features: int,
+        dim: int,
+        conditioner: Conditioner | None,
+        factory: dict[str, Any],
+        **options: Any,
+    ) -> None:
+        super().__init__(map, dim, conditioner, **options)
+        check_positive_int(self, "features", features)
+        self.features = features
+        self.weight = nn.Parameter(torch.empty(map.parameters, features, **factory))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        self.map.reset(self.weight)
+
+    def check_argument(self, argument: str, x: Tensor) -> None:
+        check_per_feature(self, argument, x, self.weight)
+
+    def map_parameters(self, x: Tensor, context: Any = None) -> Tensor:
+        return self.conditioned(self.weight.flatten(), x, context)
+
+    def extra_repr(self) -> str:
+        return f"{self.features}, dim={self.dim}, {self.map}"
