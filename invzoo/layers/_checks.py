@@ -10,6 +10,7 @@ from ..errors import refuse
 
 __all__ = [
     "autocast_enabled",
+    "check_callable",
     "check_choice",
     "check_dims",
     "check_features",
@@ -19,6 +20,11 @@ __all__ = [
     "check_positive_int",
     "refuse",
 ]
+
+
+def check_callable(owner: object, argument: str, value: Any) -> None:
+    if not callable(value):
+        refuse(owner, argument, "be a module or a function", type(value).__name__, TypeError)
 
 
 def check_choice(owner: object, argument: str, value: Any, choices: Collection[Any]) -> None:

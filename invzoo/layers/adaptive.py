@@ -4,8 +4,9 @@ from typing import Any
 
 import torch
 
+from .conditioned import Conditioner
 from .curves import SinhArcsinhCurve, SnakeCurve, TwoSlopes
-from .elementwise_map import Conditioner, PerFeatureMap
+from .elementwise_map import PerFeatureMap
 
 __all__ = ["InvertiblePReLU", "SinhArcsinh", "Snake"]
 

@@ -5,9 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._checks import check_positive, check_positive_int, refuse
+from ._checks import check_callable, check_positive, check_positive_int, refuse
+from .conditioned import Conditioner
 from .elementwise import check_real
-from .elementwise_map import Conditioner, ElementwiseMap, check_per_feature
+from .elementwise_map import ElementwiseMap, check_per_feature
 from .maps import Affine
 from .matrix import bounded
 
@@ -126,8 +127,7 @@ class ConditionalAffine(ElementwiseMap):
         **options: Any,
     ) -> None:
         super().__init__(Affine(scale, max_log_scale), dim, conditioner, **options)
-        if conditioner is None:
-            refuse(self, "conditioner", "be a module or a function", None, TypeError)
+        check_callable(self, "conditioner", conditioner)
 
     def check_argument(self, argument: str, x: Tensor) -> None:
         check_real(self, argument, x)
@@ -135,7 +135,7 @@ class ConditionalAffine(ElementwiseMap):
             refuse(self, argument, f"have a dim {self.dim}", f"shape {tuple(x.shape)}")
 
     def map_parameters(self, x: Tensor, context: Any = None) -> Tensor:
-        return self.conditions(x, context)
+        return self.aligned(self.evaluate_conditioner(context), x)
 
     def extra_repr(self) -> str:
         return f"{self.map}, dim={self.dim}"

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..engine import SideNames
 from ..module import InvertibleModule
-from ._checks import check_floating, refuse
+from ._checks import check_callable, check_floating, refuse
 
 __all__ = ["BranchLayer"]
 
@@ -19,8 +19,7 @@ class BranchLayer(InvertibleModule):
 
     def __init__(self, f: Callable[..., Tensor], **options: Any) -> None:
         super().__init__(**options)
-        if not callable(f):
-            refuse(self, "f", "be a module or a function", type(f).__name__, TypeError)
+        check_callable(self, "f", f)
         self.f = f
 
     def side_names(self) -> SideNames:

@@ -1,12 +1,12 @@
 """Convolutions that can be undone."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .conditioned import Conditioner
 from .matrix_layer import MatrixLayer
 
 __all__ = ["InvertibleConv1x1"]
@@ -87,7 +87,7 @@ class InvertibleConv1x1(MatrixLayer):
         kind: str = "householder",
         reflections: int | None = None,
         max_log_scale: float | None = None,
-        conditioner: Callable[..., Tensor] | None = None,
+        conditioner: Conditioner | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         **options: Any,

@@ -1,23 +1,20 @@
 """Layers that move each value by a map whose parameters are weights, or functions of a condition."""
 
 from abc import abstractmethod
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..engine import SideNames, Tape
+from ..engine import Tape
 from ..log_dets import sum_per_sample
-from ..module import InvertibleModule
 from ._checks import check_features, check_like, check_positive_int, refuse
+from .conditioned import Conditioned, Conditioner
 from .elementwise import check_real
 from .maps import Map
 from .matrix import widen
 
-__all__ = ["Conditioner", "ElementwiseMap", "PerFeatureMap", "check_per_feature", "per_feature"]
-
-Conditioner = Callable[..., Tensor]
+__all__ = ["ElementwiseMap", "PerFeatureMap", "check_per_feature", "per_feature"]
 
 
 def per_feature(values: Tensor, x: Tensor, dim: int) -> Tensor:
@@ -34,7 +31,7 @@ def check_per_feature(owner: Any, argument: str, x: Any, parameter: Tensor) -> N
     check_features(owner, argument, x, owner.dim, owner.features)
 
 
-class ElementwiseMap(InvertibleModule):
+class ElementwiseMap(Conditioned):
     """``x -> map(x)`` with parameters of the map that the layer finds without looking at values of x. Abstract.
 
     A subclass says what they are, and what it takes. They, and a conditioner behind them, are evaluated once in a call
@@ -50,14 +47,12 @@ class ElementwiseMap(InvertibleModule):
 
     map: Map
     dim: int
-    conditioner: Conditioner | None
 
     def __init__(self, map: Map, dim: int, conditioner: Conditioner | None, **options: Any) -> None:  # noqa: A002
         super().__init__(**options)
         map.check(self)
-        if not (conditioner is None or callable(conditioner)):
-            refuse(self, "conditioner", "be a module or a function", type(conditioner).__name__, TypeError)
-        self.map, self.dim, self.conditioner = map, dim, conditioner
+        self.set_conditioner(conditioner)
+        self.map, self.dim = map, dim
 
     @abstractmethod
     def check_argument(self, argument: str, x: Tensor) -> None:
@@ -95,32 +90,20 @@ class ElementwiseMap(InvertibleModule):
     def replay_with_log_det(self, tape: Tape, *outputs: Tensor, **side: Any) -> None:
         tape.run(self._map_and_log_det, *self._rebuild(tape, *outputs, **side))
 
-    def side_names(self) -> SideNames:
-        return SideNames(frozenset(() if self.conditioner is None else ("context",)), any=False)
+    def conditioned(self, own: Tensor, x: Tensor, context: Any) -> Tensor:
+        """Return parameters of the layer, one per feature, plus what the conditioner makes of the context."""
+        own, h = per_feature(widen(own), x, self.dim), self.evaluate_conditioner(context)
+        return own if h is None else own + self.aligned(h, x)
 
-    def conditions(self, x: Tensor, context: Any) -> Tensor:
-        """Return what the conditioner makes of the context, in the dims of ``x`` and in at least float32."""
-        if context is None:
-            refuse(self, "context", "be what the conditioner takes", None, TypeError)
-        h = self.conditioner(context)  # type: ignore[misc]  # there is one
+    def aligned(self, h: Any, x: Tensor) -> Tensor:
+        """Return what the conditioner returned in the dims of ``x`` and in at least float32."""
         shape = [*x.shape]
         shape[self.dim] *= self.map.parameters
-        if not isinstance(h, Tensor):
-            refuse(self, "conditioner", "return a Tensor", type(h).__name__, TypeError)
         aligned = _aligned(h, x.ndim, self.dim)
         if not _broadcasts(aligned, shape, self.dim):
             shapes = dict.fromkeys(((shape[0], shape[self.dim]), tuple(shape)))
             refuse(self, "conditioner", f"return shape {' or '.join(map(str, shapes))}", tuple(h.shape))
         return aligned.to(torch.promote_types(x.dtype, torch.float32))
-
-    def conditioned(self, own: Tensor, x: Tensor, context: Any) -> Tensor:
-        """Return parameters of the layer, one per feature, plus what the conditioner makes of the context."""
-        h = per_feature(widen(own), x, self.dim)
-        if self.conditioner is not None:
-            return h + self.conditions(x, context)
-        if context is not None:
-            self.side_names().check(self, {"context": context})
-        return h
 
     def _rebuild(self, tape: Tape, y: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
         h = tape.run(self.map_parameters, y, context)

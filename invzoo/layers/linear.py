@@ -1,7 +1,6 @@
 """A layer that multiplies the features by a learned matrix that stays invertible."""
 
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,6 +8,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from .conditioned import Conditioner
 from .matrix_layer import MatrixLayer
 
 __all__ = ["InvertibleLinear", "MatrixLayer"]
@@ -90,7 +90,7 @@ class InvertibleLinear(MatrixLayer):
         kind: str = "householder",
         reflections: int | None = None,
         max_log_scale: float | None = None,
-        conditioner: Callable[..., Tensor] | None = None,
+        conditioner: Conditioner | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         **options: Any,

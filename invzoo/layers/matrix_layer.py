@@ -2,15 +2,14 @@
 
 import math
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ..engine import SideNames, Tape
+from ..engine import Tape
 from ..log_dets import log_det_dtype
-from ..module import InvertibleModule
 from ._checks import (
     check_choice,
     check_dims,
@@ -20,6 +19,7 @@ from ._checks import (
     check_positive_int,
     refuse,
 )
+from .conditioned import Conditioned, Conditioner
 from .matrix import MATRICES, Matrix, full_precision, widen
 
 __all__ = ["MatrixLayer"]
@@ -37,7 +37,7 @@ def add_per_sample(parameters: Sequence[Tensor], offsets: Tensor) -> tuple[Tenso
     return tuple(widen(p) + widen(h).reshape(len(h), *p.shape) for h, p in zip(pieces, parameters, strict=True))
 
 
-class MatrixLayer(InvertibleModule):
+class MatrixLayer(Conditioned):
     """x -> W x + b along ``dim``, and back with the left inverse of W. Abstract: a subclass adds the product.
 
     Everything is computed in at least float32, under autocast too: a bfloat16 product could not be undone. The output
@@ -54,7 +54,6 @@ class MatrixLayer(InvertibleModule):
 
     matrix: Matrix
     bias: nn.Parameter | None
-    conditioner: Callable[..., Tensor] | None
 
     def __init__(
         self,
@@ -63,7 +62,7 @@ class MatrixLayer(InvertibleModule):
         bias: bool,
         kind: str,
         settings: dict[str, Any],
-        conditioner: Callable[..., Tensor] | None,
+        conditioner: Conditioner | None,
         factory: dict[str, Any],
         **options: Any,
     ) -> None:
@@ -71,11 +70,9 @@ class MatrixLayer(InvertibleModule):
         rows = columns if rows is None else rows
         given = {name: value for name, value in settings.items() if value is not None}
         self._check_arguments(columns, rows, kind, given)
-        if not (conditioner is None or callable(conditioner)):
-            refuse(self, "conditioner", "be a module or a function", type(conditioner).__name__, TypeError)
         self.matrix = MATRICES[kind](type(self).__name__, rows, columns, **given, **factory)
         self.bias = nn.Parameter(torch.zeros(rows, **factory)) if bias else None
-        self.conditioner = conditioner
+        self.set_conditioner(conditioner)
         self.volume_preserving = self.matrix.volume_preserving and rows == columns  # type: ignore[misc]
 
     def _check_arguments(self, columns: int, rows: int, kind: str, settings: dict[str, Any]) -> None:
@@ -134,9 +131,6 @@ class MatrixLayer(InvertibleModule):
         """Run the conditioner, and build the factors, once for both directions."""
         self._rebuild(tape, *outputs, **side)
 
-    def side_names(self) -> SideNames:
-        return SideNames(frozenset() if self.conditioner is None else frozenset({"context"}), any=False)
-
     def _rebuild(self, tape: Tape, y: Tensor, context: Any = None) -> tuple[Tensor, ...]:
         parameters, factors = tape.run(self._build, y, context)
         x = tape.input(0, self._apply_inverse(y, *factors))
@@ -175,23 +169,17 @@ class MatrixLayer(InvertibleModule):
             return parameters, (shift, *self.matrix.factors(*parameters))
 
     def _weights(self, x: Tensor, context: Any) -> tuple[tuple[Tensor, ...], Tensor]:
-        if self.conditioner is None:
-            if context is not None:
-                self.side_names().check(self, {"context": context})
+        if self.conditioner is not None:
+            check_dims(self, "input", x, range(2, sys.maxsize), "(batch, ...), with a conditioner")
+        if (offsets := self.evaluate_conditioner(context)) is None:
             return (), self._shift
-        parameters, count = add_per_sample(self._own(), self._offsets(x, context)), len(self.matrix.names)
+        self._check_offsets(offsets, (len(x), self.num_parameters))
+        parameters, count = add_per_sample(self._own(), offsets), len(self.matrix.names)
         return parameters[:count], self._shift if self.bias is None else parameters[count]
 
-    def _offsets(self, x: Tensor, context: Any) -> Tensor:
-        if context is None:
-            refuse(self, "context", "be what the conditioner takes", None, TypeError)
-        check_dims(self, "input", x, range(2, sys.maxsize), "(batch, ...), with a conditioner")
-        offsets, shape = self.conditioner(context), (len(x), self.num_parameters)  # type: ignore[misc]
-        if not isinstance(offsets, Tensor):
-            refuse(self, "conditioner", "return a Tensor", type(offsets).__name__, TypeError)
+    def _check_offsets(self, offsets: Tensor, shape: tuple[int, int]) -> None:
         if offsets.shape != shape:
             refuse(self, "conditioner", f"return shape {shape}, (batch, num_parameters)", tuple(offsets.shape))
-        return offsets
 
     def _apply_weight(self, x: Tensor, shift: Tensor, *factors: Tensor) -> Tensor:
         with full_precision(x):

@@ -13,9 +13,10 @@ from ..engine import SideNames
 from ..engine._torch import functorch_active
 from ..log_dets import sum_per_sample
 from ..module import InvertibleModule
-from ._checks import refuse
+from ._checks import check_callable, refuse
+from .conditioned import Conditioner
 from .elementwise import check_real, check_values, readable
-from .elementwise_map import Conditioner, PerFeatureMap
+from .elementwise_map import PerFeatureMap
 from .integrals import BernsteinIntegral, NetIntegral, SquaresIntegral
 from .matrix import widen
 from .roots import bracket, newton, with_gradients
@@ -73,8 +74,7 @@ class Monotone(InvertibleModule):
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        if not callable(curve):
-            refuse(self, "curve", "be a module or a function", type(curve).__name__, TypeError)
+        check_callable(self, "curve", curve)
         if not bounds[0] < bounds[1]:
             refuse(self, "bounds", "be increasing", bounds)
         self.curve, self.bounds = curve, bounds

@@ -4,8 +4,9 @@ from typing import Any
 
 import torch
 
+from .conditioned import Conditioner
 from .coupling import Coupling, Subnet, zero_last
-from .elementwise_map import Conditioner, PerFeatureMap
+from .elementwise_map import PerFeatureMap
 from .spline import RationalQuadratic
 from .split import SplitSpec
 

@@ -1,0 +1,41 @@
+"""What layers with a conditioner have in common: a module or function that makes parameters of a side input."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from ..engine import SideNames
+from ..module import InvertibleModule
+from ._checks import check_callable, refuse
+
+__all__ = ["Conditioned", "Conditioner"]
+
+Conditioner = Callable[..., Tensor]
+
+
+class Conditioned(InvertibleModule):
+    """A layer that may have a conditioner, and takes the side input ``context`` just then. Abstract."""
+
+    conditioner: Conditioner | None
+
+    def side_names(self) -> SideNames:
+        return SideNames(frozenset(() if self.conditioner is None else ("context",)), any=False)
+
+    def set_conditioner(self, conditioner: Conditioner | None) -> None:
+        if conditioner is not None:
+            check_callable(self, "conditioner", conditioner)
+        self.conditioner = conditioner
+
+    def evaluate_conditioner(self, context: Any) -> Tensor | None:
+        """Return what the conditioner makes of the context; None if there is no conditioner."""
+        if self.conditioner is None:
+            if context is not None:
+                self.side_names().check(self, {"context": context})
+            return None
+        if context is None:
+            refuse(self, "context", "be what the conditioner takes", None, TypeError)
+        h = self.conditioner(context)
+        if not isinstance(h, Tensor):
+            refuse(self, "conditioner", "return a Tensor", type(h).__name__, TypeError)
+        return h
