@@ -257,10 +257,7 @@ class Call:
         tape = Tape(self)
         with self._as_it_was():
             if self.kept is not None:
-                outputs = tape.run(
-                    self.operation.function, *[tape.input(i, x) for i, x in enumerate(self.kept)], **self.side
-                )
-                self._verify(tuple_of(outputs))
+                self._recompute(tape, self.kept)
             else:
                 self._replay(tape)
                 self._verify(tape.inputs)
@@ -271,6 +268,13 @@ class Call:
             self._drop()
         else:
             self.outputs, self.produced = [], []
+
+    def _recompute(self, tape: Tape, kept: tuple[Any, ...]) -> None:
+        inputs = [tape.input(i, x) for i, x in enumerate(kept)]
+        if self.prints or self.surroundings.generators:  # the outputs are compared, or all random numbers counted
+            self._verify(tuple_of(tape.run(self.operation.function, *inputs, **self.side)))
+        else:
+            tape.run_until_saved(self.operation.function, *inputs, **self.side)
 
     def _replay(self, tape: Tape) -> None:
         outputs = self._values()

@@ -1,5 +1,6 @@
 """What a replay writes on: the inputs that it rebuilds, and what autograd saves of the function's pieces."""
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -64,6 +65,10 @@ def _is_dense(shape: torch.Size, stride: tuple[int, ...]) -> bool:
     return True
 
 
+class _AllSaved(BaseException):
+    """The replay has saved all that its forward saved; a function cannot take it for an error of its own."""
+
+
 class Tape:
     """What a replay writes on.
 
@@ -71,13 +76,13 @@ class Tape:
     in the function's order. It runs without gradients; only :meth:`run` records.
     """
 
-    __slots__ = ("_call", "_captured", "_metas", "_started", "inputs")
+    __slots__ = ("_call", "_captured", "_metas", "_short", "_started", "inputs")
 
     def __init__(self, call: "Call"):
         self._call = call
         self._captured: list[Tensor | None] = []
         self._metas: list[Meta] = []
-        self._started = False
+        self._short = self._started = False
         self.inputs: list[Any] = [None if isinstance(i, Input) else i for i in call.inputs]
 
     def input(self, position: int, value: Any) -> Any:
@@ -110,11 +115,19 @@ class Tape:
             state.packing.pop()
             set_grad_enabled(False)
 
+    def run_until_saved(self, function: Callable[..., Any], *args: Any, **side: Any) -> None:
+        """Evaluate the function as far as autograd saves anything of it; what comes behind that, nobody needs."""
+        self._short = True
+        with contextlib.suppress(_AllSaved):
+            self.run(function, *args, **side)
+
     def _capture(self, tensor: Tensor) -> Tensor:
         value, handles = tensor.detach(), self._call.handles
         index = len(self._metas)
         self._metas.append((tensor.shape, tensor.dtype))
         self._captured.append(value if index < len(handles) and handles[index]() is not None else None)
+        if self._short and self._metas == self._call.metas:
+            raise _AllSaved
         return value
 
     def fill(self) -> None:
