@@ -119,6 +119,14 @@ class InvertibleModule(nn.Module):
             self.replay(tape, *outputs, **side)
             tape.run(self.log_det, *tape.inputs, **side)
 
+    def replay_inverse(self, tape: Tape, *inputs: Any, **side: Any) -> None:
+        """As :meth:`replay`, for :attr:`inv`: rebuild the outputs and run the inverse once more on the tape."""
+        tape.run(self.inverse, *tape.invert(*inputs), **side)
+
+    def replay_inverse_with_log_det(self, tape: Tape, *inputs: Any, **side: Any) -> None:
+        """As :meth:`replay_inverse`, for both the inverse and its log-determinant."""
+        tape.run(self.inverse_with_log_det, *tape.invert(*inputs), **side)
+
     def forward(self, *inputs: Any, strict_forward: bool = False, **side: Any) -> Any:
         """Run :meth:`function` so that backward rebuilds what it needs."""
         with self._freeing(inputs):
@@ -243,6 +251,8 @@ class Inverse(InvertibleModule):
 
     function = property(lambda self: self.layer.inverse)
     inverse = property(lambda self: self.layer.function)
+    replay = property(lambda self: self.layer.replay_inverse)
+    replay_with_log_det = property(lambda self: self.layer.replay_inverse_with_log_det)
     domain = property(lambda self: self.layer.codomain)
     codomain = property(lambda self: self.layer.domain)
     bijective = property(lambda self: self.layer.bijective)

@@ -1,6 +1,7 @@
 """Layers that move each value by a map whose parameters are weights, or functions of a condition."""
 
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -80,15 +81,19 @@ class ElementwiseMap(Conditioned):
 
     def inverse_with_log_det(self, y: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
         self.check_argument("y", y)
-        h = self.map_parameters(y, context)
-        x = self.map.inverse(y, h, self.dim)
-        return x, -self._log_det(x, h)
+        return self._undo_and_log_det(y, self.map_parameters(y, context))
 
     def replay(self, tape: Tape, *outputs: Tensor, **side: Any) -> None:
-        tape.run(self.map.forward, *self._rebuild(tape, *outputs, **side), self.dim)
+        tape.run(self.map.forward, *self._rebuild(self.map.inverse, tape, *outputs, **side), self.dim)
 
     def replay_with_log_det(self, tape: Tape, *outputs: Tensor, **side: Any) -> None:
-        tape.run(self._map_and_log_det, *self._rebuild(tape, *outputs, **side))
+        tape.run(self._map_and_log_det, *self._rebuild(self.map.inverse, tape, *outputs, **side))
+
+    def replay_inverse(self, tape: Tape, *inputs: Tensor, **side: Any) -> None:
+        tape.run(self.map.inverse, *self._rebuild(self.map.forward, tape, *inputs, **side), self.dim)
+
+    def replay_inverse_with_log_det(self, tape: Tape, *inputs: Tensor, **side: Any) -> None:
+        tape.run(self._undo_and_log_det, *self._rebuild(self.map.forward, tape, *inputs, **side))
 
     def conditioned(self, own: Tensor, x: Tensor, context: Any) -> Tensor:
         """Return parameters of the layer, one per feature, plus what the conditioner makes of the context."""
@@ -105,13 +110,19 @@ class ElementwiseMap(Conditioned):
             refuse(self, "conditioner", f"return shape {' or '.join(map(str, shapes))}", tuple(h.shape))
         return aligned.to(torch.promote_types(x.dtype, torch.float32))
 
-    def _rebuild(self, tape: Tape, y: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
-        h = tape.run(self.map_parameters, y, context)
-        return tape.input(0, self.map.inverse(y, h, self.dim)), h
+    def _rebuild(
+        self, back: Callable[..., Tensor], tape: Tape, value: Tensor, context: Any = None
+    ) -> tuple[Tensor, Tensor]:
+        h = tape.run(self.map_parameters, value, context)
+        return tape.input(0, back(value, h, self.dim)), h
 
     def _map_and_log_det(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         y, log_slope = self.map.forward_and_log_slope(x, h, self.dim)
         return y, self._sum(log_slope)
+
+    def _undo_and_log_det(self, y: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.map.inverse(y, h, self.dim)
+        return x, -self._log_det(x, h)
 
     def _log_det(self, x: Tensor, h: Tensor) -> Tensor:
         return self._sum(self.map.log_slope(x, h, self.dim))

@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -23,6 +23,8 @@ from .conditioned import Conditioned, Conditioner
 from .matrix import MATRICES, Matrix, full_precision, widen
 
 __all__ = ["MatrixLayer"]
+
+Product = Callable[..., Tensor]
 
 
 def times(matrix: Tensor, vector: Tensor) -> Tensor:
@@ -127,18 +129,33 @@ class MatrixLayer(Conditioned):
         parameters, factors = self._build(x, context)
         return self._apply_weight(x, *factors), self._log_det(x, *parameters)
 
-    def replay(self, tape: Tape, *outputs: Tensor, **side: Any) -> None:
-        """Run the conditioner, and build the factors, once for both directions."""
-        self._rebuild(tape, *outputs, **side)
+    def inverse_with_log_det(self, y: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
+        self._check("y", y, self.matrix.rows)
+        parameters, factors = self._build(y, context)
+        x = self._apply_inverse(y, *factors)
+        return x, -self._log_det(x, *parameters)
 
-    def _rebuild(self, tape: Tape, y: Tensor, context: Any = None) -> tuple[Tensor, ...]:
-        parameters, factors = tape.run(self._build, y, context)
-        x = tape.input(0, self._apply_inverse(y, *factors))
-        tape.run(self._apply_weight, x, *factors)
-        return x, *parameters
+    def replay(self, tape: Tape, *outputs: Tensor, **side: Any) -> None:
+        self._replay(self._apply_inverse, self._apply_weight, tape, *outputs, **side)
 
     def replay_with_log_det(self, tape: Tape, *outputs: Tensor, **side: Any) -> None:
-        tape.run(self._log_det, *self._rebuild(tape, *outputs, **side))
+        x, _, parameters = self._replay(self._apply_inverse, self._apply_weight, tape, *outputs, **side)
+        tape.run(self._log_det, x, *parameters)
+
+    def replay_inverse(self, tape: Tape, *inputs: Tensor, **side: Any) -> None:
+        self._replay(self._apply_weight, self._apply_inverse, tape, *inputs, **side)
+
+    def replay_inverse_with_log_det(self, tape: Tape, *inputs: Tensor, **side: Any) -> None:
+        _, x, parameters = self._replay(self._apply_weight, self._apply_inverse, tape, *inputs, **side)
+        tape.run(lambda: -self._log_det(x, *parameters))
+
+    def _replay(
+        self, back: Product, there: Product, tape: Tape, value: Tensor, context: Any = None
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """Run the conditioner, and build the factors, once for both directions."""
+        parameters, factors = tape.run(self._build, value, context)
+        rebuilt = tape.input(0, back(value, *factors))
+        return rebuilt, tape.run(there, rebuilt, *factors), parameters
 
     @staticmethod
     def affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

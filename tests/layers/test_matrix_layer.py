@@ -274,11 +274,25 @@ def test_modes_agree(name: str, kind: str) -> None:
             assert_close(torch.autograd.grad(y.pow(3).sum() + (weights * log_det).sum(), leaves), both)
 
 
+@all_layers
+@all_kinds
+def test_modes_agree_on_the_inverse(name: str, kind: str) -> None:
+    layer, (y, context) = conditioned(name, kind), draw(name)
+    leaves, weights = (y, context, *layer.parameters()), torch.arange(3, dtype=torch.float64)
+    x = layer.inverse(y, context=context)
+    expected = torch.autograd.grad(x.pow(3).sum() - (weights * layer.log_det(x, context=context)).sum(), leaves)
+    for mode in MODES:
+        with iz.mode(layer, mode):
+            x, log_det = layer.inverse_and_log_det(y, context=context)
+            assert_close(torch.autograd.grad(x.pow(3).sum() + (weights * log_det).sum(), leaves), expected)
+
+
 @all_kinds
 @pytest.mark.parametrize("method", ["forward", "forward_and_log_det"])
-def test_a_replay_evaluates_the_conditioner_once(kind: str, method: str) -> None:
+@pytest.mark.parametrize("swapped", [False, True])
+def test_a_replay_evaluates_the_conditioner_once(kind: str, method: str, swapped: bool) -> None:
     layer, (x, context) = conditioned("conv", kind), draw("conv")
-    outputs = getattr(layer, method)(x, context=context)
+    outputs = getattr(layer.inv if swapped else layer, method)(x, context=context)
     assert layer.conditioner.count == 1
     (outputs if method == "forward" else outputs[0] + outputs[1][:, None, None]).sum().backward()
     assert layer.conditioner.count == 2
