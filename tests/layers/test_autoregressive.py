@@ -292,7 +292,7 @@ def test_log_scales_are_bounded(scale):
 def test_half_precision(map_, dtype):
     layer, x = made(std=0.1, dtype=dtype, map=map_, order="random"), torch.randn(4, 5).to(dtype)
     y, log_det = layer.forward_and_log_det(x)
-    assert (y.dtype, log_det.dtype) == (dtype, torch.float32)
+    assert (y.dtype, log_det.dtype, layer(x).dtype) == (dtype, torch.float32, dtype)
     wide = copy.deepcopy(layer).double()
     assert_close(y.double(), wide(x.double()), rtol=2e-2, atol=2e-2)
     assert_close(layer.inverse(y), x, rtol=5e-2, atol=5e-2)
