@@ -16,6 +16,7 @@ from invzoo.layers.adaptive import InvertiblePReLU, SinhArcsinh, Snake
 from invzoo.layers.elementwise_map import PerFeatureMap
 from invzoo.layers.monotone import BernsteinPolynomial, SumOfSquares, UnconstrainedMonotonic
 from invzoo.module import mode
+from tests.layers.helpers import perturbed
 
 LAYERS: dict[str, Callable[..., PerFeatureMap]] = {
     "prelu": InvertiblePReLU,
@@ -30,15 +31,8 @@ directions = pytest.mark.parametrize("direction", ["function", "inverse"])
 kinds = pytest.mark.parametrize("kind", ["store", "recompute", "invert"])
 
 
-def perturbed(layer: PerFeatureMap, size: float = 0.5) -> PerFeatureMap:
-    with torch.no_grad():
-        for p in layer.parameters():
-            p.add_(size * torch.randn_like(p))
-    return layer
-
-
 def build(name: str, features: int = 3, dtype: torch.dtype = torch.float64, **options: object) -> PerFeatureMap:
-    return perturbed(LAYERS[name](features, dtype=dtype, **options))
+    return perturbed(LAYERS[name](features, dtype=dtype, **options), 0.5)
 
 
 def conditioned(name: str, features: int = 3) -> PerFeatureMap:

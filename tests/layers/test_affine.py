@@ -10,6 +10,7 @@ from torch.testing import assert_close
 
 import invzoo as iz
 from invzoo.layers.maps import Affine
+from tests.layers.helpers import perturbed
 
 MODES = ("store", "recompute", "invert")
 
@@ -18,12 +19,8 @@ def randn(*shape, **options):
     return torch.randn(shape, dtype=torch.float64, **options)
 
 
-def perturbed(layer, size=0.3):
-    layer.double()
-    with torch.no_grad():
-        for p in layer.parameters():
-            p.add_(size * torch.randn_like(p))
-    return layer
+def trained(layer, size=0.3):
+    return perturbed(layer.double(), size)
 
 
 class Counting(nn.Module):
@@ -53,7 +50,7 @@ def gradients(layer, mode, x, context, log_det=True):
 @pytest.mark.parametrize("bias", [True, False])
 def test_elementwise_affine_scales_and_shifts_each_feature(dim, bias):
     x = randn(2, 3, 4, 5)
-    layer = perturbed(iz.ElementwiseAffine(x.shape[dim], dim=dim, bias=bias, max_log_scale=0.5), 2.0)
+    layer = trained(iz.ElementwiseAffine(x.shape[dim], dim=dim, bias=bias, max_log_scale=0.5), 2.0)
     shape = [1] * 4
     shape[dim] = -1
     s = 0.5 * torch.tanh(layer.log_scale / 0.5)
@@ -79,7 +76,7 @@ def test_elementwise_affine_starts_as_the_identity_and_stays_bounded():
 @pytest.mark.parametrize("scale", ["tanh", "softclip", "sigmoid", "unit", "exp"])
 def test_conditional_affine_is_the_map_of_the_couplings(scale):
     x, context = randn(2, 3, 4), randn(2, 5)
-    layer = perturbed(iz.ConditionalAffine(nn.Linear(5, 6), scale=scale, max_log_scale=1.5))
+    layer = trained(iz.ConditionalAffine(nn.Linear(5, 6), scale=scale, max_log_scale=1.5))
     h = layer.conditioner(context)[..., None]
     map_ = Affine(scale, 1.5)
     y, log_det = layer.forward_and_log_det(x, context=context)
@@ -97,7 +94,7 @@ def test_conditional_affine_is_the_map_of_the_couplings(scale):
 )
 def test_a_conditioner_adds_to_the_parameters_in_any_shape_that_broadcasts(dim, shape):
     x, h = randn(2, 3, 4, 5), randn(*shape)
-    layer = perturbed(iz.ElementwiseAffine(x.shape[dim], dim=dim, conditioner=nn.Identity()))
+    layer = trained(iz.ElementwiseAffine(x.shape[dim], dim=dim, conditioner=nn.Identity()))
     blocks = h if len(shape) == 4 else (h[:, :, None, None] if dim == 1 else h[:, None, None, :])
     r, t = blocks.expand(*x.shape[: dim % 4], 2 * x.shape[dim], *x.shape[dim % 4 + 1 :]).chunk(2, dim)
     view = (1, -1, 1, 1) if dim == 1 else (-1,)
@@ -109,7 +106,7 @@ def test_a_conditioner_adds_to_the_parameters_in_any_shape_that_broadcasts(dim, 
 
 
 def test_a_conditioner_of_zeros_changes_nothing():
-    plain, x = perturbed(iz.ElementwiseAffine(3)), randn(2, 3, 4)
+    plain, x = trained(iz.ElementwiseAffine(3)), randn(2, 3, 4)
     conditioned = iz.ElementwiseAffine(3, conditioner=lambda context: context.new_zeros(len(context), 6)).double()
     conditioned.load_state_dict(plain.state_dict())
     assert_close(conditioned(x, context=randn(2, 1)), plain(x), rtol=0, atol=0)
@@ -120,7 +117,7 @@ def test_a_conditioner_of_zeros_changes_nothing():
 @pytest.mark.parametrize("swapped", [True, False])
 def test_a_replay_evaluates_the_conditioner_once(kind, log_det, swapped):
     net = Counting(nn.Linear(2, 6))
-    layer = perturbed(kind(3, conditioner=net) if kind is iz.ElementwiseAffine else kind(net))
+    layer = trained(kind(3, conditioner=net) if kind is iz.ElementwiseAffine else kind(net))
     loss, _ = gradients(layer.inv if swapped else layer, "invert", randn(4, 3, 2), randn(4, 2), log_det)
     assert net.calls == 2  # in forward, and in the replay
     assert loss.isfinite()
@@ -129,8 +126,8 @@ def test_a_replay_evaluates_the_conditioner_once(kind, log_det, swapped):
 @pytest.mark.parametrize("log_det", [True, False])
 def test_modes_agree(log_det):
     for layer in (
-        perturbed(iz.ElementwiseAffine(3, conditioner=nn.Sequential(nn.Linear(2, 6), nn.Tanh()))),
-        perturbed(iz.ConditionalAffine(nn.Sequential(nn.Linear(2, 6), nn.Tanh()))),
+        trained(iz.ElementwiseAffine(3, conditioner=nn.Sequential(nn.Linear(2, 6), nn.Tanh()))),
+        trained(iz.ConditionalAffine(nn.Sequential(nn.Linear(2, 6), nn.Tanh()))),
     ):
         x, context = randn(4, 3, 2), randn(4, 2)
         expected = gradients(layer, "store", x, context, log_det)
@@ -148,7 +145,7 @@ def test_a_function_as_conditioner_moves_the_buffers_of_its_modules_once(mode):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_derivatives_of_two_orders(mode):
-    layer = perturbed(iz.ElementwiseAffine(2, conditioner=nn.Linear(2, 4), mode=mode))
+    layer = trained(iz.ElementwiseAffine(2, conditioner=nn.Linear(2, 4), mode=mode))
     given = randn(2, 2, 2, requires_grad=True), randn(2, 2, requires_grad=True)
     for run in (layer.forward_and_log_det, layer.inverse_and_log_det):
         assert gradcheck(lambda x, c, run=run: run(x, context=c), given)
@@ -157,7 +154,7 @@ def test_derivatives_of_two_orders(mode):
 
 def test_a_chain_gives_the_context_to_the_layers_that_take_it():
     conditioned = iz.ElementwiseAffine(3, conditioner=nn.Linear(2, 6))
-    chain = perturbed(iz.InvertibleSequential(iz.ElementwiseAffine(3), conditioned, iz.Reverse()))
+    chain = trained(iz.InvertibleSequential(iz.ElementwiseAffine(3), conditioned, iz.Reverse()))
     x, context = randn(2, 3), randn(2, 2)
     y, log_det = chain.forward_and_log_det(x, context=context)
     assert_close(chain.inverse(y, context=context), x, rtol=1e-10, atol=1e-10)
@@ -171,14 +168,14 @@ def test_a_chain_gives_the_context_to_the_layers_that_take_it():
 
 def test_a_deep_stack_comes_back_in_float32():
     layers = [iz.ElementwiseAffine(3, max_log_scale=0.3, conditioner=nn.Linear(2, 6)) for _ in range(16)]
-    chain = perturbed(iz.InvertibleSequential(*layers)).float()
+    chain = trained(iz.InvertibleSequential(*layers)).float()
     x, context = torch.randn(5, 3, 4), torch.randn(5, 2)
     assert_close(chain.inverse(chain(x, context=context), context=context), x, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_computed_in_single(dtype):
-    layer, x = perturbed(iz.ElementwiseAffine(3)).to(dtype), torch.randn(4, 3, 2).to(dtype)
+    layer, x = trained(iz.ElementwiseAffine(3)).to(dtype), torch.randn(4, 3, 2).to(dtype)
     y, log_det = layer.forward_and_log_det(x)
     assert y.dtype == dtype
     assert log_det.dtype == torch.float32

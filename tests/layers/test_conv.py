@@ -6,12 +6,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.testing import assert_close
 
 from invzoo.layers.conv import InvertibleConv1x1
 from invzoo.layers.linear import InvertibleLinear
+from tests.layers.helpers import inputs
 
 KINDS = ["householder", "cayley", "scaled", "plu", "free"]
 WIDE = ["householder", "cayley", "scaled"]
@@ -41,10 +41,6 @@ def pair(*sizes: int, dtype: torch.dtype = torch.float64, **options: Any) -> tup
             p.add_(0.1 * torch.randn_like(p))
     linear.load_state_dict(conv.state_dict())
     return conv, linear
-
-
-def inputs(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(shape, dtype=dtype, requires_grad=True)
 
 
 @all_kinds

@@ -15,8 +15,9 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.testing import assert_close
 
 from invzoo.layers._checks import check_choice, check_positive
-from invzoo.layers.linear import InvertibleLinear, MatrixLayer
+from invzoo.layers.linear import InvertibleLinear
 from invzoo.layers.matrix import bounded, cayley, householder
+from tests.layers.helpers import inputs, perturbed
 
 KINDS = ["householder", "cayley", "scaled", "plu", "free"]
 ORTHONORMAL = ["householder", "cayley"]
@@ -28,19 +29,8 @@ wide_kinds = pytest.mark.parametrize("kind", WIDE)
 real_and_complex = pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
 
 
-def perturbed(layer: MatrixLayer, size: float = 0.1) -> MatrixLayer:
-    with torch.no_grad():
-        for p in layer.parameters():
-            p.add_(size * torch.randn_like(p))
-    return layer
-
-
 def linear(*sizes: int, perturb: float = 0.1, dtype: torch.dtype = torch.float64, **options: Any) -> InvertibleLinear:
     return perturbed(InvertibleLinear(*sizes, dtype=dtype, **options), perturb)
-
-
-def inputs(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(shape, dtype=dtype, requires_grad=True)
 
 
 def apply_plainly(stack: nn.Sequential, x: Tensor) -> Tensor:
@@ -365,7 +355,7 @@ def test_half_precision_loses_one_rounding(kind: str, dtype: torch.dtype) -> Non
 
 @all_kinds
 def test_a_layer_moved_to_double_is_good_to_double(kind: str) -> None:
-    layer = perturbed(InvertibleLinear(16, kind=kind)).double()
+    layer = perturbed(InvertibleLinear(16, kind=kind), 0.1).double()
     x = inputs(8, 16)
     assert_close(layer.inverse(layer(x)), x, rtol=0, atol=1e-11)
 

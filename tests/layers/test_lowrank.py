@@ -13,20 +13,13 @@ from torch.testing import assert_close
 
 import invzoo as iz
 from invzoo.layers.lowrank import squash
+from tests.layers.helpers import inputs, perturbed
 
 real_and_complex = pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
 
 
 def woodbury(*sizes: int, size: float = 0.5, dtype: torch.dtype = torch.float64, **options: Any) -> iz.WoodburyLinear:
-    layer = iz.WoodburyLinear(*sizes, dtype=dtype, **options)
-    with torch.no_grad():
-        for p in layer.parameters():
-            p.add_(size * torch.randn_like(p))
-    return layer
-
-
-def inputs(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(shape, dtype=dtype, requires_grad=True)
+    return perturbed(iz.WoodburyLinear(*sizes, dtype=dtype, **options), size)
 
 
 def dense(layer: iz.WoodburyLinear) -> Tensor:

@@ -14,6 +14,7 @@ from torch.testing import assert_close
 import invzoo as iz
 from invzoo.layers.matrix import MATRICES
 from invzoo.layers.matrix_layer import MatrixLayer
+from tests.layers.helpers import perturbed
 
 KINDS = ["householder", "cayley", "scaled", "plu", "free"]
 WIDE = ["householder", "cayley", "scaled"]
@@ -42,15 +43,8 @@ class Counted(nn.Linear):
         return super().forward(context)
 
 
-def perturbed(layer: Any, size: float = 0.2) -> Any:
-    with torch.no_grad():
-        for p in layer.parameters():
-            p.add_(size * torch.randn_like(p))
-    return layer
-
-
 def plain(name: str, kind: str, dtype: torch.dtype = torch.float64, **options: Any) -> Any:
-    return perturbed(LAYERS[name][0](4, kind=kind, dtype=dtype, **options))
+    return perturbed(LAYERS[name][0](4, kind=kind, dtype=dtype, **options), 0.2)
 
 
 def conditioned(
@@ -98,7 +92,7 @@ def of_sample(layer: Any, context: Tensor) -> Any:
 @real_and_complex
 @all_kinds
 def test_matrices_take_parameters_with_leading_dims(kind: str, dtype: torch.dtype) -> None:
-    matrix = perturbed(MATRICES[kind]("Layer", 4, 4, dtype=dtype))
+    matrix = perturbed(MATRICES[kind]("Layer", 4, 4, dtype=dtype), 0.2)
     parameters = [p + 0.3 * torch.randn(2, 3, *p.shape, dtype=p.dtype) for p in matrix.own()]
     factors = matrix.factors(*parameters)
     weight, inverse, log_det = matrix.weight(*factors), matrix.inverse(*factors), matrix.log_det(*parameters)

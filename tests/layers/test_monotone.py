@@ -16,6 +16,7 @@ from invzoo.layers.integrals import clenshaw_curtis
 from invzoo.layers.monotone import BernsteinPolynomial, Monotone, SumOfSquares, UnconstrainedMonotonic
 from invzoo.layers.roots import bracket, newton, with_gradients
 from invzoo.module import InvertibleModule, mode
+from tests.layers.helpers import inputs
 
 
 class Cubic(nn.Module):
@@ -41,10 +42,6 @@ CURVES: dict[str, tuple[Callable[[Tensor], Tensor], tuple[float, float]]] = {
 every = pytest.mark.parametrize("name", CURVES)
 smooth = pytest.mark.parametrize("name", ["cubic", "sinh", "logit", "log"])
 kinds = pytest.mark.parametrize("kind", ["store", "recompute", "invert"])
-
-
-def inputs(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(shape, dtype=dtype).requires_grad_()
 
 
 # ---- the solver -----------------------------------------------------------------------------------------------------

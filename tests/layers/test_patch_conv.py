@@ -10,6 +10,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.testing import assert_close
 
 import invzoo as iz
+from tests.layers.helpers import perturbed
 
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 KERNELS = [(3,), (2, 2), (1, 3), (2, 1, 2)]
@@ -22,11 +23,7 @@ extra_channels = pytest.mark.parametrize("extra", [0, 3])
 def conv(channels: int, kernel: Any, extra: int = 0, size: float = 0.3, **options: Any) -> iz.InvertiblePatchConv:
     options = {"dtype": torch.float64} | options
     wanted = channels * iz.InvertiblePatchConv(1, None, kernel).out_channels + extra
-    layer = iz.InvertiblePatchConv(channels, wanted, kernel, **options)
-    with torch.no_grad():
-        for p in layer.parameters():
-            p.add_(size * torch.randn_like(p))
-    return layer
+    return perturbed(iz.InvertiblePatchConv(channels, wanted, kernel, **options), size)
 
 
 def image(channels: int, kernel: tuple[int, ...], dtype: torch.dtype = torch.float64) -> Tensor:

@@ -9,6 +9,7 @@ from torch.testing import assert_close
 
 import invzoo as iz
 from invzoo.layers.periodic import frequency_response, multiplicity
+from tests.layers.helpers import inputs, jacobian, perturbed
 
 CASES = [
     (3, (2, 3, 4, 5)),
@@ -26,21 +27,7 @@ directions = pytest.mark.parametrize("direction", ["function", "inverse"])
 
 
 def conv(channels, kernel_size, std=1.0, dtype=torch.float64, **options):
-    layer = iz.PeriodicConv(channels, kernel_size, dtype=dtype, **options)
-    with torch.no_grad():
-        for p in layer.parameters():
-            p.add_(std * torch.randn_like(p))
-    return layer
-
-
-def inputs(*shape, dtype=torch.float64):
-    return torch.randn(shape, dtype=dtype, requires_grad=True)
-
-
-def jacobian(function, x):
-    """Of one sample: (n, n)."""
-    matrix = torch.autograd.functional.jacobian(lambda sample: function(sample[None])[0], x)
-    return matrix.reshape(x.numel(), x.numel())
+    return perturbed(iz.PeriodicConv(channels, kernel_size, dtype=dtype, **options), std)
 
 
 def rolled(x, kernel, bias):
@@ -149,80 +136,6 @@ def test_gradients_of_the_log_det():
     assert gradgradcheck(lambda x, *_: layer.log_det(x), leaves)
 
 
-def test_modes_agree():
-    layer = conv(3, 3)
-    x, w = inputs(2, 3, 4, 4), torch.randn(2, 3, 4, 4, dtype=torch.float64)
-    found = []
-    for mode in ("store", "recompute", "invert"):
-        with iz.mode(layer, mode):
-            for module in (layer, layer.inv):
-                y, log_det = module.forward_and_log_det(x)
-                found.append(torch.autograd.grad((y * w).sum() + log_det.square().sum(), (x, *layer.parameters())))
-    for both in (found[0::2], found[1::2]):
-        for other in both[1:]:
-            assert_close(other, both[0])
-
-
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_memory_formats_batches_and_compile(memory_format):
-    layer = conv(4, 3)
-    x = torch.randn(3, 4, 3, 5, dtype=torch.float64)
-    for direction in (layer.function, layer.inverse):
-        y = direction(x)
-        assert_close(direction(x.to(memory_format=memory_format)), y)
-        assert_close(torch.cat([direction(x[i : i + 1]) for i in range(3)]), y)
-        assert direction(x[:0]).shape == (0, 4, 3, 5)
-        assert_close(torch.vmap(lambda sample, f=direction: f(sample[None])[0])(x), y)
-        assert_close(torch.compile(direction, fullgraph=True, backend="eager")(x), y)
-    assert layer.log_det(x[:0]).shape == (0,)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_and_autocast(dtype):
-    layer = conv(4, 3, dtype=dtype)
-    x = torch.randn(2, 4, 5, 5, dtype=dtype)
-    y, log_det = layer.forward_and_log_det(x)
-    assert (y.dtype, log_det.dtype, layer.inverse(y).dtype) == (dtype, torch.float32, dtype)
-    assert_close(y.double(), layer.double().function(x.double()), rtol=0.02, atol=0.02)
-    layer = conv(4, 3, dtype=torch.float32)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        y = layer(x.bfloat16())
-        assert y.dtype == torch.float32
-        assert_close(layer.inverse(y), x.bfloat16().float(), rtol=0, atol=1e-5)
-
-
 def test_repr():
     assert repr(iz.PeriodicConv(4, 3)) == "PeriodicConv(4, kernel_size=(3, 3))"
     assert repr(iz.PeriodicConv(4, (5,), bias=False)) == "PeriodicConv(4, kernel_size=(5,), bias=False)"
-
-
-@pytest.mark.parametrize(
-    ("arguments", "options", "error", "match"),
-    [
-        ((0, 3), {}, ValueError, "PeriodicConv: Expected channels to be at least 1; got 0"),
-        ((4, None), {}, TypeError, "Expected kernel_size to be an int or a tuple of them; got None"),
-        ((4, 3), {"max_norm": 1.5}, ValueError, "PeriodicConv: Expected max_norm to be below 1; got 1.5"),
-        ((4, 3), {"max_log_scale": 0}, ValueError, "Expected max_log_scale to be positive and finite; got 0"),
-    ],
-)
-def test_bad_arguments(arguments, options, error, match):
-    with pytest.raises(error, match=match):
-        iz.PeriodicConv(*arguments, **options)
-
-
-@pytest.mark.parametrize(
-    ("value", "error", "match"),
-    [
-        (torch.zeros(2, 4, 3), ValueError, r"to have dims \(batch, channels, height, width\); got shape \(2, 4, 3\)"),
-        (torch.zeros(2, 3, 4, 4), ValueError, r"to have size 4 in dim 1; got shape \(2, 3, 4, 4\)"),
-        (torch.zeros(2, 4, 4, 0), ValueError, r"to have at least one pixel; got shape \(2, 4, 4, 0\)"),
-        (torch.zeros(2, 4, 4, 4, dtype=torch.cfloat), TypeError, "to be real floating point; got torch.complex64"),
-    ],
-)
-def test_bad_inputs(value, error, match):
-    layer = iz.PeriodicConv(4, 3)
-    for name in ("function", "log_det"):
-        with pytest.raises(error, match="PeriodicConv: Expected x " + match):
-            getattr(layer, name)(value)
-    with pytest.raises(error, match="PeriodicConv: Expected y " + match):
-        layer.inverse(value)

@@ -2,7 +2,6 @@
 
 import copy
 import pickle
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +15,7 @@ from invzoo.layers.permutation import Permute
 from invzoo.layers.reshape import Flatten, Pad, Rearrange, Reshape
 from invzoo.layers.squeeze import Squeeze, Unsqueeze
 from invzoo.module import InvertibleModule, mode
+from tests.layers.helpers import refused
 
 # A layer, the shape of a batch, and that of its output.
 CASES: dict[str, tuple[Callable[..., InvertibleModule], tuple[int, ...], tuple[int, ...]]] = {
@@ -45,10 +45,6 @@ def layer_of(name: str, **options: Any) -> InvertibleModule:
 
 def same(x: Tensor, y: Tensor) -> bool:
     return x.dtype == y.dtype and x.shape == y.shape and torch.equal(x, y)
-
-
-def refused(message: str, kind: type[Exception] = ValueError) -> Any:
-    return pytest.raises(kind, match=f"^{re.escape(message)}$")
 
 
 # ---- every layer ----------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from torch.testing import assert_close
 
 import invzoo as iz
 from invzoo.layers.sampling import dct_matrix, haar_matrix
+from tests.layers.helpers import perturbed
 
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
@@ -29,15 +30,8 @@ classes = pytest.mark.parametrize("cls", [iz.OrthogonalDownsample, iz.Orthogonal
 Sampling = iz.OrthogonalDownsample | iz.OrthogonalUpsample
 
 
-def perturbed(layer: Any, size: float = 0.3) -> Any:
-    with torch.no_grad():
-        for p in layer.parameters():
-            p.add_(size * torch.randn_like(p))
-    return layer
-
-
 def down(*arguments: Any, dtype: torch.dtype = torch.float64, **options: Any) -> iz.OrthogonalDownsample:
-    return perturbed(iz.OrthogonalDownsample(*arguments, dtype=dtype, **options))
+    return perturbed(iz.OrthogonalDownsample(*arguments, dtype=dtype, **options), 0.3)
 
 
 def image(channels: int, stride: tuple[int, ...], dtype: torch.dtype = torch.float64) -> Tensor:
@@ -138,7 +132,7 @@ def test_empty_image() -> None:
 
 @classes
 def test_log_det_is_zero(cls: type[Sampling]) -> None:
-    layer, x = perturbed(cls(4, 2, dtype=torch.float64)), image(4, (2, 2))
+    layer, x = perturbed(cls(4, 2, dtype=torch.float64), 0.3), image(4, (2, 2))
     jacobian = torch.autograd.functional.jacobian(layer.function, x[:1]).reshape(x[0].numel(), -1)
     assert_close(torch.linalg.slogdet(jacobian).logabsdet, torch.tensor(0.0, dtype=torch.float64), rtol=0, atol=1e-12)
     assert layer.volume_preserving
@@ -159,7 +153,11 @@ def test_gradients(kind: str, direction: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("mode", ["store", "recompute", "invert"])
 @all_kinds
 def test_modes_agree(mode: str, kind: str) -> None:
-    layers = down(1, 2, kind=kind), down(4, 2, kind=kind), perturbed(iz.OrthogonalUpsample(16, 2, dtype=torch.float64))
+    layers = (
+        down(1, 2, kind=kind),
+        down(4, 2, kind=kind),
+        perturbed(iz.OrthogonalUpsample(16, 2, dtype=torch.float64), 0.3),
+    )
     stack, x = iz.InvertibleSequential(*layers), torch.randn(2, 1, 8, 4, dtype=torch.float64, requires_grad=True)
     h: Tensor = x
     for layer in layers:
@@ -175,7 +173,7 @@ def test_modes_agree(mode: str, kind: str) -> None:
 @all_kinds
 @inits
 def test_orthogonal_at_every_precision(kind: str, init: str) -> None:
-    layer = perturbed(iz.OrthogonalDownsample(8, (4, 2), kind=kind, init=init).bfloat16())
+    layer = perturbed(iz.OrthogonalDownsample(8, (4, 2), kind=kind, init=init).bfloat16(), 0.3)
     eye = torch.eye(8).expand(8, -1, -1)
     assert layer.weight.dtype == torch.float32
     assert_close(layer.weight @ layer.weight.mT, eye, rtol=0, atol=2e-6)
@@ -222,7 +220,7 @@ def test_channels_last() -> None:
 
 @classes
 def test_a_module_like_others(cls: type[Sampling]) -> None:
-    layer, other, x = perturbed(cls(4, init="dct")), cls(4, init="random"), torch.randn(2, 4, 2, 4)
+    layer, other, x = perturbed(cls(4, init="dct"), 0.3), cls(4, init="random"), torch.randn(2, 4, 2, 4)
     buffer = io.BytesIO()
     torch.save(layer.state_dict(), buffer)
     buffer.seek(0)

@@ -3,7 +3,6 @@
 import copy
 import math
 import pickle
-import re
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -18,6 +17,7 @@ from invzoo.layers.dequantize import Dequantize
 from invzoo.layers.linear import InvertibleLinear
 from invzoo.layers.surjection import Abs, Augment, Slice, Surjection
 from invzoo.module import Inverse, InvertibleModule, mode
+from tests.layers.helpers import close, refused
 
 
 class Gaussian(nn.Module):
@@ -71,14 +71,6 @@ kinds = pytest.mark.parametrize("kind", ["store", "recompute", "invert"])
 
 def case(name: str) -> tuple[Surjection, Tensor]:
     return CASES[name][0](), torch.randn(CASES[name][1], dtype=torch.float64)
-
-
-def close(x: Tensor, y: Tensor, tolerance: float = 1e-12) -> None:
-    torch.testing.assert_close(x, y, rtol=tolerance, atol=tolerance)
-
-
-def refused(message: str, kind: type[Exception] = ValueError) -> Any:
-    return pytest.raises(kind, match=f"^{re.escape(message)}$")
 
 
 def draw(function: Callable[[], Any]) -> Any:

@@ -3,7 +3,6 @@
 import copy
 import math
 import pickle
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +16,7 @@ from invzoo.layers.permutation import Permute
 from invzoo.layers.squeeze import Squeeze
 from invzoo.layers.wavelet import DCT, WAVELETS, HaarDownsample, HaarUpsample, Hadamard
 from invzoo.module import InvertibleModule, mode
+from tests.layers.helpers import close, refused
 
 CASES: dict[str, tuple[Callable[..., InvertibleModule], tuple[int, ...]]] = {
     "haar-1d": (HaarDownsample, (2, 3, 4)),
@@ -54,14 +54,6 @@ def matrix_of(function: Callable[[Tensor], Tensor], shape: tuple[int, ...]) -> T
     """Return the matrix of a linear map of one sample: columns are outputs of unit vectors."""
     unit = torch.eye(math.prod(shape), dtype=torch.float64).reshape(-1, *shape)
     return function(unit).flatten(1).T
-
-
-def close(x: Tensor, y: Tensor, tolerance: float = 1e-12) -> None:
-    torch.testing.assert_close(x, y, rtol=tolerance, atol=tolerance)
-
-
-def refused(message: str, kind: type[Exception] = ValueError) -> Any:
-    return pytest.raises(kind, match=f"^{re.escape(message)}$")
 
 
 # ---- every transform ------------------------------------------------------------------------------------------------

@@ -1,0 +1,40 @@
+"""What tests of layers have in common."""
+
+import re
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+__all__ = ["close", "inputs", "jacobian", "perturbed", "refused"]
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def perturbed(module: Module, size: float) -> Module:
+    """Move every parameter away from its start, as training does."""
+    with torch.no_grad():
+        for p in module.parameters():
+            p.add_(size * torch.randn_like(p))
+    return module
+
+
+def inputs(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(shape, dtype=dtype, requires_grad=True)
+
+
+def jacobian(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Differentiate a map at one sample, without the batch: (n, n)."""
+    matrix = torch.autograd.functional.jacobian(lambda sample: function(sample[None])[0], x)
+    return matrix.reshape(x.numel(), x.numel())
+
+
+def close(x: Tensor, y: Tensor, tolerance: float = 1e-12) -> None:
+    torch.testing.assert_close(x, y, rtol=tolerance, atol=tolerance)
+
+
+def refused(message: str, kind: type[Exception] = ValueError) -> Any:
+    """Expect an error with this very message."""
+    return pytest.raises(kind, match=f"^{re.escape(message)}$")
