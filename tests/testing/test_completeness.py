@@ -28,6 +28,10 @@ def test_every_layer_has_an_entry():
     assert {entry.layer for entry in CATALOGUE} == public_layers() - {iz.InvertibleModule}
 
 
+def test_the_readme_has_the_order_of_the_catalogue():
+    assert [*readme_rows()] == [entry.name for entry in CATALOGUE]
+
+
 def test_every_class_has_one_entry():
     assert len({entry.layer for entry in CATALOGUE}) == len(CATALOGUE)
 

@@ -1,0 +1,36 @@
+"""Subnets of the catalogue's layers, and how a layer sees its first batch."""
+
+import torch
+from torch import Tensor, nn
+
+from ...module import InvertibleModule
+
+__all__ = ["Conditioned", "after_a_batch", "convolutions", "subnet"]
+
+
+def subnet(inputs: int, outputs: int) -> nn.Module:
+    """Make a subnet from so many features to so many."""
+    return nn.Sequential(nn.Linear(inputs, 4), nn.Tanh(), nn.Linear(4, outputs))
+
+
+def convolutions(inputs: int, outputs: int) -> nn.Module:
+    """Make a subnet of images, from so many channels to so many."""
+    return nn.Sequential(nn.Conv2d(inputs, 3, 3, padding=1), nn.Tanh(), nn.Conv2d(3, outputs, 1))
+
+
+class Conditioned(nn.Module):
+    """A subnet that sees a context."""
+
+    def __init__(self, inputs: int, context: int, outputs: int) -> None:
+        super().__init__()
+        self.net = subnet(inputs + context, outputs)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        return self.net(torch.cat((x, context), 1))
+
+
+def after_a_batch(layer: InvertibleModule, *shape: int) -> InvertibleModule:
+    """Let a layer see a training batch, away from mean 0 and std 1."""
+    with torch.no_grad():
+        layer(1 + 2 * torch.randn(20, *shape))
+    return layer

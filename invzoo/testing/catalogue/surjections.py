@@ -1,0 +1,88 @@
+"""Surjections."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import Normal
+
+import invzoo as iz
+
+from ...module import InvertibleModule
+from ..entries import Case, Entry
+from ..inputs import Draw, Shape
+from .nets import Conditioned
+
+__all__ = ["SURJECTIONS"]
+
+
+class _Gaussian(Conditioned):
+    """A distribution of features that depends on others and on a context."""
+
+    def __init__(self, inputs: int, context: int, outputs: int) -> None:
+        super().__init__(inputs, context, 2 * outputs)
+
+    def forward(self, x: Tensor, context: Tensor) -> Any:
+        mean, log_scale = super().forward(x, context).chunk(2, 1)
+        return Normal(mean, log_scale.tanh().exp())
+
+
+def _surjection(
+    make: Callable[[], InvertibleModule],
+    shape: Shape,
+    *,
+    id: str = "",  # noqa: A002
+    side: dict[str, Shape] | None = None,
+    draw: Draw | None = None,
+    **without: str,
+) -> Case:
+    reasons = {
+        "assert_round_trip": "what is lost one way is drawn the other way",
+        "assert_log_det": "it is a term of a bound, not of a Jacobian",
+        "assert_dtypes": "two runs draw two values",
+        "assert_trainable": "it asserts a round trip",
+        **without,
+    }
+    return Case(make, shape, id=id, side=side, draw=draw, independent_samples=False, without=reasons)
+
+
+SURJECTIONS: tuple[Entry, ...] = (
+    Entry(
+        iz.Slice,
+        "(x1, x2) -> x1, and back with x2 drawn given x1",
+        "log p(x2 | x1)",
+        _surjection(lambda: iz.Slice(2), (4,)),
+        _surjection(lambda: iz.Slice(2, distribution=_Gaussian(2, 3, 2)), (4,), id="context", side={"context": (3,)}),
+        keeps="its input",
+    ),
+    Entry(
+        iz.Augment,
+        "x -> (x, e) with e drawn given x",
+        "-log q(e | x)",
+        _surjection(lambda: iz.Augment(2), (3,)),
+        _surjection(lambda: iz.Augment(2, distribution=_Gaussian(2, 3, 2)), (2,), id="context", side={"context": (3,)}),
+        keeps="its input",
+    ),
+    Entry(
+        iz.Abs,
+        "abs(x), and back with signs drawn",
+        "log p(sign | y)",
+        _surjection(iz.Abs, (4,)),
+        keeps="its input",
+    ),
+    Entry(
+        iz.Dequantize,
+        "(x + u) / levels with u drawn in [0, 1), and back by floor",
+        "-n log(levels) - log q(u | x)",
+        _surjection(
+            lambda: iz.Dequantize(8, dtype=torch.float64),
+            (4,),
+            draw=lambda shape, generator: torch.randint(8, shape, generator=generator).double(),
+            assert_gradients="floor has no gradient",
+            assert_modes_agree="floor has no gradient",
+            assert_batch_sizes="floor has no gradient",
+        ),
+        keeps="its input",
+    ),
+)
