@@ -18,6 +18,7 @@ from .layers.conv import InvertibleConv1x1
 from .layers.coupling import AdditiveCoupling, AffineCoupling, GINCoupling
 from .layers.dequantize import Dequantize
 from .layers.emerging import EmergingConv
+from .layers.halves import Deinterleave, Interleave, Swap
 from .layers.layer_norm import InvertibleLayerNorm, InvertibleRMSNorm
 from .layers.linear import InvertibleLinear
 from .layers.lipschitz import lipschitz
@@ -27,7 +28,7 @@ from .layers.monotone import BernsteinPolynomial, Monotone, SumOfSquares, Uncons
 from .layers.norm import InvertibleGroupNorm
 from .layers.patch_conv import InvertiblePatchConv
 from .layers.periodic import PeriodicConv
-from .layers.permutation import Deinterleave, Interleave, Permute, Reverse, Shuffle, Swap
+from .layers.permutation import Permute, Reverse, Shuffle
 from .layers.reshape import Flatten, Pad, Rearrange, Reshape
 from .layers.residual import InvertibleResidual
 from .layers.reversible_ode import Leapfrog, MomentumResidual

@@ -72,7 +72,7 @@ class ActNorm(ElementwiseMap):
         TypeError: for values that are not real floating point.
 
     Reference:
-        Glow: Generative Flow with Invertible 1x1 Convolutions, Kingma and Dhariwal, 2018.
+        "Glow: Generative Flow with Invertible 1x1 Convolutions", Kingma and Dhariwal, 2018.
 
     Example:
         >>> layer = iz.ActNorm(3)

@@ -54,6 +54,7 @@ class InvertibleLeakyReLU(Elementwise):
 
     Args:
         negative_slope: the slope of the negative side, positive and finite.
+        options: those of :class:`InvertibleModule`.
 
     Raises:
         ValueError: for a slope that is not positive and finite.
@@ -99,6 +100,7 @@ class SneakyReLU(Elementwise):
 
     Args:
         negative_slope: the slope far on the negative side, between 0 and 1.
+        options: those of :class:`InvertibleModule`.
 
     Raises:
         ValueError: for a slope that is not between 0 and 1.
@@ -163,6 +165,7 @@ class InvertibleELU(Elementwise):
 
     Args:
         alpha: minus the limit on the negative side, positive and finite; the slope has a jump at 0 unless it is 1.
+        options: those of :class:`InvertibleModule`.
 
     Raises:
         ValueError: for an alpha that is not positive and finite, and for the inverse of values below -alpha. NaN

@@ -108,7 +108,7 @@ class ConditionalAffine(ElementwiseMap):
         TypeError: for values that are not real floating point, or if there is no context.
 
     Reference:
-        Semantic Image Synthesis with Spatially-Adaptive Normalization, Park, Liu, Wang and Zhu, 2019.
+        "Semantic Image Synthesis with Spatially-Adaptive Normalization", Park, Liu, Wang and Zhu, 2019.
 
     Example:
         >>> layer = iz.ConditionalAffine(nn.Linear(2, 6))

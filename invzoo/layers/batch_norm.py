@@ -50,8 +50,8 @@ class InvertibleBatchNorm(HiddenStatistics):
         TypeError: for values that are not real floating point, or an inverse without statistics.
 
     References:
-        Density estimation using Real NVP, Dinh, Sohl-Dickstein and Bengio, 2016.
-        In-Place Activated BatchNorm for Memory-Optimized Training of DNNs, Rota Bulò, Porzi and Kontschieder, 2017.
+        "Density estimation using Real NVP", Dinh, Sohl-Dickstein and Bengio, 2016.
+        "In-Place Activated BatchNorm for Memory-Optimized Training of DNNs", Rota Bulò, Porzi and Kontschieder, 2017.
 
     Example:
         >>> layer = iz.InvertibleBatchNorm(3)

@@ -33,15 +33,17 @@ class Dequantize(Surjection):
         levels: how many there are: values are 0, ..., levels - 1.
         distribution: gives q(u | x), as in :class:`Surjection`, of values in [0, 1]; uniform by default.
         dtype: of what the inverse returns.
+        options: those of :class:`InvertibleModule`.
 
     Raises:
         ValueError: for values that are no such integers, or a distribution of other shapes. Reading the values
             synchronises with a GPU; it is left out where they cannot be read, as in compiled code.
         TypeError: for an input that is no tensor or complex, or a distribution that is none.
 
-    Reference:
-        "SurVAE Flows", Nielsen, Jaini, Hoogeboom, Winther and Welling, 2020; "Flow++: Improving Flow-Based Generative
-        Models with Variational Dequantization and Architecture Design", Ho, Chen, Srinivas, Duan and Abbeel, 2019.
+    References:
+        "SurVAE Flows", Nielsen, Jaini, Hoogeboom, Winther and Welling, 2020.
+        "Flow++: Improving Flow-Based Generative Models with Variational Dequantization and Architecture Design", Ho,
+        Chen, Srinivas, Duan and Abbeel, 2019.
 
     Example:
         >>> layer = iz.Dequantize(256)

@@ -63,7 +63,7 @@ class InvertibleLayerNorm(_TokenNorm):
         TypeError: for values that are not real floating point, an inverse without statistics, or a log-determinant.
 
     Reference:
-        Layer Normalization, Ba, Kiros and Hinton, 2016.
+        "Layer Normalization", Ba, Kiros and Hinton, 2016.
 
     Example:
         >>> layer = iz.InvertibleLayerNorm(4)
@@ -118,7 +118,7 @@ class InvertibleRMSNorm(_TokenNorm):
         TypeError: for values that are not real floating point, an inverse without statistics, or a log-determinant.
 
     Reference:
-        Root Mean Square Layer Normalization, Zhang and Sennrich, 2019.
+        "Root Mean Square Layer Normalization", Zhang and Sennrich, 2019.
 
     Example:
         >>> layer = iz.InvertibleRMSNorm(4)

@@ -160,7 +160,7 @@ class MixtureLogisticCoupling(Coupling):
         TypeError: for a subnet that cannot be called, or an input that is not one tensor or two.
 
     Reference:
-        Flow++: Improving Flow-Based Generative Models with Variational Dequantization and Architecture Design, Ho,
+        "Flow++: Improving Flow-Based Generative Models with Variational Dequantization and Architecture Design", Ho,
         Chen, Srinivas, Duan and Abbeel, 2019.
 
     Example:

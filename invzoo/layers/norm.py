@@ -160,8 +160,8 @@ class InvertibleGroupNorm(SampleNorm):
         TypeError: for values that are not real floating point, an inverse without statistics, or a log-determinant.
 
     References:
-        Group Normalization, Wu and He, 2018.
-        Instance Normalization: The Missing Ingredient for Fast Stylization, Ulyanov, Vedaldi and Lempitsky, 2016.
+        "Group Normalization", Wu and He, 2018.
+        "Instance Normalization: The Missing Ingredient for Fast Stylization", Ulyanov, Vedaldi and Lempitsky, 2016.
 
     Example:
         >>> layer = iz.InvertibleGroupNorm(2, 4)

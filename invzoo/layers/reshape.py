@@ -63,6 +63,7 @@ class Reshape(_Reshaping):
     Args:
         input_shape: of a sample, without the batch.
         output_shape: likewise, of as many entries; one size may be -1, which stands for what is left.
+        options: those of :class:`InvertibleModule`.
 
     Raises:
         ValueError: for shapes of different size, or an input of another shape.
@@ -81,10 +82,13 @@ class Reshape(_Reshaping):
 
 
 class Flatten(_Reshaping):
-    """Make each sample a vector, ``(B, *shape) -> (B, n)``.
+    """Make each sample a vector.
+
+    Shapes: ``(B, *shape) -> (B, n)`` with n the product of ``shape``.
 
     Args:
         shape: of a sample, without the batch: the inverse has to know it.
+        options: those of :class:`InvertibleModule`.
 
     Raises:
         ValueError: for an input of another shape.
@@ -115,6 +119,7 @@ class Rearrange(InvertibleModule):
     Args:
         pattern: an einops pattern with the same axes on both sides.
         sizes: of the axes that the shape of the input or of the output does not tell.
+        options: those of :class:`InvertibleModule`.
 
     Raises:
         ValueError: for a pattern that cannot be undone, or an input that does not fit it.
@@ -186,6 +191,7 @@ class Pad(InvertibleModule):
     Args:
         padding: how many zeros ``(before, after)``; a number alone is ``after``, as for more channels.
         dim: the dimension, which may be negative, or several that are padded alike.
+        options: those of :class:`InvertibleModule`.
 
     Raises:
         ValueError: for an input without ``dim``, or one of the inverse with fewer entries than zeros.

@@ -71,9 +71,9 @@ class InvertibleResidual(BranchLayer):
         ValueError: for bad options, or an f that changes the shape.
         TypeError: for an f that cannot be called, or an input that is not real floating point.
 
-    Reference:
-        Invertible Residual Networks, Behrmann, Grathwohl, Chen, Duvenaud and Jacobsen, 2019.
-        Residual Flows for Invertible Generative Modeling, Chen, Behrmann, Duvenaud and Jacobsen, 2019 ("roulette").
+    References:
+        "Invertible Residual Networks", Behrmann, Grathwohl, Chen, Duvenaud and Jacobsen, 2019.
+        "Residual Flows for Invertible Generative Modeling", Chen, Behrmann, Duvenaud and Jacobsen, 2019 ("roulette").
 
     Example:
         >>> f = iz.lipschitz(nn.Sequential(nn.Linear(4, 16), nn.ELU(), nn.Linear(16, 4)))

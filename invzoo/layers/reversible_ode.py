@@ -43,7 +43,7 @@ class Leapfrog(BranchLayer):
         TypeError: for an f that cannot be called, or inputs that are not floating point.
 
     Reference:
-        Fully Hyperbolic Convolutional Neural Networks, Lensink, Peters and Haber, 2019.
+        "Fully Hyperbolic Convolutional Neural Networks", Lensink, Peters and Haber, 2019.
 
     Example:
         >>> layer = iz.Leapfrog(nn.Sequential(nn.Linear(4, 4), nn.Tanh()), step_size=0.5)
@@ -105,7 +105,7 @@ class MomentumResidual(BranchLayer):
         TypeError: for an f that cannot be called, or inputs that are not floating point.
 
     Reference:
-        Momentum Residual Neural Networks, Sander, Ablin, Blondel and Peyré, 2021.
+        "Momentum Residual Neural Networks", Sander, Ablin, Blondel and Peyré, 2021.
 
     Example:
         >>> layer = iz.MomentumResidual(nn.Sequential(nn.Linear(4, 4), nn.Tanh()))

@@ -43,9 +43,9 @@ class RationalQuadraticCoupling(Coupling):
             returns another shape.
         TypeError: for a subnet that cannot be called, or an input that is not one tensor or two.
 
-    Reference:
-        Neural Spline Flows, Durkan, Bekasov, Murray and Papamakarios, 2019.
-        Normalizing Flows on Tori and Spheres, Rezende et al., 2020 (circular).
+    References:
+        "Neural Spline Flows", Durkan, Bekasov, Murray and Papamakarios, 2019.
+        "Normalizing Flows on Tori and Spheres", Rezende et al., 2020 (circular).
 
     Example:
         >>> layer = iz.RationalQuadraticCoupling(nn.Linear(2, 2 * 23))
@@ -102,7 +102,7 @@ class RationalQuadraticSpline(PerFeatureMap):
         TypeError: for values that are not real floating point, and if there is a conditioner without a context.
 
     Reference:
-        Neural Spline Flows, Durkan, Bekasov, Murray and Papamakarios, 2019.
+        "Neural Spline Flows", Durkan, Bekasov, Murray and Papamakarios, 2019.
 
     Example:
         >>> layer = iz.RationalQuadraticSpline(3, conditioner=nn.Linear(2, 3 * 23))

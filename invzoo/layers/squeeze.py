@@ -98,6 +98,7 @@ class Squeeze(_Cells):
         order: of the new channels. ``'channels_first'``: ``c p q``, each channel's positions side by side, as in
             `torch.nn.PixelUnshuffle`. ``'positions_first'``: ``p q c``, each position's channels side by side, as in
             TensorFlow's `space_to_depth`; the halves of the channels are then the even and the odd rows.
+        options: those of :class:`InvertibleModule`.
 
     Raises:
         ValueError: for an input with another number of dims, or sizes that the factor does not divide.
@@ -127,6 +128,7 @@ class Unsqueeze(_Cells):
 
     Args:
         factor, order: as for :class:`Squeeze`; ``'channels_first'`` is the order of `torch.nn.PixelShuffle`.
+        options: those of :class:`InvertibleModule`.
 
     Raises:
         ValueError: for an input with another number of dims, or channels that cannot be shared out.

@@ -177,6 +177,7 @@ class Slice(_Features):
         features: how many are dropped.
         dim: the dimension, which may be negative, but not the batch's.
         distribution: gives p(x2 | x1), as in :class:`Surjection`; standard normal by default.
+        options: those of :class:`InvertibleModule`.
 
     Raises:
         ValueError: for an input without ``dim`` or with fewer features in it, or a distribution of other shapes.
@@ -205,6 +206,7 @@ class Augment(_Features):
         features: how many are drawn.
         dim: the dimension, which may be negative, but not the batch's.
         distribution: gives q(e | x), as in :class:`Surjection`; standard normal by default.
+        options: those of :class:`InvertibleModule`.
 
     Raises:
         ValueError: for an input without ``dim``, or a distribution of other shapes.
@@ -232,6 +234,7 @@ class Abs(Surjection):
 
     Args:
         distribution: gives p(sign | y), of 1 and 0 for plus and minus, as in :class:`Surjection`; fair by default.
+        options: those of :class:`InvertibleModule`.
 
     Raises:
         ValueError: for a distribution of other shapes.

@@ -130,14 +130,15 @@ class HaarDownsample(_Haar):
         wavelet: ``'haar'``, or Daubechies' ``'db2'`` or ``'db3'`` with filters of length 4 and 6.
         order: of the new channels, as for :class:`Squeeze`. ``'channels_first'``: the bands of a channel side by side;
             ``'positions_first'``: the channels of a band, first the low band of all.
+        options: those of :class:`InvertibleModule`.
 
     Raises:
         ValueError: for an input with another number of dims, or odd sizes.
         TypeError: for values that are not floating point or complex.
 
-    Reference:
-        "i-RevNet: Deep Invertible Networks", Jacobsen, Smeulders and Oyallon, 2018; "Ten Lectures on Wavelets",
-        Daubechies, 1992.
+    References:
+        "i-RevNet: Deep Invertible Networks", Jacobsen, Smeulders and Oyallon, 2018.
+        "Ten Lectures on Wavelets", Daubechies, 1992.
 
     Example:
         >>> layer = iz.HaarDownsample()
@@ -159,6 +160,7 @@ class HaarUpsample(_Haar):
 
     Args:
         wavelet, order: as for :class:`HaarDownsample`.
+        options: those of :class:`InvertibleModule`.
 
     Raises:
         ValueError: for an input with another number of dims, or channels that cannot be shared out.
@@ -212,6 +214,7 @@ class DCT(_Transform):
 
     Args:
         dim: the dimension, which may be negative, or several: (-2, -1) for images.
+        options: those of :class:`InvertibleModule`.
 
     Raises:
         ValueError: for an input without ``dim``, or with no entries in it; the batch is not transformed.
@@ -258,6 +261,7 @@ class Hadamard(_Transform):
 
     Args:
         dim: the dimension, which may be negative, or several.
+        options: those of :class:`InvertibleModule`.
 
     Raises:
         ValueError: for an input without ``dim``, or of another size in it; the batch is not transformed.

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 
 from invzoo.containers import InvertibleSequential
-from invzoo.layers.permutation import Deinterleave, Interleave, Permute, Reverse, Shuffle, Swap
+from invzoo.layers.halves import Deinterleave, Interleave, Swap
+from invzoo.layers.permutation import Permute, Reverse, Shuffle
 from invzoo.layers.split import Merge, Partition, Split
 from invzoo.module import InvertibleModule, mode
 

@@ -1,0 +1,146 @@
+"""Layers that exchange or interleave the halves of a dimension."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import engine
+from ..engine import Operation
+from ..log_dets import zero_log_det
+from ._checks import refuse
+from .permutation import AlongDim, dim_of
+from .split import Partition
+
+__all__ = ["Deinterleave", "Interleave", "Swap"]
+
+_Half = Callable[[Tensor], Tensor]  # exchanges the halves of one tensor
+
+
+# No index: it would be saved for backward, whose scatter is slower than the copies that undo a split and a stack.
+
+
+def _interleave(x: Tensor, dim: int) -> Tensor:
+    """[a0 a1 a2 | b0 b1] -> [a0 b0 a1 b1 a2]."""
+    half, odd = divmod(x.shape[dim], 2)
+    a, *last, b = x.split([half, odd, half] if odd else half, dim)
+    pairs = torch.stack((a, b), dim + 1).flatten(dim, dim + 1)
+    return torch.cat((pairs, *last), dim) if odd else pairs
+
+
+def _deinterleave(x: Tensor, dim: int) -> Tensor:
+    """[a0 b0 a1 b1 a2] -> [a0 a1 a2 | b0 b1]."""
+    half, odd = divmod(x.shape[dim], 2)
+    pairs, *last = x.split([2 * half, odd], dim) if odd else (x,)
+    a, b = pairs.unflatten(dim, (half, 2)).unbind(dim + 1)
+    return torch.cat((a, *last, b), dim)
+
+
+class Swap(AlongDim):
+    """Exchange the halves of a dimension, ``(x1, x2) -> (x2, x1)``.
+
+    The halves of one tensor are those of `torch.chunk`: the first one is larger if the size is odd. Two streams are
+    returned the other way round, without a copy.
+
+    Shapes: ``(..., n, ...) -> (..., n, ...)`` with ``n >= 2``, or two streams of any shapes.
+
+    Args:
+        dim: the dimension, which may be negative.
+        options: those of :class:`InvertibleModule`.
+
+    Raises:
+        ValueError: for an input without ``dim`` or with fewer than 2 entries in it.
+        TypeError: for more than two inputs, or one that is no tensor.
+
+    Example:
+        >>> iz.Swap()(torch.tensor([[1, 2, 3, 4, 5]]))
+        tensor([[4, 5, 1, 2, 3]])
+        >>> iz.Swap()(torch.zeros(1), torch.ones(2))
+        (tensor([1., 1.]), tensor([0.]))
+    """
+
+    composite = True  # streams are exchanged as they are, and one tensor in a call of its own
+
+    def __init__(self, dim: int = 1, **options: Any) -> None:
+        super().__init__(dim, **options)
+        self.streams = Partition("half", dim)
+
+    def takes_streams(self, first: int, second: int) -> bool:
+        return first == second  # or the halves of the swapped tensor would be others than the swapped halves
+
+    def function(self, *inputs: Tensor) -> Any:
+        return self._swap("x", inputs, self._there, self._back)
+
+    def inverse(self, *outputs: Tensor) -> Any:
+        return self._swap("y", outputs, self._back, self._there)
+
+    def inverse_and_log_det(self, *outputs: Tensor) -> tuple[Any, Tensor]:
+        return self.inverse(*outputs), zero_log_det(self, outputs)
+
+    def _swap(self, argument: str, tensors: tuple[Tensor, ...], there: _Half, back: _Half) -> Any:
+        if len(tensors) not in (1, 2) or not all(isinstance(t, Tensor) for t in tensors):
+            got = ", ".join(type(t).__name__ for t in tensors)
+            refuse(self, argument, "be one Tensor or two", got or "none", TypeError)
+        if len(tensors) == 2:
+            return tensors[1], tensors[0]
+        dim_of(self, argument, tensors[0], self.dim, at_least=2)
+        return engine.call(Operation(self._name(), there, back, None, (), self._policy), tensors, {})
+
+    def _there(self, x: Tensor) -> Tensor:
+        return self._exchange(x, (x.shape[self.dim] + 1) // 2)
+
+    def _back(self, y: Tensor) -> Tensor:
+        return self._exchange(y, y.shape[self.dim] // 2)
+
+    def _exchange(self, x: Tensor, first: int) -> Tensor:
+        a, b = x.split([first, x.shape[self.dim] - first], self.dim)
+        return torch.cat((b, a), self.dim)
+
+
+class Interleave(AlongDim):
+    """Interleave the halves of a dimension, ``[a0 a1 a2 | b0 b1] -> [a0 b0 a1 b1 a2]``: the perfect shuffle.
+
+    Shapes: ``(..., n, ...) -> (..., n, ...)`` with ``n >= 2``; the first half is larger if ``n`` is odd.
+
+    Args:
+        dim: the dimension, which may be negative.
+        options: those of :class:`InvertibleModule`.
+
+    Raises:
+        ValueError: for an input without ``dim`` or with fewer than 2 entries in it.
+
+    Example:
+        >>> iz.Interleave()(torch.tensor([[1, 2, 3, 10, 20]]))
+        tensor([[ 1, 10,  2, 20,  3]])
+    """
+
+    def function(self, x: Tensor) -> Tensor:
+        return _interleave(x, dim_of(self, "x", x, self.dim, at_least=2))
+
+    def inverse(self, y: Tensor) -> Tensor:
+        return _deinterleave(y, dim_of(self, "y", y, self.dim, at_least=2))
+
+
+class Deinterleave(AlongDim):
+    """Undo :class:`Interleave`: even entries before odd ones, ``[a0 b0 a1 b1 a2] -> [a0 a1 a2 | b0 b1]``.
+
+    Shapes: ``(..., n, ...) -> (..., n, ...)`` with ``n >= 2``.
+
+    Args:
+        dim: the dimension, which may be negative.
+        options: those of :class:`InvertibleModule`.
+
+    Raises:
+        ValueError: for an input without ``dim`` or with fewer than 2 entries in it.
+
+    Example:
+        >>> iz.Deinterleave()(torch.tensor([[1, 10, 2, 20, 3]]))
+        tensor([[ 1,  2,  3, 10, 20]])
+    """
+
+    def function(self, x: Tensor) -> Tensor:
+        return _deinterleave(x, dim_of(self, "x", x, self.dim, at_least=2))
+
+    def inverse(self, y: Tensor) -> Tensor:
+        return _interleave(y, dim_of(self, "y", y, self.dim, at_least=2))
