@@ -18,6 +18,7 @@ __all__ = [
     "check_like",
     "check_positive",
     "check_positive_int",
+    "check_tensor",
     "refuse",
 ]
 
@@ -46,10 +47,15 @@ def check_positive(owner: object, argument: str, value: float) -> None:
         refuse(owner, argument, "be positive and finite", value)
 
 
-def check_floating(owner: object, argument: str, x: Any) -> None:
-    """Floating point or complex."""
+def check_tensor(owner: object, argument: str, x: Any) -> None:
+    """Of any dtype."""
     if not isinstance(x, Tensor):
         refuse(owner, argument, "be a Tensor", type(x).__name__, TypeError)
+
+
+def check_floating(owner: object, argument: str, x: Any) -> None:
+    """Floating point or complex."""
+    check_tensor(owner, argument, x)
     if not (x.is_floating_point() or x.is_complex()):
         refuse(owner, argument, "be floating point or complex", x.dtype, TypeError)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..engine._torch import backward_id, functorch_active, tracing
 from ..log_dets import sum_per_sample
 from ..module import InvertibleModule
-from ._checks import refuse
+from ._checks import check_tensor, refuse
 from .matrix import widen
 
 __all__ = ["Elementwise", "check_real", "check_values", "log_cosh", "readable", "softplus"]
@@ -18,8 +18,7 @@ __all__ = ["Elementwise", "check_real", "check_values", "log_cosh", "readable", 
 
 def check_real(owner: object, argument: str, x: Any) -> None:
     """``x`` is a tensor of floating point numbers, none complex."""
-    if not isinstance(x, Tensor):
-        refuse(owner, argument, "be a Tensor", type(x).__name__, TypeError)
+    check_tensor(owner, argument, x)
     if not x.is_floating_point():
         refuse(owner, argument, "be real floating point", x.dtype, TypeError)
 

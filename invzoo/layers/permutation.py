@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..engine import Tape
 from ..module import InvertibleModule
-from ._checks import check_features, check_positive_int, refuse
+from ._checks import check_features, check_positive_int, check_tensor, refuse
 
 __all__ = ["AlongDim", "Permute", "Reverse", "Shuffle", "dim_of"]
 
@@ -19,8 +19,7 @@ Device = torch.device | str | None
 
 def dim_of(owner: object, argument: str, x: Any, dim: int, at_least: int = 0) -> int:
     """Return `dim` counted from the front, where `x` has it."""
-    if not isinstance(x, Tensor):
-        refuse(owner, argument, "be a Tensor", type(x).__name__, TypeError)
+    check_tensor(owner, argument, x)
     if not -x.ndim <= dim < x.ndim:
         refuse(owner, argument, f"have a dim {dim}", f"shape {tuple(x.shape)}")
     if x.shape[dim] < at_least:

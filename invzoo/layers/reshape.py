@@ -10,17 +10,11 @@ from einops.parsing import ParsedExpression
 from torch import Tensor
 
 from ..module import InvertibleModule
-from ._checks import check_positive_int, refuse
+from ._checks import check_positive_int, check_tensor, refuse
 
-__all__ = ["Flatten", "Pad", "Rearrange", "Reshape", "check_tensor"]
+__all__ = ["Flatten", "Pad", "Rearrange", "Reshape"]
 
 Sizes = Sequence[int]
-
-
-def check_tensor(owner: InvertibleModule, argument: str, x: Any) -> None:
-    """Raise if ``x`` is no tensor; of which dtype is all the same."""
-    if not isinstance(x, Tensor):
-        refuse(owner, argument, "be a Tensor", type(x).__name__, TypeError)
 
 
 class _Reshaping(InvertibleModule):

@@ -12,11 +12,11 @@ from .elementwise import readable
 
 __all__ = ["bracket", "newton", "with_gradients"]
 
-Curve = Callable[[Tensor], Tensor]
+Function = Callable[[Tensor], Tensor]
 
 
 @torch.no_grad()
-def bracket(curve: Curve, y: Tensor, least: float, most: float, doublings: int = 40) -> tuple[Tensor, Tensor]:
+def bracket(curve: Function, y: Tensor, least: float, most: float, doublings: int = 40) -> tuple[Tensor, Tensor]:
     """Find bounds in [least, most] on the roots of ``curve(x) = y``; NaN where there is none within 2^doublings."""
     y = y.detach()
     width = torch.ones_like(y)
@@ -30,7 +30,9 @@ def bracket(curve: Curve, y: Tensor, least: float, most: float, doublings: int =
 
 
 @torch.no_grad()
-def newton(curve: Curve, slope: Curve, y: Tensor, low: Tensor, high: Tensor, guess: Tensor, steps: int = 60) -> Tensor:
+def newton(
+    curve: Function, slope: Function, y: Tensor, low: Tensor, high: Tensor, guess: Tensor, steps: int = 60
+) -> Tensor:
     """Solve ``curve(x) = y`` for x in [low, high], to the precision of the dtype.
 
     Where Newton's method leaves the bracket or does not at least halve its step, the bracket is halved instead. A value
@@ -53,7 +55,7 @@ def newton(curve: Curve, slope: Curve, y: Tensor, low: Tensor, high: Tensor, gue
     return x
 
 
-def with_gradients(curve: Curve, y: Tensor, root: Tensor, slope: Tensor) -> Tensor:
+def with_gradients(curve: Function, y: Tensor, root: Tensor, slope: Tensor) -> Tensor:
     """Give a root, found without gradients, the first two derivatives that it has by ``curve(x) = y``.
 
     Each step with the slope held constant changes the value by no more than rounding, and makes one more derivative

@@ -8,8 +8,7 @@ from einops import rearrange
 from torch import Tensor
 
 from ..module import InvertibleModule
-from ._checks import check_choice, check_positive_int, refuse
-from .reshape import check_tensor
+from ._checks import check_choice, check_positive_int, check_tensor, refuse
 
 __all__ = ["ORDERS", "Squeeze", "Unsqueeze", "cells", "check_pixels", "positions"]
 

@@ -1,14 +1,17 @@
 """What tests of layers have in common."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-__all__ = ["close", "inputs", "jacobian", "perturbed", "refused"]
+import invzoo as iz
+from invzoo.engine.memory import track_memory
+
+__all__ = ["close", "inputs", "jacobian", "kept_by", "perturbed", "refused", "there_and_back"]
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -29,6 +32,28 @@ def jacobian(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """Differentiate a map at one sample, without the batch: (n, n)."""
     matrix = torch.autograd.functional.jacobian(lambda sample: function(sample[None])[0], x)
     return matrix.reshape(x.numel(), x.numel())
+
+
+def there_and_back(layers: Sequence[iz.InvertibleModule], x: Tensor) -> Tensor:
+    """Rebuild the input of a stack from its output."""
+    with torch.no_grad():
+        for layer in layers:
+            x = layer(x)
+        for layer in reversed(layers):
+            x = layer.inverse(x)
+    return x
+
+
+def kept_by(layers: Iterable[iz.InvertibleModule], mode: str, *shape: int) -> int:
+    """Return how many bytes a chain of layers keeps between forward and backward."""
+    chain = iz.InvertibleSequential(*layers, mode=mode, check="never")
+    x = torch.randn(shape, requires_grad=True)
+    with track_memory(include=[chain, x]) as memory:
+        before = memory.current
+        y = chain(x)
+        kept = memory.current - before
+    y.sum().backward()
+    return kept
 
 
 def close(x: Tensor, y: Tensor, tolerance: float = 1e-12) -> None:

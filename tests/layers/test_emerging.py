@@ -12,7 +12,7 @@ from torch.testing import assert_close
 import invzoo as iz
 from invzoo.layers.emerging import back_substitute, corner_offsets, corner_times, raster_offsets, raster_times
 from invzoo.layers.kernel_conv import contraction
-from tests.layers.helpers import inputs, jacobian, perturbed
+from tests.layers.helpers import inputs, jacobian, perturbed, there_and_back
 
 MASKS = ["raster", "corner"]
 CASES = [
@@ -135,13 +135,7 @@ def test_weights_of_one_sign_survive_on_long_images(shape):
 def test_round_trip_at_depth_16():
     layers = [conv(4, 3, dtype=torch.float32, mask=MASKS[i % 2]) for i in range(16)]
     x = torch.randn(2, 4, 6, 6)
-    y = x
-    with torch.no_grad():
-        for layer in layers:
-            y = layer(y)
-        for layer in reversed(layers):
-            y = layer.inverse(y)
-    assert_close(y, x, rtol=0, atol=1e-4)
+    assert_close(there_and_back(layers, x), x, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("weights", ["normal", "constant", "one", "row", "column"])

@@ -7,7 +7,7 @@ from torch.autograd import gradcheck
 from torch.testing import assert_close
 
 import invzoo as iz
-from invzoo.engine.memory import track_memory
+from tests.layers.helpers import kept_by
 
 MODES = ("store", "recompute", "invert")
 F64 = {"dtype": torch.float64}
@@ -169,14 +169,7 @@ def test_a_chain_with_couplings_has_the_gradients_of_a_plain_one(mode):
 @pytest.mark.parametrize("kind", [iz.InvertibleLayerNorm, iz.InvertibleRMSNorm])
 def test_a_chain_keeps_the_statistics_alone(kind):
     def held(depth, mode):
-        chain = iz.InvertibleSequential(*(kind(64) for _ in range(depth)), mode=mode, check="never")
-        x = torch.randn(8, 16, 64, requires_grad=True)
-        with track_memory(include=[chain, x]) as memory:
-            before = memory.current
-            y = chain(x)
-            kept = memory.current - before
-        y.sum().backward()
-        return kept
+        return kept_by((kind(64) for _ in range(depth)), mode, 8, 16, 64)
 
     token = 8 * 16 * 4
     grown = held(8, "invert") - held(4, "invert")

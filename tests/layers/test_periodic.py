@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 import invzoo as iz
 from invzoo.layers.periodic import frequency_response, multiplicity
-from tests.layers.helpers import inputs, jacobian, perturbed
+from tests.layers.helpers import inputs, jacobian, perturbed, there_and_back
 
 CASES = [
     (3, (2, 3, 4, 5)),
@@ -111,13 +111,7 @@ def test_large_images_survive_training_in_float32(scale):
 def test_round_trip_at_depth_16():
     layers = [conv(4, 3, dtype=torch.float32) for _ in range(16)]
     x = torch.randn(2, 4, 6, 5)
-    y = x
-    with torch.no_grad():
-        for layer in layers:
-            y = layer(y)
-        for layer in reversed(layers):
-            y = layer.inverse(y)
-    assert_close(y, x, rtol=0, atol=1e-4)
+    assert_close(there_and_back(layers, x), x, rtol=0, atol=1e-4)
 
 
 @directions
