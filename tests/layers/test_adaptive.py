@@ -288,17 +288,3 @@ def test_snake_by_hand_has_slopes_between_a_half_and_three_halves() -> None:
     slopes = torch.autograd.grad(layer.function(x).sum(), x)[0]
     assert 0.5 <= slopes.min() < 0.51
     assert 1.49 < slopes.max() <= 1.5
-
-
-def test_the_conditioner_runs_once_in_a_replay() -> None:
-    calls = []
-
-    def conditioner(context: Tensor) -> Tensor:
-        calls.append(1)
-        return context
-
-    layer = build("prelu", conditioner=conditioner)
-    context = torch.zeros(2, 6, dtype=torch.float64, requires_grad=True)
-    y = layer(inputs(2, 3), context=context)
-    y.sum().backward()
-    assert len(calls) == 2
