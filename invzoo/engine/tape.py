@@ -50,18 +50,19 @@ class Input:
         return value.detach() if value.dtype == self.dtype else value.detach().to(self.dtype)
 
     def leaf(self, value: Tensor) -> Tensor:
-        """Return ``value`` as a function must get it: in the memory format that it had, if dense, for its views."""
-        if value.layout is torch.strided and value.stride() != self.stride and _is_dense(self.shape, self.stride):
+        """Return ``value`` as a function must get it: in the memory format that it had, for its views and copies."""
+        if value.layout is torch.strided and value.stride() != self.stride and _is_disjoint(self.shape, self.stride):
             value = torch.empty_strided(value.shape, self.stride, dtype=value.dtype, device=value.device).copy_(value)
         return value.detach().requires_grad_(self.requires_grad)
 
 
-def _is_dense(shape: torch.Size, stride: tuple[int, ...]) -> bool:
-    expected = 1
+def _is_disjoint(shape: torch.Size, stride: tuple[int, ...]) -> bool:
+    """Whether no two entries share memory."""
+    extent = 1
     for step, size in sorted((st, n) for st, n in zip(stride, shape, strict=True) if n != 1):
-        if step != expected:
+        if step < extent:
             return False
-        expected *= size
+        extent = step * (size - 1) + extent
     return True
 
 

@@ -61,6 +61,11 @@ class Partition:
         first, second = x.split(sizes, self.dim)
         return first, second
 
+    def part(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the streams of ``x``, as copies: views would keep all of it as long as one of them lives."""
+        first, second = self.cut(x)
+        return first.clone(), second.clone()
+
     def join(self, x1: Tensor, x2: Tensor) -> Tensor:
         """Return the tensor whose streams these are."""
         if self.split != "interleave":
@@ -72,12 +77,12 @@ class Partition:
 
 def cut(partition: Partition, x: Tensor, policy: Policy) -> tuple[Tensor, Tensor]:
     """Split a tensor in a call of its own, so that backward can merge the streams again."""
-    return engine.call(Operation("Split", partition.cut, partition.join, None, (), policy), (x,), {})
+    return engine.call(Operation("Split", partition.part, partition.join, None, (), policy), (x,), {})
 
 
 def join(partition: Partition, streams: tuple[Tensor, Tensor], policy: Policy) -> Tensor:
     """Merge two streams in a call of its own, so that one activation is held and not two."""
-    return engine.call(Operation("Merge", partition.join, partition.cut, None, (), policy), streams, {})
+    return engine.call(Operation("Merge", partition.join, partition.part, None, (), policy), streams, {})
 
 
 class Split(InvertibleModule):

@@ -70,16 +70,16 @@ def test_memory_is_flat_in_depth(container, needs_grad):
         results.append(step(net, x))
     for held, peak in results:
         assert 0.95 < held < 1.05 if container != "streams" else held < 2.05  # torch.cat is not ours
-        assert peak < 4.05
+        assert peak < (4.5 if container == "streams" else 3.55)  # a view of torch.chunk is rebuilt as large as it was
     torch.testing.assert_close(results[1], results[0], rtol=0, atol=0.01)
 
 
 def test_memory_is_flat_at_a_thousand_layers():
     x = torch.randn(BATCH, 2 * WIDTH)
-    shallow, deep = (step(make("stack", depth), x) for depth in (4, 1000))
+    shallow, deep = (step(make("stack", depth), x) for depth in (8, 1000))
     torch.testing.assert_close(deep, shallow, rtol=0, atol=0.01)
     assert 0.95 < deep[0] < 1.05
-    assert deep[1] < 4.05
+    assert deep[1] < 3.55
 
 
 @pytest.mark.parametrize("container", CONTAINERS)

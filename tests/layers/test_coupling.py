@@ -257,3 +257,19 @@ def test_an_affine_log_det_evaluates_the_subnet_once(monkeypatch):
     assert calls == [0, 1]
     (y.sum() + log_det.sum()).backward()
     assert calls == [0, 1, 0]  # hooks fire in forward alone
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("form", ["tensor", "streams", "strided"])
+def test_linear_subnets_over_the_last_of_three_dims(kind, form):
+    layer = kind(nn.Linear(2, 2 * (1 + (kind is iz.AffineCoupling))), dim=-1).double()
+    whole = torch.randn(3, 5, 8, dtype=torch.float64, requires_grad=True)
+
+    def loss():
+        x = whole.sin()[..., ::2] if form == "strided" else whole.sin()[..., :4]
+        outputs = layer(*(x.chunk(2, -1) if form == "streams" else (x,)))
+        return sum(y.square().sum() for y in iz.engine.tuple_of(outputs))
+
+    got = torch.autograd.grad(loss(), [whole, *layer.parameters()])
+    with iz.mode(layer, "store"):
+        assert_close(got, torch.autograd.grad(loss(), [whole, *layer.parameters()]))
