@@ -218,10 +218,10 @@ class InvertibleModule(nn.Module):
         return Inverse(self)
 
     mode = _option("mode", "How the layer keeps what backward needs; a name will do, at any time between calls.")
-    checkpoint = _option("checkpoint", "Whether anything is freed: false in mode ``store``.", bool)
-    invertible = _option("invertible", "Whether inputs are freed too: false in mode ``recompute``.", bool)
+    checkpoint = _option("checkpoint", "Whether anything is freed, as it is not in mode ``store``.", bool)
+    invertible = _option("invertible", "Whether inputs are freed too, as they are not in mode ``recompute``.", bool)
     seed = _option("seed", "Whether the random number generators' state is kept on every call, used or not.", bool)
-    check = _option("check", "When a replay is compared with its forward: first, always or never.", engine.check_of)
+    check = _option("check", "When a replay is compared with its forward (first, always or never).", engine.check_of)
     free_input = _option("free_input", "Whether a call frees the memory of its input until backward.", bool)
 
 

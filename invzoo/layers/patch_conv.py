@@ -93,7 +93,7 @@ class InvertiblePatchConv(InvertibleModule):
 
     @property
     def weight(self) -> Tensor:
-        """Q, of shape (out_channels, channels, *kernel_size), that of a convolution, in at least float32."""
+        """Q, of shape ``(out_channels, channels, *kernel_size)``, that of a convolution, in at least float32."""
         return self._columns(self._parameter).reshape(self.out_channels, self.channels, *self.kernel_size)
 
     def function(self, x: Tensor) -> Tensor:

@@ -107,7 +107,7 @@ class PeriodicConv(KernelConv):
 
     @property
     def kernel(self) -> Tensor:
-        """e^s (1 + N), of shape (channels, channels, *kernel_size), in at least float32."""
+        """e^s (1 + N), of shape ``(channels, channels, *kernel_size)``, in at least float32."""
         with full_precision(self.weight):
             weight = widen(self.weight).flatten(2)
             return self._kernel(weight, self._centre).view_as(self.weight)
