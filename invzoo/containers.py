@@ -40,23 +40,23 @@ class _Composite(InvertibleModule):
     def function(self, *inputs: Any, **side: Any) -> Any:
         if side:
             self.side_names().check(self, side)
-        return self._there(inputs, side, None)
+        return engine.chain(self, self._policies, self._there, inputs, side, None)
 
     def inverse(self, *outputs: Any, **side: Any) -> Any:
         if side:
             self.side_names().check(self, side)
-        return self._back(outputs, side, None)
+        return engine.chain(self, self._policies, self._back, outputs, side, None)
 
     def function_and_log_det(self, *inputs: Any, **side: Any) -> tuple[Any, Tensor]:
         if side:
             self.side_names().check(self, side)
-        outputs = self._there(inputs, side, log_dets := LogDets())
+        outputs = engine.chain(self, self._policies, self._there, inputs, side, log_dets := LogDets())
         return outputs, log_dets.total(self, inputs)
 
     def inverse_and_log_det(self, *outputs: Any, **side: Any) -> tuple[Any, Tensor]:
         if side:
             self.side_names().check(self, side)
-        inputs = self._back(outputs, side, log_dets := LogDets())
+        inputs = engine.chain(self, self._policies, self._back, outputs, side, log_dets := LogDets())
         return inputs, log_dets.total(self, outputs)
 
     def side_names(self) -> SideNames:

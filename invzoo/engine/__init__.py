@@ -2,6 +2,7 @@
 
 from .call import Operation, call
 from .callables import SideNames, modules_of
+from .chain import chain
 from .checkpoint import checkpoint
 from .fingerprint import tolerance
 from .freeing import freeing
@@ -17,6 +18,7 @@ __all__ = [
     "SideNames",
     "Tape",
     "call",
+    "chain",
     "check_of",
     "checkpoint",
     "freeing",

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrize, stateless
 from torch.utils import _python_dispatch
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "tracing",
     "version_of",
     "weights_cached",
+    "with_tensors",
     "without_modes",
 ]
 
@@ -133,6 +134,10 @@ def version_of(tensor: Tensor) -> int:
 def weights_cached() -> bool:
     """Whether `parametrize.cached()` shares computed weights between calls. Missing: False."""
     return bool(getattr(parametrize, "_cache_enabled", 0))
+
+
+# Lets a module have other parameters and buffers for a while. Missing: chains step aside under the compiler.
+with_tensors: Callable[..., Any] | None = getattr(stateless, "_reparametrize_module", None)
 
 
 def top_hook() -> Any:

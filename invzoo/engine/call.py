@@ -73,6 +73,8 @@ class Operation:
 
 def call(operation: Operation, inputs: tuple[Any, ...], side: dict[str, Any]) -> Any:
     """Run ``operation`` so that backward rebuilds what it needs, as the operation's policy says."""
+    if state.chain is not None:
+        return state.chain.call(operation, inputs, side)
     mode = operation.policy.mode
     if mode is Mode.store or steps_aside():
         return operation.function(*inputs, **side)

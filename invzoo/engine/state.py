@@ -64,6 +64,7 @@ class _State(threading.local):
         self.packing: list[Any] = []  # the pack hooks of the calls that run right now
         self.place: Place = ()  # where in its containers the running layer stands, for errors
         self.kept = _Kept()
+        self.chain: Any = None  # the record of the chain that the compiler traces
 
 
 state = _State()
@@ -72,19 +73,22 @@ state = _State()
 class place:  # noqa: N801 - reads as the word that it is, like torch.no_grad
     """Say where the layers that run inside stand: errors, those of their replays too, carry it as a note."""
 
-    __slots__ = ("_before", "_describe")
+    __slots__ = ("_before", "_describe", "_entered")
 
     def __init__(self, describe: Callable[[], str]):
         self._describe = describe
 
     def __enter__(self) -> None:
-        self._before = state.place
-        state.place = (self._describe, self._before)
+        self._entered = state.chain is not None or not torch.compiler.is_compiling()  # a compiled backward may not
+        if self._entered:
+            self._before = state.place
+            state.place = (self._describe, self._before)
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, Exception):
             note(error, state.place)
-        state.place = self._before
+        if self._entered:
+            state.place = self._before
 
 
 def note(error: Exception, where: Place) -> None:

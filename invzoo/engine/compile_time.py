@@ -1,0 +1,148 @@
+"""What the compiled engine asks the compiler while that traces: which tensors moved, what is random, what is missed.
+
+Each function here is traced. The work is done by another one that `comptime` runs for real, on what the compiler knows
+of the caller's variables: tensors without values ("fakes"), and the graph so far.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._dynamo.comptime import ComptimeContext, comptime
+from torch._guards import detect_fake_mode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+from ._torch import storage_key
+
+__all__ = ["changed_tensors", "check_closures", "examine", "note_tensors", "stop"]
+
+_versions: list[int] = []  # of the tensors noted last; the compiler works for one thread at a time
+_changed: list[int] = []
+
+
+def stop(problem: str) -> None:  # noqa: ARG001 - comptime reads them
+    """Raise while compiling, whether the compiler could go on without us or not."""
+    comptime(_stop)
+
+
+def _stop(context: ComptimeContext) -> None:
+    raise RuntimeError(context.get_local("problem").as_python_constant())
+
+
+def note_tensors(tensors: Sequence[Tensor]) -> None:  # noqa: ARG001 - comptime reads them
+    """Remember how often these were changed in place."""
+    comptime(_note)
+
+
+def _note(context: ComptimeContext) -> None:
+    _versions[:] = [fake._version for fake in _fakes(context, "tensors")]
+
+
+def examine(tensors: Sequence[Tensor], where: str) -> None:  # noqa: ARG001 - comptime reads them
+    """Look at what was traced since :func:`note_tensors`: find what it changed, and raise if it is random."""
+    comptime(_examine)
+
+
+def _examine(context: ComptimeContext) -> None:
+    fakes, changed = _fakes(context, "tensors"), set()
+    modules = context._i_will_not_complain_if_bc_breaks_InstructionTranslator().output.nn_modules
+    for node in _fresh(context.graph(), modules):
+        watch = _watched(node)
+        changed |= watch.changed
+        if watch.random:
+            where, name = context.get_local("where").as_python_constant(), getattr(node.target, "__name__", node.target)
+            raise RuntimeError(
+                "Expected layers that draw no random numbers in a chain under torch.compile, since backward would draw "
+                f"others; got {where}, which uses {name!r}. Use mode 'store' for the whole chain, or eval mode"
+            )
+    _changed[:] = [i for i, x in enumerate(fakes) if x._version != _versions[i] or storage_key(x) in changed]
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def changed_tensors() -> tuple[int, ...]:
+    """Return the positions of those that :func:`examine` found changed."""
+    return tuple(_changed)
+
+
+def check_closures(tensors: Sequence[Any], name: str) -> None:  # noqa: ARG001 - comptime reads them
+    """Raise if the function that is traced uses a tensor that needs a gradient and is none of ``tensors``."""
+    comptime(_check_closures)
+
+
+def _check_closures(context: ComptimeContext) -> None:
+    known = {id(fake) for fake in _fakes(context, "tensors")}
+    for node in context.graph().find_nodes(op="placeholder"):
+        value = node.meta.get("example_value")
+        if isinstance(value, Tensor) and value.requires_grad and id(value) not in known and node.users:
+            name = context.get_local("name").as_python_constant()
+            raise RuntimeError(
+                f"Expected the tensors that need a gradient to be inputs, side inputs or parameters of {name}, under "
+                f"torch.compile; got another one of shape {tuple(value.shape)} ({node.name!r}). "
+                "Register it, or use mode 'store' for the whole chain"
+            )
+
+
+def _fresh(graph: fx.Graph, modules: dict[str, Any]) -> list[fx.Node]:
+    """Return the nodes that no check has seen, those of graphs inside included."""
+    nodes = []
+    for node in graph.nodes:
+        if not node.meta.get("invzoo_checked"):
+            node.meta["invzoo_checked"] = True
+            nodes.append(node)
+            inner = modules.get(node.target) if node.op == "get_attr" else None
+            if isinstance(inner, fx.GraphModule):
+                nodes += _fresh(inner.graph, modules)
+    return nodes
+
+
+def _fakes(context: ComptimeContext, name: str) -> list[Tensor]:
+    variables: Any = context.get_local(name)._i_will_not_complain_if_bc_breaks_VariableTracker()
+    return [x.as_proxy().node.meta["example_value"] for x in variables.items if x.is_tensor()]
+
+
+class _Watch(TorchDispatchMode):
+    """Notices operators that draw random numbers or change what they get."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.random = False
+        self.changed: set[int | None] = set()  # storages
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        arguments, kwargs = func._schema.arguments, kwargs or {}
+        given = {a.name: args[i] if i < len(args) else a.default_value for i, a in enumerate(arguments)} | kwargs
+        self.random |= _draws(func, given)
+        written = {a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write}
+        if "batch_norm" in func._schema.name and (given.get("training") or given.get("train")):
+            written |= {"running_mean", "running_var"}  # not all of their schemas say so
+        self.changed |= {storage_key(x) for x in map(given.get, written) if isinstance(x, Tensor)}
+        return func(*args, **kwargs)
+
+
+def _draws(operator: Any, given: dict[str, Any]) -> bool:
+    """Whether an operator draws random numbers for these arguments: attention without dropout does not."""
+    if torch.Tag.nondeterministic_seeded not in operator.tags:
+        return False
+    idle = given.get("train") is False or given.get("training") is False
+    return not idle and given.get("dropout_p", given.get("dropout")) != 0
+
+
+def _watched(node: fx.Node) -> _Watch:
+    """Do what a node of the compiler's graph does once more, on fakes, and watch."""
+    watch, value = _Watch(), node.meta.get("example_value")
+    if node.op not in ("call_function", "call_method") or not isinstance(value, Tensor | tuple):
+        return watch
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    if name.endswith("_"):  # in place, so that versions tell
+        packet = getattr(torch.ops.aten, name, None)
+        watch.random = packet is not None and any(_draws(getattr(packet, o), {}) for o in packet.overloads())
+        return watch
+    args, kwargs = tree_map_only(fx.Node, lambda n: n.meta.get("example_value"), (node.args, node.kwargs))
+    function = getattr(torch.Tensor, node.target) if isinstance(node.target, str) else node.target
+    if isinstance(function, torch._ops.HigherOrderOperator):  # its graphs are looked at on their own
+        return watch
+    with detect_fake_mode(), watch:  # type: ignore[union-attr]  # the compiler has one
+        function(*args, **kwargs)
+    return watch
