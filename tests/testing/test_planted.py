@@ -1,0 +1,197 @@
+"""The defects of other libraries, planted in this library's layers: each makes the test of a catalogue case fail."""
+
+import gc
+
+import pytest
+import torch
+from torch import nn
+
+import invzoo as iz
+from invzoo.engine.surroundings import Surroundings
+from invzoo.layers.coupling import _Update
+from invzoo.layers.elementwise_map import ElementwiseMap
+from invzoo.layers.matrix import Householder, Orthonormal
+
+CASES = {case.name: case for case in iz.testing.cases()}
+
+
+def wrong_sign_back(self, *outputs, **side):
+    inputs = self.inverse(*outputs, **side)
+    return inputs, self.log_det(inputs, **side)
+
+
+def per_position(self, x):
+    return self.log_slope(x).flatten(1)[:, :-1].sum(1, keepdim=True).expand(-1, 2)
+
+
+def per_feature(self, x, context=None):
+    return self.log_slope(x, context).flatten()
+
+
+def at_the_output(self, y, **side):
+    return self.inverse(y, **side), -self.log_det(y, **side)
+
+
+def undo_in_place(self, y):
+    return iz.HaarUpsample.function(self, y.mul_(1.0))
+
+
+class FirstSample(torch.autograd.Function):
+    """Hands the gradient of sample 0 to all samples."""
+
+    @staticmethod
+    def forward(ctx, log_det):
+        return log_det.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad[:1].expand_as(grad)
+
+
+def first_sample(self, x, h, *, create_graph, plain=iz.InvertibleResidual._log_det):
+    return FirstSample.apply(plain(self, x, h, create_graph=create_graph))
+
+
+def outdated(self):
+    self.entries_before = self.vectors.new_empty(self.rows, self.reflections)
+    torch.qr(self.entries_before)  # gone in torch 2.14, and a warning before
+    nn.init.normal_(self.vectors)
+
+
+def two_dims(owner, argument, value):
+    return (value, value) if isinstance(value, int) else (*value, value[0])[:2]
+
+
+PLANTED = {
+    "1. FrEIA LearnedElementwiseScaling: log-det of the inverse has the wrong sign": (
+        iz.ElementwiseAffine,
+        {"inverse_with_log_det": wrong_sign_back},
+        "ElementwiseAffine",
+    ),
+    "2a. FrEIA InvertibleSigmoid: log-det of shape (B, ...)": (
+        iz.InvertibleSigmoid,
+        {"log_det": per_position},
+        "InvertibleSigmoid",
+    ),
+    "2b. FrEIA InvertibleSigmoid: log-det -inf at large inputs": (
+        iz.InvertibleSigmoid,
+        {"log_slope": lambda self, x: (torch.sigmoid(x) * (1 - torch.sigmoid(x))).log()},
+        "InvertibleSigmoid",
+    ),
+    "3. nflows GatedLinearUnit: log-det of shape (B D,)": (
+        ElementwiseMap,
+        {"log_det": per_feature, "function_and_log_det": iz.InvertibleModule.function_and_log_det},
+        "ElementwiseAffine",
+    ),
+    "4a. FrEIA IResNetLayer: log-det of the inverse at z": (
+        iz.InvertibleResidual,
+        {"inverse_with_log_det": at_the_output},
+        "InvertibleResidual",
+    ),
+    "4b. FrEIA IResNetLayer: marks the caller's tensor": (
+        iz.InvertibleResidual,
+        {"function": lambda self, x, **side: x + self.f(x.requires_grad_() if x.is_leaf else x, **side)},
+        "InvertibleResidual",
+    ),
+    "5. FrEIA OrthogonalTransform: transposed, though no longer orthogonal": (
+        Householder,
+        {"factors": lambda self, *_: (torch.eye(self.rows, self.columns, dtype=self.vectors.dtype) + self.vectors,)},
+        "InvertibleLinear[householder]",
+    ),
+    "6a. FrEIA HaarDownsampling: the inverse writes into its input": (
+        iz.HaarDownsample,
+        {"inverse": lambda self, y: self._up("y", y.mul_(1.0))},
+        "HaarDownsample",
+    ),
+    "6b. FrEIA InvAutoFC: log-det 0 and transposed inverse of a free matrix": (
+        Orthonormal,
+        {"inverse": lambda self, *factors: 1.01 * factors[0].mH},
+        "InvertibleLinear[householder]",
+    ),
+    "7. nflows LeakyReLU: a log-slope in float32": (
+        iz.InvertibleLeakyReLU,
+        {
+            "log_slope": lambda self, x: torch.where(
+                x > 0, torch.zeros(()), torch.tensor(self.negative_slope, dtype=torch.float32).log()
+            ).to(x.dtype)
+        },
+        "InvertibleLeakyReLU",
+    ),
+    "8. nflows Tanh: log(1 - y^2)": (
+        iz.InvertibleTanh,
+        {"log_slope": lambda self, x: (1 - torch.tanh(x) ** 2).log()},
+        "InvertibleTanh",
+    ),
+    "9. nflows NaiveLinear: built with torch.qr": (
+        Householder,
+        {"reset_parameters": outdated},
+        "InvertibleLinear[householder]",
+    ),
+    "10. normflows Residual: the log-det's gradient of sample 0 for all": (
+        iz.InvertibleResidual,
+        {"_log_det": first_sample},
+        "InvertibleResidual",
+    ),
+    "11. iunets InvertibleUpsampling1D: a kernel of two dims": (
+        "invzoo.layers.sampling.sizes_of",
+        two_dims,
+        "OrthogonalDownsample[random]",
+    ),
+    "12. memcnn: a replay that evaluates other than its forward": (
+        _Update,
+        {"_move_back": lambda self, y, h, in_place=False: y - 1.001 * h},
+        "AdditiveCoupling",
+    ),
+}
+
+
+def failures(name):
+    """Return the assertions that fail for a case of the catalogue."""
+    failed = []
+    try:
+        assertions = CASES[name].assertions()
+    except Exception as error:  # noqa: BLE001 - a layer that cannot be built
+        return [repr(error)]
+    for assertion, check in assertions.items():
+        try:
+            check()
+        except Exception:  # noqa: BLE001 - any failure will do
+            failed.append(assertion)
+    return failed
+
+
+@pytest.mark.parametrize("planted", PLANTED)
+def test_a_planted_defect_is_found(planted, monkeypatch):
+    target, change, case = PLANTED[planted]
+    if isinstance(target, str):
+        monkeypatch.setattr(target, change)
+    else:
+        for name, value in change.items():
+            monkeypatch.setattr(target, name, value)
+    assert failures(case), planted
+
+
+@pytest.mark.parametrize("case", sorted({case for _, _, case in PLANTED.values()}))
+def test_nothing_is_found_without(case):
+    assert failures(case) == []
+
+
+def random_states_kept(layer):
+    """Return how many states of a random number generator a forward keeps."""
+
+    def count():
+        return sum(type(t) is torch.Tensor and t.dtype is torch.uint8 and t.nbytes == size for t in gc.get_objects())
+
+    gc.collect()
+    size, before = torch.get_rng_state().nbytes, count()
+    y = layer(torch.randn(3, 4, requires_grad=True))
+    return count() - before + 0 * len(y)
+
+
+def test_a_random_state_is_kept_where_it_is_used_alone(monkeypatch):
+    assert random_states_kept(iz.InvertibleLinear(4)) == 0
+    assert random_states_kept(iz.InvertibleLinear(4, seed=True)) == 1
+    assert random_states_kept(iz.AdditiveCoupling(nn.Dropout())) == 1
+    close = Surroundings.close
+    monkeypatch.setattr(Surroundings, "close", lambda self, seed: close(self, True))  # invtorch: with every call
+    assert random_states_kept(iz.InvertibleLinear(4)) == 1
