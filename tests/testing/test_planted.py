@@ -137,7 +137,7 @@ PLANTED = {
         two_dims,
         "OrthogonalDownsample[random]",
     ),
-    "12. memcnn: a replay that evaluates other than its forward": (
+    "memcnn: a replay that evaluates other than its forward": (
         _Update,
         {"_move_back": lambda self, y, h, in_place=False: y - 1.001 * h},
         "AdditiveCoupling",
