@@ -348,9 +348,10 @@ class Call:
 
     def _put(self, inputs: Sequence[Any], *, done: bool) -> None:
         """Fill the slots of the inputs; if this call is done with, they have to keep what they get."""
+        error = self._tolerance() if self.sources else 0.0
         for ref, value in zip(self.sources, inputs, strict=False):
             if (slot := ref()) is not None:
-                slot.put(value)
+                slot.put(value, error)
                 if done:
                     slot.consumer = None
                 elif keeps_graph():
@@ -372,11 +373,9 @@ class Call:
             self.operation.policy.verified.add(self._verified_as)
             return
         what = "its inverse rebuilds input" if self.kept is None else "its replay computes output"
-        dtypes = {i.dtype for i in self.inputs if isinstance(i, Input)} | {
-            s.value.dtype for s in self._slots() if s.value is not None
-        }
+        allowed = self._tolerance()
         for position, was in self.prints:
-            error, allowed = distance(was, fingerprint(values[position])), tolerance(*dtypes)
+            error = distance(was, fingerprint(values[position]))
             if not error <= allowed:
                 raise RuntimeError(
                     f"Expected {self.operation.name} to be replayed within a relative error of {allowed:.1e}; got "
@@ -384,6 +383,15 @@ class Call:
                     "ill-conditioned for this precision. Mend it, or use mode 'recompute' or 'store'"
                 )
         self.operation.policy.verified.add(self._verified_as)
+
+    def _tolerance(self) -> float:
+        """Return the relative error allowed in a rebuilt input: no replay comes nearer than what it starts from, nor
+        than the coarsest dtype of what the call took, saved (under autocast, say), and returned.
+        """
+        dtypes = {i.dtype for i in self.inputs if isinstance(i, Input)} | {dtype for _, dtype in self.metas}
+        dtypes |= {e.tensor.dtype for e in self.surroundings.entries}
+        dtypes |= {s.value.dtype for s in self._slots() if s.value is not None}
+        return max(tolerance(*dtypes), *(s.error for s in self._slots()), 0.0)
 
     def _check(self) -> None:
         for what, tensor, version in self.given:

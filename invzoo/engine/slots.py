@@ -32,7 +32,7 @@ class Slot:
     A rebuilt value stands beside the consumer for a while, so that the next call need not rebuild it.
     """
 
-    __slots__ = ("__weakref__", "consumer", "freed", "head", "key", "lock", "value", "version")
+    __slots__ = ("__weakref__", "consumer", "error", "freed", "head", "key", "lock", "value", "version")
 
     def __init__(self, tensor: Tensor, key: tuple[Any, ...], lock: threading.RLock):
         self.key, self.lock = key, lock
@@ -43,10 +43,10 @@ class Slot:
         if key[0] is not None:
             _live.slots[key] = self
 
-    def put(self, value: Tensor) -> None:
-        """Hold ``value``, which must not be changed in place from here on."""
+    def put(self, value: Tensor, error: float = 0.0) -> None:
+        """Hold ``value``, which must not be changed in place from here on, and how far it may be from the original."""
         self.value: Tensor | None = (value if self.freed is None else self.freed.restore(value)).detach()
-        self.version = version_of(self.value)
+        self.version, self.error = version_of(self.value), error
 
     def consume(self, call: "Call") -> None:
         """Let ``call`` rebuild the value from now on."""
