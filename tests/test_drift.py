@@ -1,4 +1,4 @@
-"""What rounding does to deep stacks in float32: 64 features, as they start, and with conditioners three times as large."""
+"""Deep stacks of 64 features in float32: as they start, and with conditioners three times as large."""
 
 import pytest
 import torch
