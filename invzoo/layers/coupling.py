@@ -13,7 +13,7 @@ from ..log_dets import LogDets, sum_per_sample
 from ..module import InvertibleModule
 from ._checks import refuse
 from .maps import Affine, Map, Shift
-from .split import Partition, SplitSpec, cut, join
+from .split import Partition, SplitSpec, checkerboard, cut, join
 
 __all__ = ["AdditiveCoupling", "AffineCoupling", "Coupling", "GINCoupling", "zero_last"]
 
@@ -30,6 +30,8 @@ class Coupling(InvertibleModule):
         f: a module or a function; it gets the side inputs as keyword arguments.
         g: likewise, or None.
         dim, split, swap: as for :class:`AdditiveCoupling`.
+        subnet_dtype: what streams are cast to for the subnets, whose values are cast back: with the subnets alone in
+            bfloat16, rounding errors add up in float32 along a stack. None: streams come as they are.
         options: those of :class:`InvertibleModule`.
     """
 
@@ -44,6 +46,7 @@ class Coupling(InvertibleModule):
         dim: int = 1,
         split: SplitSpec = "half",
         swap: bool = False,
+        subnet_dtype: torch.dtype | None = None,
         **options: Any,
     ) -> None:
         super().__init__(**options)
@@ -52,7 +55,9 @@ class Coupling(InvertibleModule):
                 refuse(self, name, "be a module or a function", type(net).__name__, TypeError)
         map_.check(self)
         self.map, self.f, self.g = map_, f, g
-        self.dim, self.split, self.swap = dim, split, swap
+        if subnet_dtype is not None and not (isinstance(subnet_dtype, torch.dtype) and subnet_dtype.is_floating_point):
+            refuse(self, "subnet_dtype", "be a floating point dtype or None", repr(subnet_dtype), TypeError)
+        self.dim, self.split, self.swap, self.subnet_dtype = dim, split, swap, subnet_dtype
         self.volume_preserving = map_.volume_preserving  # type: ignore[misc]
         # The streams of one tensor; a checkerboard has none: its subnets see the whole tensor with zeros.
         self.streams = None if split == "checkerboard" else Partition(split, dim)
@@ -155,7 +160,11 @@ class _Update:
         return Operation(title, function, inverse, replay, roots, self.coupling._policy, log_det=log_det)
 
     def _evaluate(self, source: Tensor, **side: Any) -> Tensor:
-        return self.net(self._masked(source, 0, 1 - self.target), **side)
+        x, dtype = self._masked(source, 0, 1 - self.target), self.coupling.subnet_dtype
+        if dtype is None:
+            return self.net(x, **side)
+        h = self.net(x.to(dtype), **side)
+        return h.to(source.dtype) if isinstance(h, Tensor) else h
 
     def _there(self, x: Tensor, h: Tensor) -> tuple[Tensor]:
         step = self.coupling.map.inverse if self.inverted else self.coupling.map.forward
@@ -183,16 +192,7 @@ class _Update:
         """Keep ``values`` on the fields of one parity, of a checkerboard; on streams there is nothing to mask."""
         if self.coupling.streams is not None:
             return values
-        return values.where(_checkerboard(values, self.coupling.dim, parity), others)
-
-
-def _checkerboard(x: Tensor, dim: int, parity: int) -> Tensor:
-    """Mark the positions behind ``dim`` whose coordinates have an even sum (``parity`` 0) or an odd one."""
-    shape = x.shape[dim % x.ndim + 1 :]
-    if not shape:
-        refuse("Coupling", "input", f"have spatial dims after dim {dim}, for a checkerboard", f"shape {tuple(x.shape)}")
-    coordinates = torch.meshgrid(*(torch.arange(n, device=x.device) for n in shape), indexing="ij")
-    return torch.stack(coordinates).sum(0) % 2 == parity
+        return values.where(checkerboard(values, self.coupling.dim, parity), others)
 
 
 class AdditiveCoupling(Coupling):
@@ -212,7 +212,7 @@ class AdditiveCoupling(Coupling):
         split: ``'half'`` (those of `torch.chunk`), ``'interleave'``, ``'checkerboard'`` (over the dims after ``dim``),
             the first stream's share of the size, or both sizes.
         swap: let ``f`` move the second half by the first instead, and ``g`` the first by the second.
-        options: those of :class:`InvertibleModule`.
+        options: ``subnet_dtype`` of :class:`Coupling`, and those of :class:`InvertibleModule`.
 
     Raises:
         ValueError: for another ``split``, an input that cannot be split so, or a subnet that returns another shape.
@@ -260,7 +260,7 @@ class AffineCoupling(Coupling):
             ``'unit'``: ``exp(s) = (1 + sigmoid(h)) / 2``; ``'exp'``: ``s = h``.
         max_log_scale: the bound ``a`` of ``'tanh'`` and ``'softclip'``.
         zero_init: set the last weighted module of each subnet to zero, so that the layer starts close to the identity.
-        options: those of :class:`InvertibleModule`.
+        options: ``subnet_dtype`` of :class:`Coupling`, and those of :class:`InvertibleModule`.
 
     Raises:
         ValueError: for another ``split`` or ``scale``, an input that cannot be split so, or a subnet that returns
@@ -304,7 +304,7 @@ class GINCoupling(Coupling):
         f: a module or a function; it returns the log-scale's argument and the shift, stacked along ``dim``.
         g: likewise, or None.
         dim, split, swap, scale, max_log_scale, zero_init: as for :class:`AffineCoupling`.
-        options: those of :class:`InvertibleModule`.
+        options: ``subnet_dtype`` of :class:`Coupling`, and those of :class:`InvertibleModule`.
 
     Raises:
         ValueError: as :class:`AffineCoupling`, and for a checkerboard.

@@ -11,7 +11,7 @@ from ..engine import Operation, Policy
 from ..module import InvertibleModule
 from ._checks import refuse
 
-__all__ = ["Merge", "Partition", "Split", "SplitSpec", "cut", "join"]
+__all__ = ["Merge", "Partition", "Split", "SplitSpec", "checkerboard", "cut", "join"]
 
 SplitSpec = str | float | tuple[int, int]
 
@@ -73,6 +73,15 @@ class Partition:
         dim, n = self.dim % x1.ndim, x2.shape[self.dim]
         pairs = torch.stack((x1.narrow(dim, 0, n), x2), dim + 1).flatten(dim, dim + 1)
         return pairs if x1.shape[dim] == n else torch.cat((pairs, x1.narrow(dim, n, 1)), dim)
+
+
+def checkerboard(x: Tensor, dim: int, parity: int) -> Tensor:
+    """Mark the positions behind ``dim`` whose coordinates have an even sum (``parity`` 0) or an odd one."""
+    shape = x.shape[dim % x.ndim + 1 :]
+    if not shape:
+        refuse("Coupling", "input", f"have spatial dims after dim {dim}, for a checkerboard", f"shape {tuple(x.shape)}")
+    coordinates = torch.meshgrid(*(torch.arange(n, device=x.device) for n in shape), indexing="ij")
+    return torch.stack(coordinates).sum(0) % 2 == parity
 
 
 def cut(partition: Partition, x: Tensor, policy: Policy) -> tuple[Tensor, Tensor]:
