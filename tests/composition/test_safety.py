@@ -103,9 +103,9 @@ def test_a_whole_module_is_code_and_refused_by_default():
 
 # Modules that reach other programs, other machines, or code in files.
 FORBIDDEN_MODULES = frozenset(
-    """aiohttp asyncio cffi cloudpickle code ctypes dill ftplib http httpx huggingface_hub joblib marshal multiprocessing
-    pty requests runpy shelve smtplib socket ssl subprocess telnetlib torch.hub torch.utils.cpp_extension
-    torch.utils.model_zoo urllib xmlrpc""".split()  # noqa: SIM905 - a list of words reads best as words
+    """aiohttp asyncio cffi cloudpickle code ctypes dill ftplib http httpx huggingface_hub joblib marshal
+    multiprocessing pty requests runpy shelve smtplib socket ssl subprocess telnetlib torch.hub
+    torch.utils.cpp_extension torch.utils.model_zoo urllib xmlrpc""".split()  # noqa: SIM905 - a list of words
 )
 FORBIDDEN_CALLS = frozenset(
     """eval exec compile __import__ import_module importlib.import_module os.system os.popen os.startfile pickle.load
