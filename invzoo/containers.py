@@ -59,6 +59,10 @@ class _Composite(InvertibleModule):
         inputs = engine.chain(self, self._policies, self._back, outputs, side, log_dets := LogDets())
         return inputs, log_dets.total(self, outputs)
 
+    def compile(self, *args: Any, **options: Any) -> None:
+        """Compile all layers as one function in place, with the arguments of `torch.compile`."""
+        nn.Module.compile(self, *args, **options)
+
     def side_names(self) -> SideNames:
         return SideNames.union(layer.side_names() for _, layer in self._layers())
 

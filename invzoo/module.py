@@ -1,11 +1,12 @@
 """The base class of every invertible layer, and a layer with its directions swapped."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from types import FunctionType, MethodType
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from torch.distributions import constraints
 
@@ -153,6 +154,20 @@ class InvertibleModule(nn.Module):
         """Return the inverse and log abs det of *its* Jacobian, so minus that of the forward, as a call of its own."""
         return self.inv.forward_and_log_det(*outputs, **side)
 
+    def compile(self, *args: Any, **options: Any) -> None:
+        """Compile in place, as `torch.nn.Module.compile` does, with its arguments.
+
+        Memory is still saved, since the subnets are compiled and not the layer: its replay then runs the same code as
+        its forward. A container is compiled as one function instead. A layer without subnets is compiled like any
+        module, and holds what the compiler keeps.
+        """
+        subnets = [*_callable(self.children())]
+        for subnet in subnets:
+            # As nn.Module.compile does, which by itself does nothing for torch's own modules.
+            subnet._compiled_call_impl = torch.compile(partial(_call, subnet), *args, **options)
+        if not subnets:
+            super().compile(*args, **options)
+
     def _freeing(self, inputs: tuple[Any, ...]) -> AbstractContextManager[Any]:
         return engine.freeing(self._name(), inputs) if self._policy.free_input else nullcontext()
 
@@ -225,6 +240,19 @@ class InvertibleModule(nn.Module):
     free_input = _option("free_input", "Whether a call frees the memory of its input until backward.", bool)
 
 
+def _call(module: nn.Module, *args: Any, **options: Any) -> Any:
+    return module._call_impl(*args, **options)
+
+
+def _callable(modules: Iterable[nn.Module]) -> Iterator[nn.Module]:
+    """Yield modules that can be called, instead of lists and dicts of modules what is in them."""
+    for module in modules:
+        if isinstance(module, nn.ModuleList | nn.ModuleDict) and type(module).forward is nn.Module.forward:
+            yield from _callable(module.children())
+        else:
+            yield module
+
+
 def _is_overridden(layer: InvertibleModule, method: str) -> bool:
     return getattr(type(layer), method) is not getattr(InvertibleModule, method)
 
@@ -273,6 +301,9 @@ class Inverse(InvertibleModule):
 
     def side_names(self) -> SideNames:
         return self.layer.side_names()
+
+    def _roots(self) -> tuple[nn.Module, ...]:
+        return self.layer._roots()
 
     def takes_streams(self, first: int, second: int) -> bool:
         return self.layer.takes_streams(first, second)

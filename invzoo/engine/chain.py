@@ -1,6 +1,7 @@
 """Where the engine meets `torch.compile`: containers pass their values through here."""
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,9 +35,11 @@ def chain(
     """
     if not _traces(owner, policies):
         return through(values, side, log_dets)
-    from .compiled import run  # noqa: PLC0415 - imports the compiler
+    from .compile_time import begin, steps_aside  # noqa: PLC0415 - imports the compiler
+    from .compiled import run  # noqa: PLC0415
 
-    return run(owner, through, values, side, log_dets)
+    begin()
+    return (through if steps_aside() else partial(run, owner, through))(values, side, log_dets)
 
 
 def _traces(owner: nn.Module, policies: Callable[[], Iterable[Policy]]) -> bool:

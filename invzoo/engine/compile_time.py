@@ -5,6 +5,7 @@ of the caller's variables: tensors without values ("fakes"), and the graph so fa
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,21 +15,45 @@ from torch._guards import detect_fake_mode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from ._torch import storage_key
+from ._torch import storage_key, top_hook
 
-__all__ = ["changed_tensors", "check_closures", "examine", "note_tensors", "stop"]
+__all__ = ["begin", "changed_tensors", "check_closures", "examine", "note_tensors", "steps_aside", "stop"]
 
 _versions: list[int] = []  # of the tensors noted last; the compiler works for one thread at a time
 _changed: list[int] = []
+_aside: list[bool] = []
+_ENGINE = str(Path(__file__).parent)
+
+
+def begin() -> None:
+    """Find out whether a chain has to step aside.
+
+    The compiler may be trying once more, after it could not trace what called the chain. Or hooks on saved tensors are
+    active, with which `torch.func.vjp` cannot be traced.
+    """
+    comptime(_begin)
+
+
+def _begin(context: ComptimeContext) -> None:
+    translator: Any = context._i_will_not_complain_if_bc_breaks_InstructionTranslator()
+    while translator.parent is not None:
+        translator = translator.parent
+    _aside[:] = [True] * (translator.f_code.co_filename.startswith(_ENGINE) or top_hook() is not None)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def steps_aside() -> bool:
+    """Return what :func:`begin` found."""
+    return bool(_aside)
 
 
 def stop(problem: str) -> None:  # noqa: ARG001 - comptime reads them
-    """Raise while compiling, whether the compiler could go on without us or not."""
+    """Let the compiler stop with a message (`fullgraph=True`), or do without the chain."""
     comptime(_stop)
 
 
 def _stop(context: ComptimeContext) -> None:
-    raise RuntimeError(context.get_local("problem").as_python_constant())
+    context.graph_break(context.get_local("problem").as_python_constant())
 
 
 def note_tensors(tensors: Sequence[Tensor]) -> None:  # noqa: ARG001 - comptime reads them
@@ -53,7 +78,7 @@ def _examine(context: ComptimeContext) -> None:
         changed |= watch.changed
         if watch.random:
             where, name = context.get_local("where").as_python_constant(), getattr(node.target, "__name__", node.target)
-            raise RuntimeError(
+            context.graph_break(
                 "Expected layers that draw no random numbers in a chain under torch.compile, since backward would draw "
                 f"others; got {where}, which uses {name!r}. Use mode 'store' for the whole chain, or eval mode"
             )
@@ -77,7 +102,7 @@ def _check_closures(context: ComptimeContext) -> None:
         value = node.meta.get("example_value")
         if isinstance(value, Tensor) and value.requires_grad and id(value) not in known and node.users:
             name = context.get_local("name").as_python_constant()
-            raise RuntimeError(
+            context.graph_break(
                 f"Expected the tensors that need a gradient to be inputs, side inputs or parameters of {name}, under "
                 f"torch.compile; got another one of shape {tuple(value.shape)} ({node.name!r}). "
                 "Register it, or use mode 'store' for the whole chain"

@@ -69,7 +69,8 @@ class _Step:
         for i, name, k in self.weights:
             tensors[i][name] = weights[k]
         for i, name in self.moved:
-            tensors[i][name] = torch.zeros_like(roots[i].get_buffer(name))
+            buffer = roots[i].get_buffer(name)
+            tensors[i][name] = torch.zeros(buffer.shape, dtype=buffer.dtype, device=buffer.device)
         return _with(roots, tensors, lambda: function(*values, **side, **self.constants))
 
 
@@ -174,8 +175,13 @@ class Record:
     def _weights(self, roots: Sequence[nn.Module]) -> list[tuple[int, str, int]]:
         """Return where a call's modules have which of the parameters, tied ones as often as they do."""
         at = {p: k for k, p in enumerate(self.parameters)}
-        named = [(i, n, p) for i, r in enumerate(roots) for n, p in r.named_parameters(remove_duplicate=False)]
-        return [(i, n, at[p]) for i, n, p in named if p in at]
+        return [
+            (i, f"{prefix}.{name}" if prefix else name, at[p])
+            for i, root in enumerate(roots)
+            for prefix, module in root.named_modules()  # each once, whatever names it has
+            for name, p in module.named_parameters(recurse=False, remove_duplicate=False)
+            if p in at
+        ]
 
     def _refuse_foreign(self, what: str) -> None:
         stop(

@@ -1,0 +1,407 @@
+"""Chains under ``torch.compile(fullgraph=True)``: one function whose backward inverts, and what it refuses."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo
+import torch._dynamo.testing
+from functorch.compile import make_boxed_func
+from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch.nn.utils import parametrizations
+
+import invzoo as iz
+from invzoo.engine.state import state
+from tests.composition.cases import WIDTH, Case, assert_same, assert_same_step, coupling, gradients, make, subnet
+
+pytestmark = [  # torch's own business, with any net
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
+    pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
+]
+
+HALF = WIDTH // 2
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+    assert state.chain is None
+
+
+def compiled(net: Callable[..., Any], backend: Any = "aot_eager") -> Any:
+    return torch.compile(net, backend=backend, fullgraph=True)
+
+
+class Graphs:
+    """A backend that keeps its graphs, which it gets from the partitioner that inductor uses."""
+
+    def __init__(self) -> None:
+        self.graphs: list[torch.fx.GraphModule] = []
+        self.backend = aot_autograd(
+            fw_compiler=self.keep, bw_compiler=self.keep, partition_fn=min_cut_rematerialization_partition
+        )
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        return self.backend(graph, inputs)
+
+    def keep(self, graph: torch.fx.GraphModule, _: list[Tensor]) -> Any:
+        self.graphs.append(graph)
+        return make_boxed_func(graph.forward)
+
+    def saved(self) -> list[tuple[int, ...]]:
+        """Return the shapes of what the backward gets besides gradients, parameters and inputs."""
+        nodes = self.graphs[-1].graph.find_nodes(op="placeholder")
+        return [tuple(n.meta["val"].shape) for n in nodes if not n.name.startswith(("primals", "tangents"))]
+
+    def count(self, operator: Any) -> int:
+        """Say how often the backward uses an operator."""
+        return len(self.graphs[-1].graph.find_nodes(op="call_function", target=operator))
+
+
+def loss_of(outputs: Any) -> Tensor:
+    tensors = outputs if isinstance(outputs, tuple) else (outputs,)
+    return sum(y.sin().square().sum() for y in tensors)  # type: ignore[return-value]
+
+
+def assert_same_gradients(
+    net: nn.Module,
+    *inputs: Tensor,
+    backend: Any = "aot_eager",
+    function: Callable[..., Any] | None = None,
+    **side: Any,
+) -> None:
+    """Compare a compiled net in its modes with itself in mode store, not compiled."""
+    leaves = [*inputs, *(s for s in side.values() if isinstance(s, Tensor) and s.is_floating_point())]
+    leaves = [t.requires_grad_() for t in leaves] + [p for p in net.parameters() if p.requires_grad]
+
+    def step(*inputs: Tensor, **side: Any) -> Tensor:
+        return loss_of((function or net)(*inputs, **side))
+
+    with iz.mode(net, "store"):
+        expected = torch.autograd.grad(step(*inputs, **side), leaves)
+    assert_same(torch.autograd.grad(compiled(step, backend)(*inputs, **side), leaves), expected)
+
+
+def stack(depth: int, net: Callable[[int], nn.Module] = subnet) -> list[nn.Module]:
+    return [coupling("additive" if i % 2 else "affine", net=net) for i in range(depth)]
+
+
+def x() -> Tensor:
+    return torch.randn(4, WIDTH)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_right(backend: str):
+    case = make("invertible_sequential")
+    assert_same_step(Case(compiled(case.net, backend), case.plain, case.x))
+
+
+def test_right_by_inductor():
+    case = make("invertible_sequential")
+    assert_same_step(Case(compiled(case.net, "inductor"), case.plain, case.x))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "min-cut"])
+def test_saves_one_activation_at_any_depth(backend: str):
+    def held(depth: int) -> int:
+        net = iz.InvertibleSequential(*(iz.AdditiveCoupling(nn.Linear(HALF, HALF)) for _ in range(depth)))
+        graphs, packed = Graphs(), []
+
+        def pack(tensor: Tensor) -> Tensor:
+            packed.append(tensor)
+            return tensor
+
+        run = compiled(net, graphs if backend == "min-cut" else backend)
+        run(torch.randn(64, WIDTH))  # compiles
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            y = run(torch.randn(64, WIDTH))
+        y.sum().backward()
+        return sum(t.nbytes for t in packed if t.shape[:1] == (64,)) // y.nbytes
+
+    assert held(3) == held(9) == 1
+
+
+def test_evaluates_each_subnet_once_in_backward():
+    net, graphs = iz.InvertibleSequential(*stack(2)), Graphs()
+    assert_same_gradients(net, x(), backend=graphs)
+    subnets, maps = 4, 2  # each has one tanh; those of an affine map are no subnet's
+    assert graphs.count(torch.ops.aten.tanh.default) == subnets + maps
+
+
+def test_log_dets_and_layers_without_subnets():
+    net = iz.InvertibleSequential(
+        *stack(2), iz.InvertibleLinear(WIDTH, kind="plu"), iz.InvertibleLeakyReLU(), iz.Permute([1, 0, 2, 3, 5, 4])
+    )
+    graphs = Graphs()
+    assert_same_gradients(net, x(), backend=graphs, function=net.forward_and_log_det)
+    assert graphs.saved().count((4, WIDTH)) == 1
+    assert_same_gradients(net, x(), function=net.inverse_and_log_det)
+    assert_same_gradients(net, x(), function=net.inverse)
+
+
+class Conditioned(nn.Module):
+    """A subnet that sees a context, alone and together with its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.context = subnet(HALF, HALF + 2), subnet(HALF, 2)
+
+    def forward(self, x: Tensor, context: Tensor, scale: float = 1.0, shift: Tensor | None = None) -> Tensor:
+        h = scale * self.net(torch.cat((x, context), 1)) + self.context(context)
+        return h if shift is None else h + shift
+
+
+def test_side_inputs():
+    """What a subnet makes of the context alone is not saved for each layer either."""
+    net, graphs = iz.InvertibleSequential(*(iz.AdditiveCoupling(Conditioned()) for _ in range(3))), Graphs()
+    side = {"context": torch.randn(4, 2), "scale": 0.5, "shift": torch.arange(HALF)}
+    assert_same_gradients(net, x(), backend=graphs, **side)
+    assert graphs.saved() == [(4, WIDTH)]
+
+
+def test_batch_norm_in_subnets():
+    """Training reads the statistics of the batch, and moves the running ones once."""
+
+    def net() -> nn.Module:
+        torch.manual_seed(0)
+        return iz.InvertibleSequential(
+            *stack(2, lambda n: subnet(n, middle=nn.Sequential(nn.BatchNorm1d(5), nn.Tanh())))
+        )
+
+    graphs, expected, given = Graphs(), net(), x()
+    with iz.mode(expected, "store"):
+        loss_of(expected(given)).backward()
+    for backend in ("aot_eager", graphs):
+        actual = net()
+        loss_of(compiled(actual, backend)(given)).backward()
+        assert_same([*gradients(actual), *actual.buffers()], [*gradients(expected), *expected.buffers()])
+    assert graphs.saved().count((4, WIDTH)) == 1
+    assert len(graphs.saved()) == 1
+    assert_same_gradients(net().eval(), given)
+
+
+CONTAINERS: dict[str, Callable[[], nn.Module]] = {
+    "nested": lambda: iz.InvertibleSequential(iz.InvertibleSequential(*stack(2)), iz.Reverse(), *stack(1)),
+    "repeat": lambda: iz.Repeat(coupling("affine"), 3),
+    "parallel": lambda: iz.InvertibleSequential(iz.Parallel(iz.Reverse(), iz.InvertibleLeakyReLU()), *stack(1)),
+    "multi-scale": lambda: iz.MultiScale(*stack(1), iz.AdditiveCoupling(nn.Linear(1, 2)), input_shape=(WIDTH,)),
+    "inverted": lambda: iz.InvertibleSequential(*stack(2)).inv,
+    "shared layer": lambda: iz.InvertibleSequential(*[coupling("affine")] * 2),
+    "chain in a subnet": lambda: iz.InvertibleSequential(
+        iz.AdditiveCoupling(iz.InvertibleSequential(iz.Reverse(), iz.AdditiveCoupling(nn.Linear(1, 2))))
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CONTAINERS)
+def test_containers(name: str):
+    net, graphs = CONTAINERS[name](), Graphs()
+    assert_same_gradients(net, x(), backend=graphs)
+    assert graphs.saved() == [(4, WIDTH)]
+
+
+def test_empty_chain():
+    assert_same_gradients(iz.InvertibleSequential(), x())
+
+
+def test_layers_that_keep_their_input():
+    net, graphs = iz.InvertibleSequential(*stack(1), iz.InvertibleTanh(), *stack(1)), Graphs()
+    assert_same_gradients(net, x() / 8, backend=graphs)
+    assert graphs.saved() == [(4, WIDTH)] * 2
+
+
+def test_mode_recompute():
+    net = iz.InvertibleSequential(*stack(2), mode="recompute")
+    graphs = Graphs()
+    assert_same_gradients(net, x(), backend=graphs)
+    assert len(graphs.saved()) < 12
+
+
+@pytest.mark.parametrize("why", ["mode store", "hooks"])
+def test_steps_aside(why: str):
+    net, graphs = iz.InvertibleSequential(*stack(1)), Graphs()
+    if why == "hooks":
+        net[0].f.register_forward_hook(lambda module, inputs, output: 2 * output)
+    else:
+        net.mode = "store"
+    assert_same_gradients(net, x(), backend=graphs)
+    assert len(graphs.saved()) > 3
+
+
+def test_frozen_and_tied_and_parametrized_weights():
+    net = iz.InvertibleSequential(*stack(2))
+    net[0].f[0].weight.requires_grad_(False)
+    net[1].f[0].weight = net[0].g[0].weight
+    net[1].g[2] = net[1].g[0] = nn.Linear(HALF, HALF)
+    net[1].g[1] = nn.Tanh()
+    parametrizations.weight_norm(net[1].f[2])
+    assert_same_gradients(net, x())
+
+
+def test_half_precision_by_autocast():
+    net, given = iz.InvertibleSequential(*stack(2)).float(), x().float()
+
+    def step(net: Callable[[Tensor], Tensor]) -> list[Tensor | None]:
+        net_.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            y = net(given)
+        y.float().square().sum().backward()
+        return gradients(net_)
+
+    net_ = net
+    expected = step(net)
+    assert_same(step(compiled(net)), expected, rtol=1e-2)
+
+
+def test_no_new_compilation_in_the_next_steps():
+    net = iz.InvertibleSequential(*stack(2))
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    run, optimizer = compiled(net, counter), torch.optim.SGD(net.parameters(), 0.1)
+    for _ in range(3):
+        run(x()).square().sum().backward()
+        optimizer.step()
+    assert counter.frame_count == 1
+    for batch in (5, 7, 9):
+        run(torch.randn(batch, WIDTH)).square().sum().backward()
+    assert counter.frame_count == 2  # the second one takes any batch
+
+
+class Untraceable(iz.InvertibleModule):
+    def function(self, x: Tensor) -> Tensor:
+        return 2 * x if x.sum() > 0 else x * 2
+
+    def inverse(self, y: Tensor) -> Tensor:
+        return y / 2
+
+
+class OneWay(iz.InvertibleModule):
+    def function(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+
+class Between(iz.InvertibleSequential):
+    """Does something between its layers that is no layer's."""
+
+    def _there(self, values: Any, side: Any, log_dets: Any) -> Any:
+        return super()._there((2 * values[0],), side, log_dets)
+
+
+def dropout(outputs: int) -> nn.Module:
+    return subnet(outputs, middle=nn.Dropout(0.5))
+
+
+def attention(dropout: float) -> nn.Module:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.MultiheadAttention(4, 2, dropout=dropout, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x, x, x, need_weights=False)[0]
+
+    return Attention()
+
+
+def spectral(outputs: int) -> nn.Module:
+    net = subnet(outputs)
+    parametrizations.spectral_norm(net[0])
+    return net
+
+
+WEIGHT = torch.ones(HALF, requires_grad=True)
+
+
+REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "dropout": (
+        lambda: iz.InvertibleSequential(iz.Reverse(), *stack(1, dropout)),
+        r"draw no random numbers.*AffineCoupling \(f\) in layer 1 \(AffineCoupling\).*'dropout'.*mode 'store'",
+    ),
+    "noise": (
+        lambda: iz.InvertibleSequential(iz.AdditiveCoupling(lambda x: x + torch.randn_like(x))),
+        r"draw no random numbers.*AdditiveCoupling \(f\) in layer 0 .*'randn_like'",
+    ),
+    "noise in place": (
+        lambda: iz.InvertibleSequential(iz.AdditiveCoupling(lambda x: x + torch.zeros_like(x).normal_())),
+        r"draw no random numbers.*'normal_'",
+    ),
+    "power iteration": (
+        lambda: iz.InvertibleSequential(*stack(1, spectral)),
+        r"leave their parameters and buffers as they are.*AffineCoupling \(f\) in layer 0",
+    ),
+    "closure": (
+        lambda: iz.InvertibleSequential(iz.AdditiveCoupling(lambda x: WEIGHT * x)),
+        r"tensors that need a gradient to be inputs, side inputs or parameters.*shape \(3,\)",
+    ),
+    "no inverse": (lambda: iz.InvertibleSequential(OneWay()), r"with an inverse.*OneWay in layer 0 \(OneWay\)"),
+    "between": (lambda: Between(*stack(1)), r"pass on what its layers return.*an input of"),
+    "untraceable": (lambda: iz.InvertibleSequential(*stack(1), Untraceable()), r"2 \* x if x.sum\(\) > 0 else x \* 2"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(name: str):
+    make_net, match = REFUSED[name]
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=f"(?s){match}"):
+        compiled(make_net())(x())
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED.keys() - {"no inverse", "between"}))
+def test_what_is_refused_runs_without_fullgraph(name: str):
+    """The compiler then does without the chain, and stores; what it could not trace runs eagerly."""
+    net, given = REFUSED[name][0](), x().requires_grad_()
+    grads = []
+    for run in (net, torch.compile(net, backend="aot_eager")):
+        net.zero_grad()
+        torch.manual_seed(0)
+        with iz.mode(net, "store" if run is net else "invert"):
+            for buffer in net.buffers():
+                buffer.copy_(nn.functional.normalize(torch.arange(1.0, len(buffer) + 1), dim=0))
+            grads.append([*torch.autograd.grad(loss_of(run(given)), [given, *net.parameters()]), *net.buffers()])
+            grads[-1] = [g.clone() for g in grads[-1]]
+    assert_same(*grads)
+    assert_same_gradients(iz.InvertibleSequential(*stack(1)), x())  # nothing is left behind
+
+
+def test_random_layers_in_eval_mode_and_attention_without_dropout():
+    assert_same_gradients(iz.InvertibleSequential(*stack(1, dropout)).eval(), x())
+    tokens = torch.randn(2, 5, 8)
+    assert_same_gradients(iz.InvertibleSequential(iz.AdditiveCoupling(attention(0.0), dim=-1)), tokens)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"draw no random numbers"):
+        compiled(iz.InvertibleSequential(iz.AdditiveCoupling(attention(0.1), dim=-1)))(tokens)
+
+
+def test_other_transforms_of_a_chain():
+    net, given = iz.InvertibleSequential(*stack(2)), x()
+    expected = torch.func.grad(lambda x: net(x).sum())(given)
+    assert_same([compiled(torch.func.grad(lambda x: net(x).sum()))(given)], [expected])
+    assert_same([torch.export.export(net, (given,)).module()(given)], [net(given)])
+    with torch.no_grad():
+        assert_same([compiled(net)(given)], [net(given)])
+
+
+def test_compile_in_place():
+    """A container is compiled as one function; of a layer, the subnets are, and equal ones share their code."""
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    case = make("invertible_sequential")
+    case.net.compile(backend=counter, fullgraph=True)
+    assert_same_step(case)
+    assert counter.frame_count == 1
+
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    case = make("invertible_sequential")
+    for layer in case.net:
+        layer.compile(backend=counter, fullgraph=True)
+    packed: list[int] = []
+    assert_same_step(case)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t.nbytes) or t, lambda t: t):
+        case.net(case.x)
+    assert sum(packed) == 0
+    assert counter.frame_count <= 4  # two shapes, with and without a gradient for their input
