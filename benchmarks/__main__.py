@@ -2,31 +2,40 @@
 
 import argparse
 
-from . import depth, report, timing
+from . import depth, flows, peaks, report, scale, timing
+from .tables import TABLES
 
 __all__ = ["main"]
 
+CASES = {
+    "time": timing.run,
+    "overhead": timing.run_overhead,
+    "peaks": peaks.run,
+    "depth": depth.run,
+    "flows": flows.run,
+    "scale": scale.run,
+}
+
 
 def main() -> None:
-    """Run the chosen cases; a full run writes their JSON and the picture."""
+    """Run the chosen cases; a full run writes their JSON, the tables and the picture."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("cases", nargs="*", metavar="case", help="depth, time (default: both)")
+    choices = ", ".join(CASES)
+    parser.add_argument("cases", nargs="*", metavar="case", help=f"{choices} (default: all), or report: tables alone")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, a few seconds, writes nothing")
     arguments = parser.parse_args()
-    cases = arguments.cases or ["depth", "time"]
-    if unknown := set(cases) - {"depth", "time"}:
-        parser.error(f"Expected cases among depth and time; got {', '.join(sorted(unknown))}")
-    if "depth" in cases:
-        result = depth.run(depth.SMOKE if arguments.smoke else depth.FULL)
-        report.show_depth(result)
+    cases = arguments.cases or [*CASES]
+    if unknown := set(cases) - {*CASES, "report"}:
+        parser.error(f"Expected cases among {choices} and report; got {', '.join(sorted(unknown))}")
+    for case in cases:
+        if case == "report":
+            continue
+        result = CASES[case](smoke=arguments.smoke)
+        print(TABLES[case](result), end="\n\n", flush=True)
         if not arguments.smoke:
-            report.save("depth", result)
-            report.draw()
-    if "time" in cases:
-        result = timing.run(timing.SMOKE if arguments.smoke else timing.FULL)
-        report.show_timing(result)
-        if not arguments.smoke:
-            report.save("time", result)
+            report.save(case, result)
+    if not arguments.smoke:
+        report.write()
 
 
 if __name__ == "__main__":

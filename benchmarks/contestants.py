@@ -1,6 +1,8 @@
 """The contestants: one stack of additive couplings over the same subnets, run in each of the ways to train it."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache, partial
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
@@ -8,9 +10,10 @@ from torch.utils.checkpoint import checkpoint
 
 import invzoo as iz
 
-__all__ = ["Contestants", "build"]
+__all__ = ["OURS", "PEERS", "build", "installed", "names"]
 
-Contestants = dict[str, nn.Module]
+OURS = tuple(f"invzoo {mode}" for mode in iz.Mode)
+PEERS = ("revlib", "revtorch", "memcnn", "invtorch")
 
 
 class Plain(nn.Module):
@@ -39,18 +42,93 @@ class Checkpointed(Plain):
         return checkpoint(super().block, f, x1, x2, use_reentrant=False)
 
 
-def invertible(subnets: Iterable[nn.Module], mode: str) -> iz.InvertibleSequential:
+class Copy(nn.Module):
+    """Hand a copy on, since some peers free their input, and it is the caller's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.clone()
+
+
+Subnets = Sequence[nn.Module]
+
+
+def pairs(subnets: Subnets) -> zip:
+    """Two couplings that swap the streams are one (f, g) block that does not."""
+    return zip(subnets[::2], subnets[1::2], strict=True)
+
+
+def invzoo(subnets: Subnets, mode: str) -> nn.Module:
     """Build the stack of InvZoo's layers."""
-    net = iz.InvertibleSequential(*(layer for f in subnets for layer in (iz.AdditiveCoupling(f), iz.Swap())))
+    net = iz.InvertibleSequential(*(iz.AdditiveCoupling(f, g) for f, g in pairs(subnets)))
     net.mode = mode
     return net
 
 
-def build(depth: int, subnet: Callable[[], nn.Module]) -> Contestants:
-    """Return every contestant over the same `depth` subnets, whose weights and gradients they share."""
-    subnets = [subnet() for _ in range(depth)]
-    return {
-        "plain": Plain(subnets),
-        "torch checkpoint": Checkpointed(subnets),
-        **{f"invzoo {mode}": invertible(subnets, mode) for mode in iz.Mode},
-    }
+def revlib(subnets: Subnets) -> nn.Module:
+    """Build the stack of revlib."""
+    from revlib import ReversibleSequential  # noqa: PLC0415 - a peer is imported if it takes part
+
+    return ReversibleSequential(*subnets, split_dim=1)
+
+
+def revtorch(subnets: Subnets) -> nn.Module:
+    """Build the stack of RevTorch."""
+    from revtorch import ReversibleBlock, ReversibleSequence  # noqa: PLC0415 - as above
+
+    return ReversibleSequence(nn.ModuleList(ReversibleBlock(f, g, split_along_dim=1) for f, g in pairs(subnets)))
+
+
+def memcnn(subnets: Subnets) -> nn.Module:
+    """Build the stack of MemCNN."""
+    from memcnn import AdditiveCoupling, InvertibleModuleWrapper  # noqa: PLC0415 - as above
+
+    return nn.Sequential(Copy(), *(InvertibleModuleWrapper(AdditiveCoupling(f, g)) for f, g in pairs(subnets)))
+
+
+def invtorch(subnets: Subnets) -> nn.Module:
+    """Build the stack on InvTorch's module, the way that its README tells to write a layer."""
+    from invtorch.nn import Module  # noqa: PLC0415 - as above
+
+    class AdditiveCoupling(Module):
+        def __init__(self, f: nn.Module, g: nn.Module) -> None:
+            super().__init__()
+            self.f, self.g = f, g
+
+        def function(self, x: Tensor) -> Tensor:
+            x1, x2 = x.chunk(2, dim=1)
+            y1 = x1 + self.f(x2)
+            return torch.cat([y1, x2 + self.g(y1)], dim=1)
+
+        def inverse(self, y: Tensor) -> Tensor:
+            y1, y2 = y.chunk(2, dim=1)
+            x2 = y2 - self.g(y1)
+            return torch.cat([y1 - self.f(x2), x2], dim=1)
+
+    return nn.Sequential(Copy(), *(AdditiveCoupling(f, g) for f, g in pairs(subnets)))
+
+
+BUILDERS: dict[str, Callable[[Subnets], nn.Module]] = {
+    "plain": Plain,
+    "torch checkpoint": Checkpointed,
+    **{f"invzoo {mode}": partial(invzoo, mode=mode) for mode in iz.Mode},
+    **{builder.__name__: builder for builder in (revlib, revtorch, memcnn, invtorch)},
+}
+
+
+@cache
+def installed(peer: str) -> bool:
+    """Say whether a peer is installed, and print once that it is left out if not."""
+    if found := find_spec(peer) is not None:
+        return found
+    print(f"{peer} is not installed and left out")
+    return found
+
+
+def names() -> list[str]:
+    """Return the names of the contestants that can take part."""
+    return [name for name in BUILDERS if name not in PEERS or installed(name)]
+
+
+def build(name: str, subnets: Subnets) -> nn.Module:
+    """Return a contestant over subnets whose weights and gradients it shares with the others."""
+    return BUILDERS[name](subnets)

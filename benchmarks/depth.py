@@ -4,13 +4,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from invzoo.engine.memory import track_memory
+from . import contestants
+from .measure import PYTHON_IN_MALLOC, bytes_of_process, in_fresh_process, peak_of_tensors
 
-from .contestants import build
-
-__all__ = ["FULL", "SMOKE", "Setting", "run"]
+__all__ = ["run"]
 
 
 @dataclass(frozen=True)
@@ -33,27 +32,32 @@ FULL = Setting(depths=(4, 16, 64, 256, 1000))
 SMOKE = Setting(depths=(2, 4), batch=4, width=8)
 
 
-def run(setting: Setting) -> dict[str, Any]:
-    """Measure every contestant at every depth.
+def run(*, smoke: bool) -> dict[str, Any]:
+    """Measure every contestant at every depth, each in a process of its own.
 
     Weights, their gradients (which exist before the step), the input and the output's gradient are not counted: they
     are there in every training, and what is left is what the way of training adds. The unit is the input's size.
     """
+    setting = SMOKE if smoke else FULL
+    if smoke:
+        results = [measure(name, setting) for name in contestants.names()]
+    else:
+        results = [in_fresh_process(PYTHON_IN_MALLOC, measure, name, setting) for name in contestants.names()]
+    activation = setting.batch * setting.width * 4
+    return {"setting": asdict(setting), "activation": activation, "rows": [row for rows in results for row in rows]}
+
+
+def measure(name: str, setting: Setting) -> list[dict[str, Any]]:
+    """Return a contestant's memory at every depth; `process` is all that the process holds, not tensors alone."""
     torch.manual_seed(0)
     x, grad = torch.randn(2, setting.batch, setting.width)
+    x.requires_grad_()
     rows = []
     for depth in setting.depths:
-        for name, net in build(depth, setting.subnet).items():
-            held, peak = _step(net, x, grad)
-            rows.append({"contestant": name, "depth": depth, "held": held, "peak": peak})
-    return {"setting": asdict(setting), "activation": x.nbytes, "rows": rows}
-
-
-def _step(net: nn.Module, x: Tensor, grad: Tensor) -> tuple[int, int]:
-    net(x).backward(grad)  # from now on the gradients exist
-    with track_memory() as memory:
-        y = net(x)
-        held = memory.current
-        memory.reset_peak()
-        y.backward(grad)
-    return held, memory.peak
+        net = contestants.build(name, [setting.subnet() for _ in range(depth)])
+        for _ in range(2):
+            net(x).backward(grad)  # from now on the gradients exist
+        process = bytes_of_process(lambda net=net: net(x))
+        memory = peak_of_tensors(lambda net=net: net(x), grad)
+        rows.append({"contestant": name, "depth": depth, "process": process, **memory})
+    return rows

@@ -1,20 +1,22 @@
-"""From results to JSON files, tables and the picture."""
+"""From results to JSON files, to RESULTS.md, and to the README's figures."""
 
 import datetime as dt
 import json
 import os
 import platform
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 from matplotlib import pyplot as plt
-from rich.console import Console
-from rich.table import Table
 
-__all__ = ["draw", "save", "show_depth", "show_timing"]
+from . import tables, targets
+
+__all__ = ["save", "write"]
 
 HERE = Path(__file__).parent
+README = HERE.parent / "README.md"
 
 
 def machine() -> dict[str, Any]:
@@ -39,31 +41,25 @@ def save(case: str, result: dict[str, Any]) -> None:
     path.write_text(json.dumps({"machine": machine(), **result}, indent=1) + "\n")
 
 
-def show_depth(result: dict[str, Any]) -> None:
-    """Print bytes held after forward and at the peak of backward, in activations."""
-    depths = sorted({row["depth"] for row in result["rows"]})
-    for key, title in (("held", "held after forward"), ("peak", "peak in backward")):
-        table = Table("", *map(str, depths), title=f"{title}, in activations, against depth")
-        for name in _names(result):
-            sizes = [row[key] / result["activation"] for row in result["rows"] if row["contestant"] == name]
-            table.add_row(name, *(f"{size:.2f}" for size in sizes))
-        Console().print(table)
+def write() -> None:
+    """Make RESULTS.md, the README's figures and the picture from the JSON files that are there."""
+    results = {path.stem: json.loads(path.read_text()) for path in (HERE / "results").glob("*.json")}
+    parts = ["# What is measured, and what came out\n\nMade by `python -m benchmarks report` from `results/*.json`."]
+    parts += [f"## Targets\n\n{targets.table(results)}"]
+    parts += [
+        f"{tables.TABLES[case](results[case])}\n\n{_where(results[case])}" for case in tables.TABLES if case in results
+    ]
+    (HERE / "RESULTS.md").write_text("\n\n".join(parts) + "\n")
+    if {"time", "peaks"} <= results.keys():
+        figures = f"{tables.summary(results['time'], results['peaks'])}\n\n{_where(results['time'])}"
+        marks = r"(<!-- figures -->\n).*?(<!-- end of figures -->)"
+        README.write_text(re.sub(marks, lambda m: m[1] + figures + "\n" + m[2], README.read_text(), flags=re.DOTALL))
+    if "depth" in results:
+        draw(results["depth"])
 
 
-def show_timing(result: dict[str, Any]) -> None:
-    """Print the medians of the times, the quartiles of the ratios, and the error of outputs and gradients."""
-    table = Table("workload", "contestant", "ms a step", "ratio to plain (quartiles)", "error")
-    for row in result["rows"]:
-        low, median, high = row["ratio to plain"]
-        milliseconds = f"{1000 * row['seconds'][1]:.1f}"
-        ratio = f"{median:.2f} ({low:.2f}, {high:.2f})"
-        table.add_row(row["workload"], row["contestant"], milliseconds, ratio, f"{row['error']:.0e}")
-    Console().print(table)
-
-
-def draw() -> None:
-    """Draw `memory.svg` from `results/depth.json`."""
-    result = json.loads((HERE / "results" / "depth.json").read_text())
+def draw(result: dict[str, Any]) -> None:
+    """Draw `memory.svg`: peak memory against depth."""
     with plt.rc_context({"svg.hashsalt": "invzoo", "font.size": 11}):
         figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
         styles = {"plain": "C7", "torch checkpoint": "C0", "invzoo invert": "C3"}
@@ -82,5 +78,7 @@ def draw() -> None:
         plt.close(figure)
 
 
-def _names(result: dict[str, Any]) -> list[str]:
-    return list(dict.fromkeys(row["contestant"] for row in result["rows"]))
+def _where(result: dict[str, Any]) -> str:
+    m = result["machine"]
+    threads = f"{m['threads']} thread{'s' * (m['threads'] > 1)}"
+    return f"*{m['cpu']}, {m['cores']} cores, {threads}, torch {m['torch']}, Python {m['python']}, {m['date']}.*"

@@ -1,89 +1,58 @@
 """Time of a training step, as a ratio to the plain stack's in the same round."""
 
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .contestants import Contestants, build
+from . import contestants
+from .measure import alternate, seconds_of
+from .workloads import SMOKE, WORKLOADS, Workload
 
-__all__ = ["FULL", "SMOKE", "Workload", "run"]
+__all__ = ["run", "run_overhead"]
 
-
-@dataclass(frozen=True)
-class Workload:
-    """A stack of `depth` couplings on inputs of `shape`, and how often it is timed."""
-
-    depth: int
-    shape: tuple[int, ...]
-    subnet: Callable[[int], nn.Module]
-    rounds: int
-    warm_up: int = 2
+CASES = ("linear", "conv", "transformer")
 
 
-def linear(features: int) -> nn.Module:
-    """Linear, GELU, Linear."""
-    return nn.Sequential(nn.Linear(features, features), nn.GELU(), nn.Linear(features, features))
+def run(*, smoke: bool) -> dict[str, Any]:
+    """Time every contestant on every workload."""
+    return _run(CASES, smoke=smoke)
 
 
-def conv(channels: int) -> nn.Module:
-    """Two 3x3 convolutions with a ReLU between them."""
-    return nn.Sequential(
-        nn.Conv2d(channels, channels, 3, padding=1), nn.ReLU(), nn.Conv2d(channels, channels, 3, padding=1)
-    )
+def run_overhead(*, smoke: bool) -> dict[str, Any]:
+    """Time every contestant on couplings so small that the machinery itself is what counts."""
+    return _run(("overhead",), smoke=smoke)
 
 
-FULL = {
-    "linear": Workload(32, (2048, 512), linear, rounds=9),
-    "conv": Workload(32, (4, 32, 128, 128), conv, rounds=9),
-    "overhead": Workload(64, (8, 32), linear, rounds=51),
-}
-SMOKE = {
-    "linear": Workload(2, (4, 8), linear, rounds=2, warm_up=1),
-    "conv": Workload(2, (1, 4, 8, 8), conv, rounds=2, warm_up=1),
-}
-
-
-def run(workloads: dict[str, Workload]) -> dict[str, Any]:
-    """Time every contestant on every workload; the contestants take turns, so that all see the same machine."""
-    return {"rows": [row for name, workload in workloads.items() for row in _time(name, workload)]}
+def _run(cases: tuple[str, ...], *, smoke: bool) -> dict[str, Any]:
+    workloads = SMOKE if smoke else WORKLOADS
+    return {"rows": [row for name in cases for row in _time(name, workloads[name])]}
 
 
 def _time(name: str, workload: Workload) -> list[dict[str, Any]]:
     torch.manual_seed(0)
-    contestants = build(workload.depth, lambda: workload.subnet(workload.shape[1] // 2))
-    x, grad = torch.randn(2, *workload.shape)
-    errors = _compare(contestants, x, grad)
-    for _ in range(workload.warm_up):
-        for net in contestants.values():
-            _seconds(net, x, grad)
-    seconds = np.array([[_seconds(net, x, grad) for net in contestants.values()] for _ in range(workload.rounds)])
-    ratios = seconds / seconds[:, :1]
-    return [
-        {
-            "workload": name,
-            "contestant": contestant,
-            "seconds": _quartiles(seconds[:, i]),
-            "ratio to plain": _quartiles(ratios[:, i]),
-            "error": errors[contestant],
-        }
-        for i, contestant in enumerate(contestants)
-    ]
+    subnets = workload.subnets()
+    nets = {contestant: contestants.build(contestant, subnets) for contestant in contestants.names()}
+    errors = _compare(nets, nn.ModuleList(subnets), *workload.inputs(batch=max(2, workload.shape[0] // 16)))
+    x, grad = workload.inputs()
+
+    def step(net: nn.Module) -> float:
+        net.zero_grad()
+        x.grad = None
+        return seconds_of(lambda: net(x), grad)
+
+    times = alternate({k: lambda net=net: step(net) for k, net in nets.items()}, workload.rounds, warm_up=2)
+    return [{"workload": name, "contestant": k, "error": errors[k], **times[k]} for k in nets]
 
 
-def _compare(contestants: Contestants, x: Tensor, grad: Tensor) -> dict[str, float]:
+def _compare(nets: dict[str, nn.Module], subnets: nn.Module, x: Tensor, grad: Tensor) -> dict[str, float]:
     """Return the largest relative error of the output and the gradients against the plain stack's, in float64.
 
     In float32, one ReLU whose input a rounding takes to the other side of 0 is an error of a thousandth.
     """
-    results = {name: _results(net.double(), x.double(), grad.double()) for name, net in contestants.items()}
-    for net in contestants.values():
-        net.zero_grad()
-        net.float()
+    subnets.double()
+    results = {name: _results(net, subnets, x.detach().double(), grad.double()) for name, net in nets.items()}
+    subnets.float().zero_grad()
     errors = {}
     for name, result in results.items():
         pairs = zip(result, results["plain"], strict=True)
@@ -93,19 +62,9 @@ def _compare(contestants: Contestants, x: Tensor, grad: Tensor) -> dict[str, flo
     return errors
 
 
-def _results(net: nn.Module, x: Tensor, grad: Tensor) -> list[Tensor]:
-    net.zero_grad()
-    y = net(x)
+def _results(net: nn.Module, subnets: nn.Module, x: Tensor, grad: Tensor) -> list[Tensor]:
+    subnets.zero_grad()
+    y = net(x.requires_grad_())
+    output = y.detach().clone()  # some peers take the output apart in backward
     y.backward(grad)
-    return [y.detach(), *(p.grad.clone() for p in net.parameters())]
-
-
-def _seconds(net: nn.Module, x: Tensor, grad: Tensor) -> float:
-    net.zero_grad()
-    start = time.perf_counter()
-    net(x).backward(grad)
-    return time.perf_counter() - start
-
-
-def _quartiles(values: np.ndarray) -> list[float]:
-    return [float(f"{q:.4g}") for q in np.quantile(values, (0.25, 0.5, 0.75))]
+    return [output, x.grad, *(p.grad.clone() for p in subnets.parameters())]

@@ -1,0 +1,130 @@
+"""What was to be reached, what is reached, and why not where it is not."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from .contestants import PEERS
+from .tables import markdown, names, slope
+
+__all__ = ["table"]
+
+Results = dict[str, dict[str, Any]]
+OURS = "invzoo invert"
+
+
+@dataclass(frozen=True)
+class Target:
+    """A figure that is to be at most `limit`; `case` says whose results it is read from."""
+
+    title: str
+    case: str
+    limit: float
+    value: Callable[[dict[str, Any]], float | None]
+    reason: str  # shown if it is missed
+    unit: str = ""
+
+
+def to_plain(*workloads: str) -> Callable[[dict[str, Any]], float]:
+    """Return the largest median ratio to plain over some workloads."""
+    return lambda result: max(_ratio(result, w, OURS) for w in workloads)
+
+
+def to(*others: str) -> Callable[[dict[str, Any]], float | None]:
+    """Return the largest quotient, over workloads, of our median ratio and the least of others'."""
+
+    def value(result: dict[str, Any]) -> float | None:
+        present = [name for name in others if name in names(result["rows"])]
+        workloads = {row["workload"] for row in result["rows"]}
+        quotients = [_ratio(result, w, OURS) / min(_ratio(result, w, n) for n in present) for w in workloads if present]
+        return max(quotients, default=None)
+
+    return value
+
+
+def resident(workload: str) -> Callable[[dict[str, Any]], float | None]:
+    """Return our peak of the resident set, in MiB."""
+
+    def value(result: dict[str, Any]) -> float | None:
+        size = next(r["resident"] for r in result["rows"] if (r["workload"], r["contestant"]) == (workload, OURS))
+        return size if size is None else size / 2**20
+
+    return value
+
+
+def per_layer(key: str) -> Callable[[dict[str, Any]], float | None]:
+    """Return our bytes per added coupling."""
+    return lambda result: slope([row for row in result["rows"] if row["contestant"] == OURS], key)
+
+
+def against_libraries(result: dict[str, Any]) -> float | None:
+    """Return the largest quotient, over the kinds of flows, of our held bytes and the best library's."""
+    quotients = []
+    for kind in {row["kind"] for row in result["rows"]}:
+        rows = [row for row in result["rows"] if row["kind"] == kind]
+        held = {row["contestant"]: row["held"] for row in rows if row["depth"] == rows[-1]["depth"]}
+        quotients += [held[OURS] / size for name, size in held.items() if not name.startswith("invzoo")]
+    return max(quotients, default=None)
+
+
+def _ratio(result: dict[str, Any], workload: str, name: str) -> float:
+    return next(r["ratio"][1] for r in result["rows"] if (r["workload"], r["contestant"]) == (workload, name))
+
+
+MATMULS = (
+    "A subnet of two equal matmuls costs plain PyTorch 6 of them a step, checkpoint 7 (it stops before the last), and "
+    "any reversible net 8, since the inverse needs the subnet's value: bound by them, {} is the floor."
+)
+TARGETS = (
+    Target(
+        "linear and transformer, step / plain",
+        "time",
+        1.15,
+        to_plain("linear", "transformer"),
+        MATMULS.format("8/6 = 1.33"),
+    ),
+    Target("convolutional, step / plain", "time", 1.08, to_plain("conv"), MATMULS.format("8/6 = 1.33")),
+    Target("each case, step / torch checkpoint", "time", 0.97, to("torch checkpoint"), MATMULS.format("8/7 = 1.14")),
+    Target("each case, step / fastest reversible peer", "time", 1.0, to(*PEERS), "The checks and modes of the engine."),
+    Target("linear, peak over start", "peaks", 45, resident("linear"), "The subnet's own workspace.", " MiB"),
+    Target("convolutional, peak over start", "peaks", 72, resident("conv"), "The kernel's own workspace.", " MiB"),
+    Target(
+        "overhead, step / plain",
+        "overhead",
+        1.7,
+        to_plain("overhead"),
+        "Bound by Python: each tensor that autograd saves crosses from C++ to Python and back.",
+    ),
+    Target("tensors held per added coupling", "depth", 0, per_layer("held"), "", " bytes"),
+    Target("tensors at the peak per added coupling", "depth", 0, per_layer("peak"), "", " bytes"),
+    Target(
+        "all that the process holds per added coupling",
+        "depth",
+        4096,
+        per_layer("process"),
+        "The graph's nodes and the Python objects of a call.",
+        " bytes",
+    ),
+    Target("flows at depth 32, held / best library", "flows", 1 / 20, against_libraries, ""),
+)
+
+
+def table(results: Results) -> str:
+    """Lay out targets, what is reached, and reasons."""
+    rows = []
+    for target in TARGETS:
+        value = target.value(results[target.case]) if target.case in results else None
+        if value is None:
+            rows.append([target.title, f"<= {target.limit:.4g}{target.unit}", "not measured", ""])
+        else:
+            met = value <= target.limit
+            reached = f"{value:.4g}{target.unit}"
+            rows.append(
+                [
+                    target.title,
+                    f"<= {target.limit:.4g}{target.unit}",
+                    reached if met else f"**{reached}**",
+                    "" if met else target.reason,
+                ]
+            )
+    return markdown(["", "target", "reached", "why not"], rows)
