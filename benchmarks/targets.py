@@ -21,7 +21,7 @@ class Target:
     case: str
     limit: float
     value: Callable[[dict[str, Any]], float | None]
-    reason: str  # shown if it is missed
+    reason: str = "open"  # shown if it is missed
     unit: str = ""
 
 
@@ -72,59 +72,42 @@ def _ratio(result: dict[str, Any], workload: str, name: str) -> float:
 
 
 MATMULS = (
-    "A subnet of two equal matmuls costs plain PyTorch 6 of them a step, checkpoint 7 (it stops before the last), and "
-    "any reversible net 8, since the inverse needs the subnet's value: bound by them, {} is the floor."
+    "A subnet of two equal matmuls (or convolutions) costs plain PyTorch 6 of them a step, checkpoint 7, as it stops "
+    "before the last, and any reversible net 8, as the inverse needs the subnet's value: {}, where they take the time."
 )
+TO_PLAIN, TO_CHECKPOINT = MATMULS.format("8/6 = 1.33"), MATMULS.format("8/7 = 1.14")
+CROSSINGS = "Bound by Python: each tensor that autograd saves crosses from C++ to Python and back."
+
 TARGETS = (
-    Target(
-        "linear and transformer, step / plain",
-        "time",
-        1.15,
-        to_plain("linear", "transformer"),
-        MATMULS.format("8/6 = 1.33"),
-    ),
-    Target("convolutional, step / plain", "time", 1.08, to_plain("conv"), MATMULS.format("8/6 = 1.33")),
-    Target("each case, step / torch checkpoint", "time", 0.97, to("torch checkpoint"), MATMULS.format("8/7 = 1.14")),
-    Target("each case, step / fastest reversible peer", "time", 1.0, to(*PEERS), "The checks and modes of the engine."),
-    Target("linear, peak over start", "peaks", 45, resident("linear"), "The subnet's own workspace.", " MiB"),
-    Target("convolutional, peak over start", "peaks", 72, resident("conv"), "The kernel's own workspace.", " MiB"),
-    Target(
-        "overhead, step / plain",
-        "overhead",
-        1.7,
-        to_plain("overhead"),
-        "Bound by Python: each tensor that autograd saves crosses from C++ to Python and back.",
-    ),
-    Target("tensors held per added coupling", "depth", 0, per_layer("held"), "", " bytes"),
-    Target("tensors at the peak per added coupling", "depth", 0, per_layer("peak"), "", " bytes"),
-    Target(
-        "all that the process holds per added coupling",
-        "depth",
-        4096,
-        per_layer("process"),
-        "The graph's nodes and the Python objects of a call.",
-        " bytes",
-    ),
-    Target("flows at depth 32, held / best library", "flows", 1 / 20, against_libraries, ""),
+    Target("linear and transformer, step / plain", "time", 1.15, to_plain("linear", "transformer"), TO_PLAIN),
+    Target("convolutional, step / plain", "time", 1.08, to_plain("conv"), TO_PLAIN),
+    Target("each case, step / torch checkpoint", "time", 0.97, to("torch checkpoint"), TO_CHECKPOINT),
+    Target("each case, step / fastest reversible peer", "time", 1.0, to(*PEERS)),
+    Target("linear, peak over start", "peaks", 45, resident("linear"), unit=" MiB"),
+    Target("convolutional, peak over start", "peaks", 72, resident("conv"), unit=" MiB"),
+    Target("overhead, step / plain", "overhead", 1.7, to_plain("overhead"), CROSSINGS),
+    Target("tensors held per added coupling", "depth", 0, per_layer("held"), unit=" bytes"),
+    Target("tensors at the peak per added coupling", "depth", 0, per_layer("peak"), unit=" bytes"),
+    Target("all that the process holds per added coupling", "depth", 4096, per_layer("process"), unit=" bytes"),
+    Target("flows at depth 32, held / best library", "flows", 1 / 20, against_libraries),
 )
 
 
 def table(results: Results) -> str:
     """Lay out targets, what is reached, and reasons."""
-    rows = []
-    for target in TARGETS:
-        value = target.value(results[target.case]) if target.case in results else None
-        if value is None:
-            rows.append([target.title, f"<= {target.limit:.4g}{target.unit}", "not measured", ""])
-        else:
-            met = value <= target.limit
-            reached = f"{value:.4g}{target.unit}"
-            rows.append(
-                [
-                    target.title,
-                    f"<= {target.limit:.4g}{target.unit}",
-                    reached if met else f"**{reached}**",
-                    "" if met else target.reason,
-                ]
-            )
-    return markdown(["", "target", "reached", "why not"], rows)
+    return markdown(
+        ["", "target", "reached", "why not"], [_row(target, results.get(target.case)) for target in TARGETS]
+    )
+
+
+def _row(target: Target, result: dict[str, Any] | None) -> list[str]:
+    value = None if result is None else target.value(result)
+    limit = f"<= {target.limit:.4g}{target.unit}"
+    if value is None:
+        return [target.title, limit, "not measured", ""]
+    reached = f"{value:.4g}{target.unit}"
+    return (
+        [target.title, limit, reached, ""]
+        if value <= target.limit
+        else [target.title, limit, f"**{reached}**", target.reason]
+    )
