@@ -1,5 +1,6 @@
 """Normalizing flows: invertible modules as transforms of `torch.distributions`."""
 
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -98,13 +99,21 @@ class _LayerTransform(Transform):
         return value.expand(*batch, *value.shape[1:]).flatten(0, len(batch) - 1) if batch else value
 
     def forward_shape(self, shape: Sequence[int]) -> Size:
-        return self._shape(self.layer, shape, self.event_dims[0])
+        return self._shape(shape, inverted=False)
 
     def inverse_shape(self, shape: Sequence[int]) -> Size:
-        return self._shape(self.layer.inv, shape, self.event_dims[1])
+        return self._shape(shape, inverted=True)
 
-    def _shape(self, layer: InvertibleModule, shape: Sequence[int], event_dim: int) -> Size:
-        batch, event = self._split(shape, event_dim)
+    def _shape(self, shape: Sequence[int], *, inverted: bool) -> Size:
+        batch, event = self._split(shape, self.event_dims[inverted])
         side = {k: v[:1] if isinstance(v, Tensor) and v.ndim else v for k, v in self.side.items()}
-        (output,) = output_shapes(layer, (1, *event), side)
-        return Size((*batch, *output[1:]))
+        # A distribution asks for the shapes whenever it is made, which may be on every step.
+        given = tuple((k, v.shape if isinstance(v, Tensor) else repr(v)) for k, v in side.items())
+        known = _shapes.setdefault(self.layer, {})
+        key = inverted, event, given, sum(1 for _ in self.layer.modules())
+        if key not in known:
+            (known[key],) = output_shapes(self.layer.inv if inverted else self.layer, (1, *event), side)
+        return Size((*batch, *known[key][1:]))
+
+
+_shapes: weakref.WeakKeyDictionary[InvertibleModule, dict[Any, Size]] = weakref.WeakKeyDictionary()
