@@ -3,7 +3,6 @@
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
-from functools import cache
 from typing import Any
 
 import torch
@@ -20,7 +19,6 @@ __all__ = [
     "digest",
     "forward_ad_active",
     "functorch_active",
-    "has_accelerator",
     "hooks_enabled",
     "is_distributed",
     "is_fake",
@@ -206,12 +204,6 @@ def is_distributed(tensor: Tensor) -> bool:
     """Whether a parameter is sharded, so that whoever shards it puts it in place (FSDP2)."""
     module = sys.modules.get("torch.distributed.tensor")  # not imported: then there is none
     return module is not None and isinstance(tensor, module.DTensor)
-
-
-@cache
-def has_accelerator() -> bool:
-    """Whether this machine has any device besides the CPU."""
-    return torch.accelerator.is_available()
 
 
 cpu_generator: torch.Generator = torch.default_generator

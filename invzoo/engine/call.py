@@ -214,6 +214,7 @@ class Call:
             if head.value is None and head.consumer is not None:
                 head.consumer._pull()
                 head.consumer._restore()
+            head.take()
 
         nodes = [y.grad_fn for y in outputs if isinstance(y, Tensor) and y.grad_fn is not None]
         for node in nodes:
@@ -265,7 +266,7 @@ class Call:
                 self._verify(tape.inputs)
             tape.fill()
             self.surroundings.check_generators()
-        self._put(tape.inputs, done=not keep)
+            self._put(tape.inputs, done=not keep)
         if keep:
             self._drop()
         else:
@@ -326,9 +327,9 @@ class Call:
             specs = enumerate(zip(self.inputs, inputs, strict=True))
             inputs = [s.accept(x, name, i) if isinstance(s, Input) else x for i, (s, x) in specs]
             self._verify(inputs)
-        # Where the later calls are done with and no graph waits for this one, it is done with as well.
-        done = not keeps_graph() and not self._awaited() and all(slot.consumer is None for slot in self._slots())
-        self._put(inputs, done=done)
+            # Where the later calls are done with and no graph waits for this one, it is done with as well.
+            done = not keeps_graph() and not self._awaited() and all(slot.consumer is None for slot in self._slots())
+            self._put(inputs, done=done)
         self._drop()
         return [slot for ref in self.sources if (slot := ref()) is not None]
 
@@ -344,7 +345,7 @@ class Call:
                 f"Expected the outputs of {self.operation.name} to stay as they are until backward; got one that was "
                 "changed in place. Use an out-of-place operation on it"
             )
-        return tuple(y.value if isinstance(y, Slot) else y for y in self.outputs)
+        return tuple(y.take() if isinstance(y, Slot) else y for y in self.outputs)
 
     def _put(self, inputs: Sequence[Any], *, done: bool) -> None:
         """Fill the slots of the inputs; if this call is done with, they have to keep what they get."""

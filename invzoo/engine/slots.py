@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from ._torch import storage_key, version_of
+from .devices import hand_over, stream_of
 
 if TYPE_CHECKING:
     from .call import Call
@@ -32,7 +33,7 @@ class Slot:
     A rebuilt value stands beside the consumer for a while, so that the next call need not rebuild it.
     """
 
-    __slots__ = ("__weakref__", "consumer", "error", "freed", "head", "key", "lock", "value", "version")
+    __slots__ = ("__weakref__", "consumer", "error", "freed", "head", "key", "lock", "stream", "value", "version")
 
     def __init__(self, tensor: Tensor, key: tuple[Any, ...], lock: threading.RLock):
         self.key, self.lock = key, lock
@@ -46,7 +47,13 @@ class Slot:
     def put(self, value: Tensor, error: float = 0.0) -> None:
         """Hold ``value``, which must not be changed in place from here on, and how far it may be from the original."""
         self.value: Tensor | None = (value if self.freed is None else self.freed.restore(value)).detach()
-        self.version, self.error = version_of(self.value), error
+        self.version, self.error, self.stream = version_of(self.value), error, stream_of(self.value)
+
+    def take(self) -> Tensor | None:
+        """Return the value for use on the current stream (NOTE [Streams])."""
+        if self.stream is not None and self.value is not None:
+            hand_over(self.value, self.stream)
+        return self.value
 
     def consume(self, call: "Call") -> None:
         """Let ``call`` rebuild the value from now on."""

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
-from ._torch import cpu_generator, digest, has_accelerator, is_distributed, same_state, storage_key, version_of
+from ._torch import cpu_generator, digest, is_distributed, same_state, storage_key, version_of
+from .devices import accelerators, module_of, on_streams, streams_of
 from .observers import Observers
 
 __all__ = ["Surroundings", "map_tensors", "walk"]
@@ -67,7 +68,7 @@ class _State(NamedTuple):
 def _generator_states(devices: Iterable[torch.device], generators: Iterable[torch.Generator]) -> list[_State]:
     states = [_State(g.get_state, g.set_state, g.get_state()) for g in (cpu_generator, *generators)]
     for device in devices:
-        module = torch.get_device_module(device)
+        module = module_of(device)
         if hasattr(module, "get_rng_state"):
             states.append(
                 _State(
@@ -80,17 +81,18 @@ def _generator_states(devices: Iterable[torch.device], generators: Iterable[torc
 
 
 def _autocast_state(types: Iterable[str]) -> list[tuple[str, bool, torch.dtype]]:
-    return [(t, torch.is_autocast_enabled(t), torch.get_autocast_dtype(t)) for t in types]
+    available = (t for t in types if torch.amp.is_autocast_available(t))
+    return [(t, torch.is_autocast_enabled(t), torch.get_autocast_dtype(t)) for t in available]
 
 
 class Surroundings:
     """Everything but the inputs that decides what a function computes, as it was when the call began.
 
     That is the state of the random number generators (kept if the call consumed any, or if ``seed``), autocast, the
-    train and eval flags, the parameters, and the buffers that the call changed.
+    devices' streams, the train and eval flags, the parameters, and the buffers that the call changed.
     """
 
-    __slots__ = ("autocast", "buffers", "entries", "generators", "observers", "replaced", "training")
+    __slots__ = ("autocast", "buffers", "entries", "generators", "observers", "replaced", "streams", "training")
 
     def __init__(self, roots: Sequence[nn.Module], tensors: Sequence[Tensor], generators: Sequence[torch.Generator]):
         modules = walk(roots)
@@ -107,14 +109,10 @@ class Surroundings:
                     # F.batch_norm moves the running statistics without counting.
                     counted = not (m.training and isinstance(m, _NormBase))
                     self.buffers.append(_Buffer(_entry(m._buffers, name, buffer), buffer.detach().clone(), counted))
-        types: tuple[str, ...] = ("cpu",)
-        devices: set[torch.device] = set()
-        if has_accelerator():
-            held = [e.tensor for e in self.entries] + [b.copy for b in self.buffers]
-            devices = {t.device for t in (*tensors, *held) if t.device.type not in ("cpu", "meta")}
-            types = ("cpu", *{d.type for d in devices})
+        devices = accelerators((*tensors, *(e.tensor for e in self.entries), *(b.copy for b in self.buffers)))
         self.generators = _generator_states(devices, generators)
-        self.autocast = _autocast_state(types)
+        self.streams = streams_of(devices) if devices else []
+        self.autocast = _autocast_state({"cpu", *(d.type for d in devices)})
         self.replaced: list[tuple[dict[str, Any], str, Tensor]] = []
 
     @property
@@ -176,7 +174,7 @@ class Surroundings:
         flags = [(m, was, m.training) for m, was in self.training if m.training != was]
         states = [(g.set, g.get()) for g in self.generators]
         old = [(e.table, e.name, e.table.get(e.name)) for e in put] + [(t, n, t.get(n)) for t, n, _ in self.replaced]
-        with self._autocast(), self.observers.silenced():
+        with on_streams(self.streams), self._autocast(), self.observers.silenced():
             try:
                 for entry in put:
                     entry.table[entry.name] = entry.tensor

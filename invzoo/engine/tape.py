@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from ._torch import keeps_graph, set_grad_enabled, storage_owners
+from ._torch import is_fake, keeps_graph, set_grad_enabled, storage_owners
 from .state import state
 
 if TYPE_CHECKING:
@@ -99,6 +99,8 @@ class Tape:
 
     def owns(self, output: Tensor) -> bool:
         """Whether nobody else can see an output, nor needs it again: its memory may take the input then."""
+        if type(output) is not Tensor and not is_fake(output):
+            return False  # a wrapper (DTensor, say) shares tensors that its own storage knows nothing of
         nbytes = output.numel() * output.element_size()
         return not keeps_graph() and storage_owners(output) == 1 and output.untyped_storage().nbytes() == nbytes
 

@@ -1,0 +1,163 @@
+"""Devices besides the CPU: one that is simulated, one without values, and CUDA where there is any."""
+
+import ast
+import os
+import pathlib
+import subprocess
+import sys
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import invzoo as iz
+from tests.composition.cases import MODES, assert_same, make, subnet, train_step
+
+ROOT = pathlib.Path(iz.__file__).parent
+HERE = pathlib.Path(__file__).parent
+CASES = {case.name: case for case in iz.testing.cases()}
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+# ---- a simulated device ---------------------------------------------------------------------------------------------
+
+
+def test_on_a_second_device():
+    """A process of its own registers the device: random states, autocast, every layer, and streams."""
+    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", "on_second_device.py"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT.parent)}
+    done = subprocess.run(  # noqa: S603 - ourselves
+        command, cwd=HERE, env=environment, capture_output=True, text=True, timeout=600, check=False
+    )
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+
+
+# ---- tensors without values -----------------------------------------------------------------------------------------
+
+
+# What these need to know, only values can tell; torch says so.
+LOOK_AT_VALUES = {
+    "InvertibleResidual[solve]": "its fixed point ends where it has converged",
+    "Augment[context]": "torch.distributions looks at the scale that it is given",
+}
+
+
+@pytest.mark.parametrize("name", [*CASES])
+def test_every_layer_on_meta(name: str):
+    """A tensor that a layer makes on the CPU cannot meet its inputs there."""
+    case = CASES[name]
+    with pytest.raises(RuntimeError, match="meta tensors") if name in LOOK_AT_VALUES else nullcontext():
+        step_on_meta(case)
+
+
+def step_on_meta(case: iz.testing.Case) -> None:
+    layer = case.layer().to("meta")
+    inputs = [x.to("meta").requires_grad_(x.is_floating_point()) for x in case.inputs()]
+    sides = {k: v.to("meta") for k, v in case.side_inputs().items()}
+    outputs = layer(*inputs, **sides)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    assert all(y.is_meta for y in outputs)
+    assert [y.shape for y in outputs] == [y.shape for y in tuple_of(case.layer()(*case.inputs(), **case.side_inputs()))]
+    if any(y.requires_grad for y in outputs):
+        sum(y.sum() for y in outputs if y.requires_grad).backward()
+
+
+def tuple_of(value: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
+# ---- the sources ----------------------------------------------------------------------------------------------------
+
+# Where the name of a device is written, and why that is right.
+NAMES = {
+    ("cli.py", "cpu"): "the default of the demo's --device, and what `invzoo zoo` counts",
+    ("demo.py", "cpu"): "needs no synchronisation",
+    ("engine/devices.py", "cpu"): "is no accelerator",
+    ("engine/devices.py", "meta"): "is none either",
+    ("engine/surroundings.py", "cpu"): "its autocast may rule over subnets that go there",
+    ("shapes.py", "meta"): "shapes alone are asked for",
+    ("layers/made.py", "cpu"): "indices from Python go through it, so that meta buffers can be filled",
+    ("layers/permutation.py", "cpu"): "likewise, and a generator draws where it is",
+}
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_device_is_assumed(path: pathlib.Path):
+    file = path.relative_to(ROOT).as_posix()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Constant) and node.value in {"cpu", "cuda", "mps", "xpu", "meta", "npu", "hpu"}:
+            assert (file, node.value) in NAMES, f"{file}:{node.lineno} names {node.value!r}"
+        if isinstance(node, ast.Attribute) and ast.unparse(node).startswith(
+            ("torch.cuda.", "torch.mps.", "torch.xpu.")
+        ):
+            assert ast.unparse(node) == "torch.cuda.is_current_stream_capturing", f"{file}:{node.lineno}"
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            assert node.func.attr not in {"cuda", "cpu", "numpy", "xpu"} or file in {"demo.py", "engine/_torch.py"}, (
+                f"{file}:{node.lineno} moves to a device of its own choice"
+            )
+
+
+# ---- CUDA, where there is one ---------------------------------------------------------------------------------------
+
+
+@needs_cuda
+@pytest.mark.parametrize("mode", MODES)
+def test_cuda_with_dropout_and_autocast(mode: str):
+    torch.set_default_dtype(torch.float32)
+    case = make("streams", lambda n: subnet(n, middle=nn.Dropout(0.4)))
+    net, x = case.net.cuda(), case.x.cuda()
+
+    def call(net: nn.Module, x: Tensor) -> Tensor:
+        torch.manual_seed(3)
+        with torch.autocast("cuda", torch.bfloat16):
+            return net(x)
+
+    with iz.mode(net, "store"):
+        expected = train_step(net, x, call)
+    with iz.mode(net, mode):
+        for _ in range(2):
+            assert_same(train_step(net, x, call), expected, 8 * torch.finfo(torch.bfloat16).eps)
+
+
+@needs_cuda
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("middle", [False, True], ids=["one loss", "two losses"])
+def test_cuda_layers_on_streams_of_their_own(mode: str, middle: bool):
+    """Long kernels before each layer give races the time to show."""
+    torch.set_default_dtype(torch.float32)
+    torch.manual_seed(0)
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    layers = [iz.AdditiveCoupling(nn.Linear(256, 256), nn.Linear(256, 256)).cuda() for _ in range(6)]
+    data = torch.randn(2, 4096, 256, device="cuda")
+
+    def step(mode: str, side: bool) -> list[Tensor]:
+        for layer in layers:
+            layer.mode = mode
+            layer.zero_grad()
+        inputs = data.clone().requires_grad_()
+        values, losses = tuple(inputs * 1.0), []
+        for i, layer in enumerate(layers):
+            outer = torch.cuda.current_stream()
+            stream = streams[i % 2] if side else outer
+            stream.wait_stream(outer)
+            with torch.cuda.stream(stream):
+                torch.cuda._sleep(10_000_000)
+                outputs = layer(*values)
+            outer.wait_stream(stream)
+            for tensor, user in (*((x, stream) for x in values), *((y, outer) for y in outputs)):
+                tensor.record_stream(user)
+            values = outputs
+            if i == 2 and middle:
+                losses.append(sum(v.square().mean() for v in values))
+        losses.append(sum(v.sin().mean() for v in values))
+        del values, outputs
+        for each in losses:
+            each.backward(retain_graph=each is not losses[-1])
+        torch.cuda.synchronize()
+        return [inputs.grad, *(p.grad.clone() for layer in layers for p in layer.parameters())]
+
+    expected = step("store", False)
+    for _ in range(5):
+        assert_same(step(mode, True), expected, 1e-4)
