@@ -7,8 +7,9 @@ import torch
 from hypothesis import settings
 
 import invzoo as iz
+from tests.tools.needs import MISSING
 
-__all__ = ["names_for_doctests", "pytest_addoption", "seeded"]
+__all__ = ["names_for_doctests", "pytest_addoption", "pytest_report_header", "pytest_terminal_summary", "seeded"]
 
 settings.register_profile("default", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True)
@@ -34,3 +35,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--fuzz-examples", type=int, default=100, help="how many random programs to compare, in all shards")
     group.addoption("--fuzz-shards", type=int, default=1, help="in how many tests, for pytest-xdist to share out")
     group.addoption("--fuzz-seed", type=int, default=None, help="where to start; by default always at the same place")
+
+
+def pytest_report_header() -> list[str]:
+    return [f"not collected: tests/tools/{file}, for want of {', '.join(tools)}" for file, tools in MISSING.items()]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    for line in pytest_report_header():  # a quiet run has no header
+        terminalreporter.write_line(line, yellow=True)

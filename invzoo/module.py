@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from types import FunctionType, MethodType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -168,6 +168,10 @@ class InvertibleModule(nn.Module):
         if not subnets:
             super().compile(*args, **options)
 
+    def __prepare_scriptable__(self) -> NoReturn:
+        """Refuse `torch.jit.script`, which asks every module inside what it scripts."""
+        refuse(self, "layer", "be given to torch.export or torch.jit.trace", "torch.jit.script", TypeError)
+
     def _freeing(self, inputs: tuple[Any, ...]) -> AbstractContextManager[Any]:
         return engine.freeing(self._name(), inputs) if self._policy.free_input else nullcontext()
 
@@ -274,7 +278,7 @@ class Inverse(InvertibleModule):
 
     def __init__(self, layer: InvertibleModule) -> None:
         super().__init__()
-        self.layer = layer
+        self.layer, self.training = layer, layer.training
         self._policy = layer._policy
 
     function = property(lambda self: self.layer.inverse)
