@@ -2,6 +2,8 @@
 
 import argparse
 
+import torch
+
 from . import depth, flows, peaks, report, scale, timing
 from .tables import TABLES
 
@@ -27,9 +29,9 @@ def main() -> None:
     cases = arguments.cases or [*CASES]
     if unknown := set(cases) - {*CASES, "report"}:
         parser.error(f"Expected cases among {choices} and report; got {', '.join(sorted(unknown))}")
-    for case in cases:
-        if case == "report":
-            continue
+    if arguments.smoke:
+        torch.set_num_threads(1)
+    for case in [case for case in cases if case != "report"]:
         result = CASES[case](smoke=arguments.smoke)
         print(TABLES[case](result), end="\n\n", flush=True)
         if not arguments.smoke:

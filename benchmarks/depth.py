@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from . import contestants
-from .measure import PYTHON_IN_MALLOC, bytes_of_process, in_fresh_process, peak_of_tensors
+from .measure import PYTHON_IN_MALLOC, bytes_of_process, in_fresh_process, one_thread, peak_of_tensors
 
 __all__ = ["run"]
 
@@ -47,6 +47,7 @@ def run(*, smoke: bool) -> dict[str, Any]:
     return {"setting": asdict(setting), "activation": activation, "rows": [row for rows in results for row in rows]}
 
 
+@one_thread()
 def measure(name: str, setting: Setting) -> list[dict[str, Any]]:
     """Return a contestant's memory at every depth; `process` is all that the process holds, not tensors alone."""
     torch.manual_seed(0)

@@ -6,13 +6,15 @@ import multiprocessing
 import os
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from invzoo.engine.memory import track_memory
@@ -23,6 +25,7 @@ __all__ = [
     "alternate",
     "bytes_of_process",
     "in_fresh_process",
+    "one_thread",
     "peak_of_process",
     "peak_of_tensors",
     "seconds_of",
@@ -116,6 +119,17 @@ def _status(key: str) -> int:
 # With these, glibc gives every larger block back to the system when it is freed.
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "0"}
 PYTHON_IN_MALLOC = {"PYTHONMALLOC": "malloc"}  # so that Python's objects are counted where tensors are
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch work with one thread: on small tensors several wait for each other, and for other programs."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def in_fresh_process(environment: dict[str, str], function: Callable[..., Any], *arguments: Any) -> Any:

@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from . import contestants
-from .measure import peak_of_tensors
+from .measure import one_thread, peak_of_tensors
 from .workloads import attention, mlp
 
 __all__ = ["run"]
@@ -25,6 +25,7 @@ def run(*, smoke: bool) -> dict[str, Any]:
     return {"deep": deep, "transformer": transformer(4096, blocks=(5, 10, 20, 35), tokens=(1024, 2048, 4096, 8192))}
 
 
+@one_thread()
 def train(depth: int, steps: int, batch: int = 64, width: int = 64) -> dict[str, Any]:
     """Fit a random linear map of the inputs by a stack of couplings, and count the peak of the last step."""
     torch.manual_seed(0)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from . import contestants
-from .measure import alternate, seconds_of
+from .measure import alternate, one_thread, seconds_of
 from .workloads import SMOKE, WORKLOADS, Workload
 
 __all__ = ["run", "run_overhead"]
@@ -21,7 +21,8 @@ def run(*, smoke: bool) -> dict[str, Any]:
 
 def run_overhead(*, smoke: bool) -> dict[str, Any]:
     """Time every contestant on couplings so small that the machinery itself is what counts."""
-    return _run(("overhead",), smoke=smoke)
+    with one_thread():
+        return _run(("overhead",), smoke=smoke)
 
 
 def _run(cases: tuple[str, ...], *, smoke: bool) -> dict[str, Any]:
