@@ -619,3 +619,9 @@ def test_two_threads_train_two_nets(subject, data):
         mine = results[i]
         train(i, plain)
         assert_near(mine, results[i])
+
+
+def test_an_inverse_is_in_training_where_its_layer_is():
+    layer = iz.InvertibleBatchNorm(3)
+    assert layer.inv.training
+    assert not layer.eval().inv.training

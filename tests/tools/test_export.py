@@ -9,11 +9,14 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 import invzoo as iz
 from invzoo.engine import tuple_of
-from invzoo.layers import roots
+from invzoo.layers import mixture, roots
 from invzoo.testing import Case
 from tests.composition.cases import assert_same
 
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # torch's own
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning"),  # torch's own
+    pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning"),
+]
 
 FORWARD, INVERSE = "forward", "inverse"
 
@@ -37,8 +40,9 @@ CASES = [
 
 @pytest.mark.parametrize(("case", "direction"), CASES)
 def test_export(case: Case, direction: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(roots.bracket.__wrapped__, "__defaults__", (2,))  # unrolled loops are long to export
+    monkeypatch.setattr(roots.bracket.__wrapped__, "__defaults__", (6,))  # unrolled loops are long to export
     monkeypatch.setattr(roots.newton.__wrapped__, "__defaults__", (4,))
+    monkeypatch.setattr(mixture, "_STEPS", 4)
     layer, values, side = case.layer(), case.inputs(), case.side_inputs()
     if direction == INVERSE:
         with torch.no_grad():
