@@ -193,7 +193,7 @@ class _ByRunningStatistics(InvertibleModule):
 
     def __init__(self, norm: InvertibleBatchNorm) -> None:
         super().__init__()
-        self.norm, self._policy = norm, norm._policy
+        self.norm, self.training, self._policy = norm, norm.training, norm._policy
 
     def function(self, x: Tensor) -> Tensor:
         return _AFFINE.forward(x, self._map_parameters(x), 1)

@@ -621,7 +621,8 @@ def test_two_threads_train_two_nets(subject, data):
         assert_near(mine, results[i])
 
 
-def test_an_inverse_is_in_training_where_its_layer_is():
-    layer = iz.InvertibleBatchNorm(3)
+@pytest.mark.parametrize("make", [iz.Reverse, lambda: iz.InvertibleBatchNorm(3), lambda: iz.InvertibleLayerNorm(3)])
+def test_an_inverse_is_in_training_where_its_layer_is(make):
+    layer = make()
     assert layer.inv.training
     assert not layer.eval().inv.training
