@@ -195,6 +195,8 @@ class Call:
         for i, slot in enumerate(slots_in):
             if slot is None or i in self.passed:
                 self.sources.append(_none)
+                if slot is not None:
+                    slot.passers.append(weakref.ref(self))
             else:
                 slot.consume(self)
                 self.sources.append(weakref.ref(slot))
@@ -328,13 +330,19 @@ class Call:
             inputs = [s.accept(x, name, i) if isinstance(s, Input) else x for i, (s, x) in specs]
             self._verify(inputs)
             # Where the later calls are done with and no graph waits for this one, it is done with as well.
-            done = not keeps_graph() and not self._awaited() and all(slot.consumer is None for slot in self._slots())
+            done = not keeps_graph() and not self.awaited and all(slot.consumer is None for slot in self._slots())
             self._put(inputs, done=done)
         self._drop()
         return [slot for ref in self.sources if (slot := ref()) is not None]
 
-    def _awaited(self) -> bool:
-        return any(ref() is not None for ref in self.handles)
+    @property
+    def awaited(self) -> bool:
+        """Whether a graph waits for a replay."""
+        return bool(self.outputs) and any(ref() is not None for ref in self.handles)
+
+    def shares(self, output: Tensor) -> bool:
+        """Whether a later call is still to be replayed with an output of this one."""
+        return any(slot.awaited for slot in self._slots() if slot.value is output)
 
     def _slots(self) -> list[Slot]:
         return [s for s in self.outputs if isinstance(s, Slot)]

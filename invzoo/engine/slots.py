@@ -33,11 +33,24 @@ class Slot:
     A rebuilt value stands beside the consumer for a while, so that the next call need not rebuild it.
     """
 
-    __slots__ = ("__weakref__", "consumer", "error", "freed", "head", "key", "lock", "stream", "value", "version")
+    __slots__ = (
+        "__weakref__",
+        "consumer",
+        "error",
+        "freed",
+        "head",
+        "key",
+        "lock",
+        "passers",
+        "stream",
+        "value",
+        "version",
+    )
 
     def __init__(self, tensor: Tensor, key: tuple[Any, ...], lock: threading.RLock):
         self.key, self.lock = key, lock
         self.consumer: Call | None = None
+        self.passers: list[weakref.ref[Call]] = []  # calls whose output it is, too, since they pass it on
         self.freed: Freed | None = None  # the caller's tensor, where this value is to come back to it too
         self.head: Callable[[], Slot | None] = _none  # the freed input of the chain, for slots that lead back to it
         self.put(tensor)
@@ -65,6 +78,11 @@ class Slot:
         """Forget a rebuilt value; one that nobody can rebuild stays."""
         if self.consumer is not None:
             self.value = None
+
+    @property
+    def awaited(self) -> bool:
+        """Whether a call that passes the value on is still to be replayed with it."""
+        return any((call := ref()) is not None and call.awaited for ref in self.passers)
 
     @property
     def changed(self) -> bool:
