@@ -33,6 +33,7 @@ __all__ = [
     "tracing",
     "version_of",
     "weights_cached",
+    "whole",
     "with_tensors",
     "without_modes",
 ]
@@ -204,6 +205,11 @@ def is_distributed(tensor: Tensor) -> bool:
     """Whether a parameter is sharded, so that whoever shards it puts it in place (FSDP2)."""
     module = sys.modules.get("torch.distributed.tensor")  # not imported: then there is none
     return module is not None and isinstance(tensor, module.DTensor)
+
+
+def whole(tensor: Any) -> Tensor:
+    """Gather a sharded parameter from all processes, which have to ask for it in the same order."""
+    return tensor.full_tensor()
 
 
 cpu_generator: torch.Generator = torch.default_generator

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
-from ._torch import cpu_generator, digest, is_distributed, same_state, storage_key, version_of
+from ._torch import cpu_generator, digest, is_distributed, same_state, storage_key, version_of, whole
 from .devices import accelerators, module_of, on_streams, streams_of
 from .observers import Observers
 
@@ -169,12 +169,14 @@ class Surroundings:
     def restored(self) -> Iterator[None]:
         """Put everything back as it was, for as long as the context lasts."""
         self._check()
-        put = [e for e in self.entries if (now := e.table[e.name]) is not e.tensor and not is_distributed(now)]
+        moved = [e for e in self.entries if e.table[e.name] is not e.tensor]
+        sharded = [e for e in moved if is_distributed(e.table[e.name])]
+        put = [e for e in moved if not is_distributed(e.table[e.name])]
         toggled = [e for e in self.entries if e.tensor.requires_grad != e.requires_grad]
         flags = [(m, was, m.training) for m, was in self.training if m.training != was]
         states = [(g.set, g.get()) for g in self.generators]
         old = [(e.table, e.name, e.table.get(e.name)) for e in put] + [(t, n, t.get(n)) for t, n, _ in self.replaced]
-        with on_streams(self.streams), self._autocast(), self.observers.silenced():
+        with on_streams(self.streams), self._autocast(), self.observers.silenced(), _gathered(sharded):
             try:
                 for entry in put:
                     entry.table[entry.name] = entry.tensor
@@ -204,6 +206,21 @@ class Surroundings:
             # Weights cast without gradients, by an inverse, must not be found by the function's run.
             stack.enter_context(torch.autocast(device, dtype, enabled, cache_enabled=False))
         return stack
+
+
+@contextlib.contextmanager
+def _gathered(sharded: Sequence[_Entry]) -> Iterator[None]:
+    """Put whole parameters in place that FSDP2 sharded since the call, and gathers only where a gradient comes by."""
+    shards = [entry.table[entry.name] for entry in sharded]
+    wholes = [whole(s).to(e.tensor.dtype).requires_grad_(e.requires_grad) for s, e in zip(shards, sharded, strict=True)]
+    for entry, tensor in zip(sharded, wholes, strict=True):
+        entry.table[entry.name] = tensor
+    try:
+        yield
+    finally:
+        for entry, shard, tensor in zip(sharded, shards, wholes, strict=True):
+            if entry.table[entry.name] is tensor:  # else FSDP2 gathered it after all
+                entry.table[entry.name] = shard
 
 
 def _entry(table: dict[str, Any], name: str, tensor: Tensor) -> _Entry:

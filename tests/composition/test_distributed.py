@@ -1,67 +1,67 @@
-"""DDP and FSDP2 in two processes, spawned once for each; every check of `workers` is a test."""
+"""DDP, FSDP2, pipelines and distributed checkpoints in several processes; every check in them is a test."""
 
 import os
-import queue
-from functools import cache
+import subprocess
+import sys
+from functools import cache, partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from time import monotonic
 
 import pytest
-from torch import multiprocessing
 
-from tests.composition.workers import DDP_CHECKS, FSDP_CHECKS, WORLD, serve
+from tests.composition import ddp_checks, fsdp_checks, load_checks, pipeline_checks
+from tests.composition.processes import failures_of
 
-SECONDS = 150
+ROOT = Path(__file__).parents[2]
 
-
-@cache
-def failures_of(suite: str) -> dict[str, str]:
-    """Run a suite in two processes; return the failures by check, or raise if a process died or hung."""
-    context, before = multiprocessing.get_context("spawn"), os.environ.get("GLOO_SOCKET_IFNAME")
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    answers, failures = context.Queue(), {}
-    with TemporaryDirectory() as folder:
-        store = str(Path(folder, "store"))
-        processes = [context.Process(target=serve, args=(r, store, suite, answers), daemon=True) for r in range(WORLD)]
-        try:
-            for process in processes:
-                process.start()
-            received, end = 0, monotonic() + SECONDS
-            while received < WORLD:
-                try:
-                    rank, found = answers.get(timeout=1)
-                except queue.Empty:
-                    if monotonic() > end:
-                        raise TimeoutError(f"the processes of {suite} hung for {SECONDS} s") from None
-                    if any(p.exitcode not in (None, 0) for p in processes):
-                        codes = [p.exitcode for p in processes]
-                        raise RuntimeError(f"a process of {suite} died: exit codes {codes}") from None
-                    continue
-                received += 1
-                for name, text in found.items():
-                    failures[name] = failures.get(name, "") + f"\nin process {rank}:\n{text}"
-            for process in processes:
-                process.join(20)
-        finally:
-            for process in processes:
-                if process.is_alive():
-                    process.kill()
-                    process.join()
-            if before is None:
-                del os.environ["GLOO_SOCKET_IFNAME"]
-            else:
-                os.environ["GLOO_SOCKET_IFNAME"] = before
-    return failures
+once = cache(failures_of)
 
 
-@pytest.mark.parametrize("check", DDP_CHECKS)
+@pytest.mark.parametrize("check", ddp_checks.CHECKS)
 def test_ddp(check: str):
-    failures = failures_of("ddp")
+    failures = once("ddp_checks")
     assert check not in failures, failures[check]
 
 
-@pytest.mark.parametrize("check", FSDP_CHECKS)
+@pytest.mark.parametrize("check", fsdp_checks.CHECKS)
 def test_fsdp2(check: str):
-    failures = failures_of("fsdp")
+    failures = once("fsdp_checks")
     assert check not in failures, failures[check]
+
+
+@pytest.mark.parametrize("check", pipeline_checks.CHECKS)
+def test_pipeline(check: str):
+    failures = once("pipeline_checks")
+    assert check not in failures, failures[check]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """What two processes saved."""
+    folder = str(tmp_path_factory.mktemp("saved"))
+    assert not failures_of("save_checks", 2, folder)
+    return folder
+
+
+@pytest.mark.parametrize("world", [1, 4])
+@pytest.mark.parametrize("check", load_checks.CHECKS)
+def test_distributed_checkpoint(check: str, world: int, saved: str):
+    failures = once("load_checks", world, saved)
+    assert check not in failures, failures[check]
+
+
+def test_a_script_runs_alone_and_under_torchrun():
+    script = [str(ROOT / "notebooks" / "distributed.py"), "--device", "cpu", "--steps", "3"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)}
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", "2"]
+    start = partial(subprocess.Popen, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    processes = [start([sys.executable, *words]) for words in (script, torchrun + script)]
+    try:
+        said = [process.communicate(timeout=150) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], said
+    alone, together = ([float(line.split()[-1]) for line in out.splitlines()] for out, _ in said)
+    assert len(alone) == 3
+    assert alone[-1] < alone[0]
+    assert together == pytest.approx(alone, rel=1e-4)

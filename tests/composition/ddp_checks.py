@@ -1,0 +1,229 @@
+"""Checks of DDP, which two processes run."""
+
+import copy
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+import invzoo as iz
+from tests.composition.cases import WIDTH, Case, assert_same, make, subnet
+from tests.composition.workers import (
+    WORLD,
+    Recorded,
+    WithLogDet,
+    assert_overlaps,
+    assert_saves,
+    batches,
+    check_training,
+    each,
+    modes,
+    reference,
+    train,
+)
+
+__all__ = ["CHECKS"]
+
+
+@each()
+def ddp_plain(case: Case, rank: int) -> None:
+    check_training(case, DistributedDataParallel(case.net), rank)
+
+
+@each(names=("streams",))
+def ddp_small_buckets(case: Case, rank: int) -> None:
+    check_training(case, DistributedDataParallel(case.net, bucket_cap_mb=1e-5, gradient_as_bucket_view=True), rank)
+
+
+@each(names=("invertible_sequential", "streams"))
+def ddp_static_graph(case: Case, rank: int) -> None:
+    check_training(case, DistributedDataParallel(case.net, static_graph=True), rank)
+
+
+class Unused(nn.Module):
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net, self.unused = net, nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+@each(names=("invertible_sequential", "streams"))
+def ddp_find_unused_parameters(case: Case, rank: int) -> None:
+    wrapped = DistributedDataParallel(Unused(case.net), find_unused_parameters=True)
+    case.plain = Unused(case.plain)
+    x = batches(case)
+    expected, _ = reference(case.plain.net, x)
+    grads, _ = train(wrapped, x, rank)
+    assert_same(grads[:-2], expected)
+
+
+@each(names=("invertible_sequential", "streams"))
+def ddp_some_layers_unused_in_one_process(case: Case, rank: int) -> None:
+    """The loss of process 1 sees half of the output only, which reaches only some subnets."""
+
+    def loss(net: nn.Module, x: Tensor, r: int) -> Tensor:
+        y = net(x[r].sigmoid())
+        return (y if r == 0 else y[:, : WIDTH // 2]).sin().square().sum()
+
+    wrapped, x = DistributedDataParallel(case.net, find_unused_parameters=True), batches(case)
+    loss(wrapped, x, rank).backward()
+    sum(loss(case.plain, x, r) for r in range(WORLD)).div(WORLD).backward()
+    assert_same([p.grad for p in case.net.parameters()], [p.grad for p in case.plain.parameters()])
+
+
+@each(names=("invertible_sequential", "streams"))
+def ddp_no_sync(case: Case, rank: int) -> None:
+    wrapped, x = DistributedDataParallel(case.net), batches(case)
+    with wrapped.no_sync():
+        wrapped(x[rank].sigmoid()).square().sum().backward()
+        wrapped(x[rank].cos()).square().sum().backward()
+    wrapped(x[rank].exp()).square().sum().backward()
+    for f in (torch.sigmoid, torch.cos, torch.exp):
+        case.plain(f(x.flatten(0, 1))).square().sum().div(WORLD).backward()
+    assert_same([p.grad for p in case.net.parameters()], [p.grad for p in case.plain.parameters()])
+
+
+@each(names=("invertible_sequential",))
+def ddp_two_forwards(case: Case, rank: int) -> None:
+    wrapped, x = DistributedDataParallel(case.net, static_graph=True), batches(case)
+    for _ in range(2):
+        case.net.zero_grad()
+        case.plain.zero_grad()
+        (wrapped(x[rank].sigmoid()) * wrapped(x[rank].cos())).sum().backward()
+        y = x.flatten(0, 1)
+        (case.plain(y.sigmoid()) * case.plain(y.cos())).sum().div(WORLD).backward()
+        assert_same([p.grad for p in case.net.parameters()], [p.grad for p in case.plain.parameters()])
+
+
+@each(names=("invertible_sequential",))
+def ddp_checkpointed(case: Case, rank: int) -> None:
+    class Checkpointed(nn.Module):
+        def __init__(self, net: nn.Module) -> None:
+            super().__init__()
+            self.net = net
+
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(self.net, x, use_reentrant=False)
+
+    check_training(case, DistributedDataParallel(Checkpointed(case.net)), rank)
+
+
+@each(names=("streams", "invertible_sequential"))
+def ddp_with_synchronised_buffers(case: Case, rank: int) -> None:
+    """BatchNorm's statistics are broadcast in place before every forward, and moved by it."""
+    made = make(case.name, lambda n: subnet(n, middle=nn.BatchNorm1d(5)))
+    with iz.mode(made.net, case.net[0].mode if isinstance(case.net, nn.Sequential) else case.net.layers[0].mode):
+        ours, theirs = DistributedDataParallel(made.net), DistributedDataParallel(made.plain)
+        for x in (batches(case), batches(case).cos()):
+            ours(x[rank]).square().sum().backward()
+            theirs(x[rank]).square().sum().backward()
+        assert_same([p.grad for p in made.net.parameters()], [p.grad for p in made.plain.parameters()])
+        assert_same([b.double() for b in made.net.buffers()], [b.double() for b in made.plain.buffers()])
+
+
+@each(names=("layer", "invertible_sequential"))
+def ddp_log_det(case: Case, rank: int) -> None:
+    """DDP watches forward alone: a module whose forward is `forward_and_log_det` is what it wraps."""
+    wrapped, x = DistributedDataParallel(WithLogDet(case.net)), batches(case)
+    alone = copy.deepcopy(case.net)
+    for _ in range(2):
+        for net, inputs in ((wrapped, x[rank]), (alone.forward_and_log_det, x.flatten(0, 1))):
+            z, log_det = net(inputs.sigmoid())
+            (z.square().mean() - log_det.mean()).backward()
+        assert_same([p.grad for p in case.net.parameters()], [p.grad for p in alone.parameters()])
+
+
+def overlaps(mode: str, log_det: bool, **options: bool) -> None:
+    log: list[tuple[str, int]] = []
+    net = Recorded.stack(4, log, mode)
+    owners = {p: i for i, layer in enumerate(net) for p in layer.parameters()}
+
+    def send(state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        log.extend(("sent", owners[p]) for p in bucket.parameters())
+        work = dist.all_reduce(bucket.buffer().div_(WORLD), async_op=True)
+        return work.get_future().then(lambda future: future.value()[0])
+
+    wrapped = DistributedDataParallel(WithLogDet(net) if log_det else net, bucket_cap_mb=1e-6, **options)
+    wrapped.register_comm_hook(None, send)
+    for _ in range(3):  # DDP needs a step or two to learn the order; a static graph is sent as a whole until then
+        y = wrapped(torch.randn(4, WIDTH))
+        loss = (y[0] if log_det else y).square().sum()
+        log.clear()
+        loss.backward()
+    assert_overlaps(log, mode, 4)
+
+
+@modes
+def ddp_overlaps(mode: str, rank: int) -> None:
+    overlaps(mode, log_det=False)
+
+
+@modes
+def ddp_overlaps_with_a_log_det(mode: str, rank: int) -> None:
+    overlaps(mode, log_det=True)
+
+
+@modes
+def ddp_overlaps_in_a_static_graph(mode: str, rank: int) -> None:
+    overlaps(mode, log_det=False, static_graph=True)
+
+
+@modes
+def ddp_overlaps_as_it_finds_unused_parameters(mode: str, rank: int) -> None:
+    overlaps(mode, log_det=False, find_unused_parameters=True)
+
+
+@modes
+def ddp_sends_nothing_under_no_sync(mode: str, rank: int) -> None:
+    log: list[tuple[str, int]] = []
+    wrapped = DistributedDataParallel(Recorded.stack(2, log, mode))
+    x = torch.randn(4, WIDTH) * (1 + rank)  # other gradients in each process
+    with wrapped.no_sync():
+        wrapped(x).square().sum().backward()
+    others = [torch.empty_like(g) for g in [next(wrapped.parameters()).grad] * WORLD]
+    dist.all_gather(others, next(wrapped.parameters()).grad)
+    assert not torch.equal(*others)
+
+
+def step(net: nn.Module, x: Tensor) -> None:
+    net(x).square().mean().backward()
+
+
+@modes
+def ddp_saves(mode: str, rank: int) -> None:
+    assert_saves(step, lambda net: DistributedDataParallel(net, gradient_as_bucket_view=True), mode)
+
+
+@modes
+def ddp_saves_with_a_log_det(mode: str, rank: int) -> None:
+    def step(net: nn.Module, x: Tensor) -> None:
+        z, log_det = net(x)
+        (z.square().mean() - log_det.mean()).backward()
+
+    assert_saves(step, lambda net: DistributedDataParallel(WithLogDet(net)), mode)
+
+
+CHECKS: dict[str, Callable[[int], None]] = {
+    **ddp_plain,
+    **ddp_small_buckets,
+    **ddp_static_graph,
+    **ddp_find_unused_parameters,
+    **ddp_some_layers_unused_in_one_process,
+    **ddp_no_sync,
+    **ddp_two_forwards,
+    **ddp_checkpointed,
+    **ddp_with_synchronised_buffers,
+    **ddp_log_det,
+    **ddp_overlaps,
+    **ddp_overlaps_with_a_log_det,
+    **ddp_overlaps_in_a_static_graph,
+    **ddp_overlaps_as_it_finds_unused_parameters,
+    **ddp_sends_nothing_under_no_sync,
+    **ddp_saves,
+    **ddp_saves_with_a_log_det,
+}

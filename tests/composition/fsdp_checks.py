@@ -1,0 +1,311 @@
+"""Checks of FSDP2, which two processes run."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.utils.checkpoint import checkpoint
+
+import invzoo as iz
+from tests.composition.cases import BUILDERS, WIDTH, Case, assert_same, make
+from tests.composition.workers import (
+    WORLD,
+    Recorded,
+    assert_overlaps,
+    assert_saves,
+    batches,
+    check_training,
+    each,
+    full,
+    layers_of,
+    modes,
+    reference,
+)
+
+__all__ = ["CHECKS", "shard"]
+
+
+def shard(net: nn.Module, where: str, **options: Any) -> nn.Module:
+    options = {"mesh": init_device_mesh("cpu", (dist.get_world_size(),)), **options}
+    if where == "layers":
+        parts = [m for m in layers_of(net) if m is not net]
+    elif where == "subnets":
+        parts = [n for m in layers_of(net) for n in (m.f, m.g)]
+    elif where == "linears":
+        parts = [m for m in net.modules() if isinstance(m, nn.Linear)]
+    else:
+        parts = []
+    for part in parts:
+        fully_shard(part, **options)
+    return fully_shard(net, **options)
+
+
+def fsdp(where: str, reshard: bool) -> dict[str, Callable[[int], None]]:
+    def check(case: Case, rank: int) -> None:
+        check_training(case, shard(case.net, where, reshard_after_forward=reshard), rank)
+
+    check.__name__ = f"fsdp_{where}_{'reshard' if reshard else 'keep'}"
+    return each(names=(*BUILDERS,) if reshard else ("invertible_sequential",))(check)
+
+
+def compare_sharded(case: Case, step: Callable[[nn.Module, Tensor, int], Tensor], rank: int, **options: Any) -> None:
+    """Compare a loss under FSDP of every subnet with the mean of the losses of all processes."""
+    net, x = shard(case.net, "subnets", **options), batches(case)
+    for _ in range(2):
+        net.zero_grad()
+        case.plain.zero_grad()
+        step(net, x[rank], rank).backward()
+        sum(step(case.plain, x[r], r) for r in range(WORLD)).div(WORLD).backward()
+        assert_same([full(p.grad) for p in net.parameters()], [p.grad for p in case.plain.parameters()])
+
+
+@each(names=("invertible_sequential", "streams"))
+def fsdp_loss_sees_half_of_the_output(case: Case, rank: int) -> None:
+    compare_sharded(case, lambda net, x, r: net(x.sigmoid())[:, : WIDTH // 2].square().sum(), rank)
+
+
+@each(names=("sequential",))
+def fsdp_loss_sees_an_intermediate_output_alone(case: Case, rank: int) -> None:
+    """What came after must be inverted, although no gradient passes it, with parameters that are sharded again."""
+
+    def step(net: nn.Module, x: Tensor, r: int) -> Tensor:
+        middle = net[0](x.sigmoid())
+        y = net[1](middle)
+        return middle.sin().square().sum() + y.detach().sum()
+
+    for where in ("layers", "subnets", "linears"):
+        made = make("sequential")
+        with iz.mode(made.net, case.net[0].mode):
+            net, x = made.net, batches(case)
+            for layer in net:
+                shard(layer, where, reshard_after_forward=True)  # not so by default for what is no part of another
+            step(net, x[rank], rank).backward()
+            sum(step(made.plain, x[r], r) for r in range(WORLD)).div(WORLD).backward()
+            assert_same([full(p.grad) for p in net[0].parameters()], [p.grad for p in made.plain[0].parameters()])
+
+
+@each(names=("sequential", "streams"))
+def fsdp_input_needs_grad(case: Case, rank: int) -> None:
+    net, x = shard(case.net, "subnets"), batches(case)[rank]
+    v, w = x.clone().requires_grad_(), x.clone().requires_grad_()
+    net(v.sigmoid()).square().sum().backward()
+    case.plain(w.sigmoid()).square().sum().backward()
+    assert_same([v.grad], [w.grad])
+
+
+@each(names=("invertible_sequential", "streams"))
+def fsdp_two_micro_batches(case: Case, rank: int) -> None:
+    net, x = shard(case.net, "subnets"), batches(case)
+    for last in (False, True):
+        net.set_requires_gradient_sync(last)
+        net((x[rank] * (1 + last)).sigmoid()).square().sum().backward()
+        case.plain((x.flatten(0, 1) * (1 + last)).sigmoid()).square().sum().div(WORLD).backward()
+    assert_same([full(p.grad) for p in net.parameters()], [p.grad for p in case.plain.parameters()])
+
+
+@each(names=("invertible_sequential",))
+def fsdp_two_forwards(case: Case, rank: int) -> None:
+    compare_sharded(case, lambda net, x, r: (net(x.sigmoid()) * net(x.cos())).sum(), rank)
+
+
+@each(names=("invertible_sequential",))
+def fsdp_frozen_subnets(case: Case, rank: int) -> None:
+    for net in (case.net, case.plain):
+        for layer in net:
+            layer.g.requires_grad_(False)
+    check_training(case, shard(case.net, "subnets"), rank)
+
+
+@each(names=("invertible_sequential",))
+def fsdp_checkpointed(case: Case, rank: int) -> None:
+    net = shard(case.net, "subnets")
+    checkpoint(net, batches(case)[rank].sigmoid(), use_reentrant=False).sin().square().mean().backward()
+    expected, _ = reference(case.plain, batches(case), steps=1)
+    assert_same([full(p.grad) for p in net.parameters()], expected)
+
+
+@each(names=("invertible_sequential", "streams"))
+def fsdp_in_bfloat16(case: Case, rank: int) -> None:
+    """FSDP casts the parameters and the inputs of subnets; a plain net under FSDP is what this compares with."""
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.float64)
+    x, grads = batches(case), []
+    for net in (case.net, case.plain):
+        for m in net.modules():
+            if hasattr(m, "f"):
+                for part in (m.f, m.g):
+                    fully_shard(part, mesh=init_device_mesh("cpu", (WORLD,)), mp_policy=policy)
+        net(x[rank].sigmoid()).square().sum().backward()
+        grads.append([full(p.grad) for p in net.parameters()])
+    assert_same(*grads, rtol=1e-3)
+
+
+def fsdp_of_whole_layers_in_bfloat16(where: str) -> dict[str, Callable[[int], None]]:
+    """The streams themselves are bfloat16 then, and rebuilt in it: as good as the precision, so coarsely compared."""
+
+    def check(case: Case, rank: int) -> None:
+        policy, x, grads = MixedPrecisionPolicy(param_dtype=torch.bfloat16), batches(case), []
+        for net in (case.net, case.plain):
+            for part in (*net, net) if where == "layers" else (net,):
+                fully_shard(part, mesh=init_device_mesh("cpu", (WORLD,)), mp_policy=policy)
+            y = net(x[rank].sigmoid())
+            assert y.dtype == torch.bfloat16
+            y.double().square().sum().backward()
+            grads.append([full(p.grad) for p in net.parameters()])
+        assert_same(*grads, rtol=5e-2)
+
+    check.__name__ = f"fsdp_of_{where}_in_bfloat16"
+    return each(names=("invertible_sequential",))(check)
+
+
+METHODS = ("forward_and_log_det", "inverse", "inverse_and_log_det")
+Loss = Callable[[nn.Module, Tensor], Tensor]
+
+
+def by_log_det(net: nn.Module, x: Tensor) -> Tensor:
+    z, log_det = net.forward_and_log_det(x)
+    return z.square().mean() - log_det.mean()
+
+
+def by_log_det_of_inverse(net: nn.Module, x: Tensor) -> Tensor:
+    z, log_det = net.inverse_and_log_det(x)
+    return z.square().mean() - log_det.mean()
+
+
+def by_samples(net: nn.Module, x: Tensor) -> Tensor:
+    return net(x).square().mean() + net.inverse(x).square().mean()
+
+
+def registered(where: str, loss: Loss) -> dict[str, Callable[[int], None]]:
+    """FSDP2 gathers for `forward` alone: other methods are registered, where the net and its layers are sharded."""
+
+    def check(case: Case, rank: int) -> None:
+        net, x = shard(copy.deepcopy(case.net), where, reshard_after_forward=True), batches(case)
+        for module in (net, *layers_of(net)):
+            for method in METHODS:
+                register_fsdp_forward_method(module, method)  # does nothing to what is not sharded
+        for _ in range(2):
+            loss(net, x[rank].sigmoid()).backward()
+            loss(case.net, x.flatten(0, 1).sigmoid()).backward()
+            assert_same([full(p.grad) for p in net.parameters()], [p.grad for p in case.net.parameters()])
+
+    check.__name__ = f"fsdp_{loss.__name__}_{where}"
+    return each(names=("invertible_sequential",))(check)
+
+
+def recorded(where: str, mode: str) -> list[tuple[str, int]]:
+    """Return what happens in a backward: runs of layers, parameters gathered, and gradients sent."""
+    log: list[tuple[str, int]] = []
+    net = shard(Recorded.stack(4, log, mode), where, reshard_after_forward=True)
+
+    def noted(event: str, function: Callable[..., Any]) -> Any:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            log.append((event, 0))
+            return function(*args, **kwargs)
+
+        return patch.object(dist, function.__name__, run)
+
+    with noted("gathered", dist.all_gather_single), noted("sent", dist.reduce_scatter_single):
+        for _ in range(2):
+            loss = net(torch.randn(4, WIDTH)).square().sum()
+            log.clear()
+            loss.backward()
+    assert ("gathered", 0) in log
+    assert ("sent", 0) in log
+    return log
+
+
+def gathers_no_more_often(where: str) -> dict[str, Callable[[int], None]]:
+    def check(mode: str, rank: int) -> None:
+        stored, log = recorded(where, "store"), recorded(where, mode)
+        assert [e for e in log if e[0] != "run"] == [e for e in stored if e[0] != "run"]
+
+    check.__name__ = f"fsdp_{where}_gathers_no_more_often"
+    return modes(check)
+
+
+@modes
+def fsdp_overlaps(mode: str, rank: int) -> None:
+    """Layer i's gradients are the i-th from the end to be sent."""
+    log = recorded("layers", mode)
+    places = [n for n, event in enumerate(log) if event[0] == "sent"]
+    assert len(places) == 4
+    for i, place in enumerate(reversed(places)):
+        log[place] = ("sent", i)
+    assert_overlaps(log, mode, 4)
+
+
+def saves(where: str, log_det: bool) -> dict[str, Callable[[int], None]]:
+    def wrap(net: nn.Module) -> nn.Module:
+        shard(net, where, reshard_after_forward=True)
+        for module in (net, *net):
+            register_fsdp_forward_method(module, "forward_and_log_det")
+        return net
+
+    def step(net: nn.Module, x: Tensor) -> None:
+        (by_log_det(net, x) if log_det else net(x).square().mean()).backward()
+
+    def check(mode: str, rank: int) -> None:
+        assert_saves(step, wrap, mode)
+
+    check.__name__ = f"fsdp_{where}_saves" + ("_with_a_log_det" if log_det else "")
+    return modes(check)
+
+
+@each(names=("invertible_sequential",))
+def fsdp_under_no_grad_between(case: Case, rank: int) -> None:
+    def step(net: nn.Module, x: Tensor, r: int) -> Tensor:
+        with torch.no_grad():
+            z = net(x)
+        return (net(x.sigmoid()) * z).sum()
+
+    compare_sharded(case, step, rank)
+
+
+@each(names=("invertible_sequential",))
+def fsdp_optimizer_step_before_backward_is_an_error(case: Case, rank: int) -> None:
+    net, x = shard(case.net, "subnets"), batches(case)
+    if layers_of(net)[0].mode == "store":
+        return  # there FSDP gathers the new parameters, as it does for a plain net
+    loss = net(x[rank]).square().sum()
+    with torch.no_grad():
+        for p in net.parameters():
+            p.mul_(2)
+    try:
+        loss.backward()
+    except RuntimeError as error:
+        if "AdditiveCoupling" not in f"{error} {getattr(error, '__notes__', '')}":
+            raise
+        return
+    raise AssertionError("parameters were changed between forward and backward, and nothing was said")
+
+
+CHECKS: dict[str, Callable[[int], None]] = {}
+for _where in ("root", "layers", "subnets", "linears"):
+    for _reshard in (True, False):
+        CHECKS |= fsdp(_where, _reshard)
+for _where in ("root", "layers", "subnets"):
+    CHECKS |= gathers_no_more_often(_where)
+    CHECKS |= saves(_where, log_det=False) | saves(_where, log_det=True)
+    for _loss in (by_log_det, by_log_det_of_inverse, by_samples):
+        CHECKS |= registered(_where, _loss)
+for _where in ("root", "layers"):
+    CHECKS |= fsdp_of_whole_layers_in_bfloat16(_where)
+CHECKS |= {
+    **fsdp_overlaps,
+    **fsdp_loss_sees_half_of_the_output,
+    **fsdp_loss_sees_an_intermediate_output_alone,
+    **fsdp_input_needs_grad,
+    **fsdp_two_micro_batches,
+    **fsdp_two_forwards,
+    **fsdp_frozen_subnets,
+    **fsdp_checkpointed,
+    **fsdp_in_bfloat16,
+    **fsdp_under_no_grad_between,
+    **fsdp_optimizer_step_before_backward_is_an_error,
+}
