@@ -105,7 +105,7 @@ def _row(target: Target, result: dict[str, Any] | None) -> list[str]:
     limit = f"<= {target.limit:.4g}{target.unit}"
     if value is None:
         return [target.title, limit, "not measured", ""]
-    reached = f"{value:.4g}{target.unit}"
+    reached = f"{value:,.0f}{target.unit}" if value >= 100 else f"{value:.3g}{target.unit}"
     return (
         [target.title, limit, reached, ""]
         if value <= target.limit
