@@ -41,12 +41,18 @@ def run(owner: nn.Module, through: Through, values: tuple[Any, ...], side: dict[
     """Return ``through(values, side, log_dets)``, as one function."""
     parameters = [p for p in owner.parameters() if p.requires_grad]
     names = [k for k, v in side.items() if isinstance(v, Tensor)]
-    record = Record(type(owner).__name__, through, len(values), names, side, parameters, log_dets is not None)
-    outputs = _Chain.apply(record, *values, *[side[k] for k in names], *parameters)
+    positions = {p: k for k, p in enumerate(parameters)}
+    record = Record(type(owner).__name__, through, len(values), names, side, positions, log_dets is not None)
+    outputs = _Chain.apply(record, *parameters, *_distinct([*values, *[side[k] for k in names]], positions))
     if record.has_log_det:
         log_dets.add(outputs[-1])
         outputs = outputs[:-1]
     return outputs[0] if record.single else outputs
+
+
+def _distinct(tensors: list[Any], known: dict[nn.Parameter, int]) -> list[Any]:
+    """Copy tensors that are given twice, or are parameters: `apply` takes each only once."""
+    return [t.clone() if t in known or any(t is other for other in tensors[:i]) else t for i, t in enumerate(tensors)]
 
 
 @dataclass(slots=True)
@@ -55,23 +61,39 @@ class _Step:
 
     operation: Any
     inputs: list[int]
+    dtypes: list[torch.dtype]  # of the inputs
     outputs: list[int]
+    floats: list[int]  # which outputs have gradients
     side: list[str]
     constants: dict[str, Any]  # other side inputs
-    weights: list[tuple[int, str, int]]  # root, name, and position among the record's parameters
+    weights: list[tuple[int, str, int]]  # root, name, and position among the parameters
     moved: list[tuple[int, str]]  # root and name of the buffers that it changes
     keeps: bool  # its inputs
 
-    def run(self, function: Any, weights: dict[int, Tensor], values: Sequence[Tensor], side: dict[str, Tensor]) -> Any:
-        """Call the function or its inverse with other parameters, and with stand-ins for what it changes."""
-        roots = self.operation.roots
-        tensors: list[dict[str, Tensor]] = [{} for _ in roots]
+    def invert(self, outputs: Sequence[Tensor], side: dict[str, Tensor]) -> list[Tensor]:
+        """Rebuild the inputs."""
+        tensors = self._stand_ins()
+        roots = self.operation.roots if self.moved else ()
+        inputs = _with(roots, tensors, lambda: self.operation.inverse(*outputs, **side, **self.constants))
+        return [x.to(dtype) for x, dtype in zip(tuple_of(inputs), self.dtypes, strict=True)]
+
+    def run(self, weights: dict[int, Tensor], inputs: Sequence[Tensor], side: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        """Compute the outputs that have gradients, with these for parameters."""
+        tensors = self._stand_ins()
         for i, name, k in self.weights:
             tensors[i][name] = weights[k]
+        operation = self.operation
+        outputs = _with(operation.roots, tensors, lambda: operation.function(*inputs, **side, **self.constants))
+        outputs = tuple_of(outputs)
+        return tuple([outputs[j] for j in self.floats])
+
+    def _stand_ins(self) -> list[dict[str, Tensor]]:
+        """Make tensors that may be changed instead of the buffers that were, for each root."""
+        tensors: list[dict[str, Tensor]] = [{} for _ in self.operation.roots]
         for i, name in self.moved:
-            buffer = roots[i].get_buffer(name)
+            buffer = self.operation.roots[i].get_buffer(name)
             tensors[i][name] = torch.zeros(buffer.shape, dtype=buffer.dtype, device=buffer.device)
-        return _with(roots, tensors, lambda: function(*values, **side, **self.constants))
+        return tensors
 
 
 @dataclass(slots=True)
@@ -83,7 +105,7 @@ class Record:
     width: int  # how many inputs
     side_names: list[str]  # of the tensors among the side inputs
     side: dict[str, Any]
-    parameters: list[nn.Parameter]
+    positions: dict[nn.Parameter, int]  # of the parameters
     asked: bool  # for log-determinants
     steps: list[_Step] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
@@ -91,20 +113,22 @@ class Record:
     log_det: Tensor | None = None
     has_log_det: bool = False
     single: bool = False
-    outputs: list[int] = field(default_factory=list)  # positions
+    inputs: list[int] = field(default_factory=list)  # positions
+    outputs: list[int] = field(default_factory=list)
     saved: list[int] = field(default_factory=list)
     autocast: Any = None
 
     def run(self, tensors: tuple[Any, ...]) -> tuple[Tensor, ...]:
         """Run the forward, and note what it does (rule 2)."""
-        inputs, rest = tensors[: self.width], tensors[self.width :]
+        n = len(self.positions)
+        inputs, rest = tensors[n : n + self.width], tensors[n + self.width :]
         for x in inputs:
             if not isinstance(x, Tensor):
                 stop(f"Expected tensors as the inputs of {self.name} under torch.compile; got a {type(x).__name__}")
-            self.put(x)
+            self.inputs.append(self.put(x))
         device = inputs[0].device.type
         self.autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
-        side = {**self.side, **dict(zip(self.side_names, rest, strict=False))}
+        side = {**self.side, **dict(zip(self.side_names, rest, strict=True))}
         state.chain = self
         result = self.through(inputs, side, self if self.asked else None)
         state.chain = None
@@ -126,7 +150,7 @@ class Record:
         return self.places[value]
 
     def add(self, log_det: Tensor) -> None:
-        """Add a log-determinant; each gets the gradient of the sum."""
+        """Add a log-determinant to those that the layers gave; each gets the gradient of the sum."""
         self.log_det = log_det if self.log_det is None else self.log_det + log_det
 
     def call(self, operation: Any, inputs: tuple[Any, ...], side: dict[str, Any]) -> Any:
@@ -137,51 +161,55 @@ class Record:
         keeps = operation.keeps_input or operation.policy.mode is Mode.recompute
         if operation.inverse is None and not keeps:
             stop(f"Expected a layer with an inverse for mode 'invert'; got {where}. Use mode 'recompute' or 'store'")
-        result, moved = self._evaluate(where, operation, inputs, side)
+        weights, buffers, watched = self._belongings(operation.roots)
+        note_tensors(watched)
+        state.chain = None  # the function is one piece, whatever it is made of
+        result = operation.function(*inputs, **side)
+        state.chain = self
+        examine(watched, where)
+        moved = [buffers[i] if i < len(buffers) else None for i in changed_tensors()]
+        if any(at is None or not _is_statistic(operation.roots[at[0]], at[1]) for at in moved):
+            stop(
+                "Expected layers that leave their parameters and buffers as they are in a chain under torch.compile; "
+                f"got {where}, which changes some. Use mode 'store' for the whole chain, or eval mode"
+            )
+        outputs = tuple_of(result)
         self.steps.append(
             _Step(
                 operation,
                 [self.places[x] for x in inputs],
-                [self.put(y) for y in tuple_of(result)],
+                [x.dtype for x in inputs],
+                [self.put(y) for y in outputs],
+                [j for j, y in enumerate(outputs) if _is_float(y)],
                 [k for k in side if k in self.side_names],
                 {k: v for k, v in side.items() if k not in self.side_names},
-                self._weights(operation.roots),
-                moved,
+                weights,
+                moved,  # type: ignore[arg-type]  # none is None
                 keeps,
             )
         )
         return result
 
-    def _evaluate(
-        self, where: str, operation: Any, inputs: tuple[Any, ...], side: dict[str, Any]
-    ) -> tuple[Any, list[tuple[int, str]]]:
-        """Run an operation's function, and return which buffers it moves (rule 5)."""
-        roots = operation.roots
-        owned = [(i, name, b) for i, root in enumerate(roots) for name, b in root.named_buffers()]
-        watched = [b for _, _, b in owned] + [p for root in roots for p in root.parameters()]
-        note_tensors(watched)
-        state.chain = None  # it is one piece, whatever it is made of
-        result = operation.function(*inputs, **side)
-        state.chain = self
-        examine(watched, where)
-        moved = changed_tensors()
-        if not all(i < len(owned) and _is_statistic(roots[owned[i][0]], owned[i][1]) for i in moved):
-            stop(
-                "Expected layers that leave their parameters and buffers as they are in a chain under torch.compile; "
-                f"got {where}, which changes some. Use mode 'store' for the whole chain, or eval mode"
-            )
-        return result, [(owned[i][0], owned[i][1]) for i in moved]
-
-    def _weights(self, roots: Sequence[nn.Module]) -> list[tuple[int, str, int]]:
-        """Return where a call's modules have which of the parameters, tied ones as often as they do."""
-        at = {p: k for k, p in enumerate(self.parameters)}
-        return [
-            (i, f"{prefix}.{name}" if prefix else name, at[p])
-            for i, root in enumerate(roots)
-            for prefix, module in root.named_modules()  # each once, whatever names it has
-            for name, p in module.named_parameters(recurse=False, remove_duplicate=False)
-            if p in at
-        ]
+    def _belongings(
+        self, roots: Sequence[nn.Module]
+    ) -> tuple[list[tuple[int, str, int]], list[tuple[int, str]], list[Tensor]]:
+        """Return where modules have which parameters, tied ones as often as they do; their buffers; and all tensors."""
+        weights, buffers = [], []
+        tensors: list[Tensor] = []
+        others: list[Tensor] = []
+        for i, root in enumerate(roots):
+            for prefix, module in root.named_modules():  # each once, whatever names it has
+                dot = f"{prefix}." if prefix else ""
+                for name, parameter in module._parameters.items():
+                    if parameter is not None:
+                        others.append(parameter)
+                        if parameter in self.positions:
+                            weights.append((i, dot + name, self.positions[parameter]))
+                for name, buffer in module._buffers.items():
+                    if buffer is not None:
+                        tensors.append(buffer)
+                        buffers.append((i, dot + name))
+        return weights, buffers, tensors + others
 
     def _refuse_foreign(self, what: str) -> None:
         stop(
@@ -191,7 +219,7 @@ class Record:
 
     def tensors_to_save(self) -> list[Tensor]:
         """Return what backward starts with; the compiler wants it to share no memory with other values."""
-        theirs = {*range(self.width), *self.outputs}
+        theirs = {*self.inputs, *self.outputs}
         return [self.values[i] if i in theirs else self.values[i].clone() for i in self.saved]
 
     def _unknown(self) -> list[int]:
@@ -229,7 +257,8 @@ class _Chain(torch.autograd.Function):
     def forward(ctx: Any, record: Record, *tensors: Any) -> tuple[Tensor, ...]:
         outputs = record.run(tensors)
         ctx.record = record
-        ctx.save_for_backward(*record.tensors_to_save(), *tensors[record.width :])
+        n = len(record.positions)
+        ctx.save_for_backward(*tensors[:n], *tensors[n + record.width :], *record.tensors_to_save())
         return outputs
 
     @staticmethod
@@ -247,43 +276,47 @@ class _Replay:
     """A backward through a record: what is known of its values, and the gradients so far."""
 
     def __init__(self, record: Record, saved: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
-        n, m = len(record.saved), len(record.saved) + len(record.side_names)
+        n, m = len(record.positions), len(record.side_names)
         self.record = record
-        copies = [again(t, gradients[0]) for t in saved[:m]]
-        self.values = dict(zip(record.saved, copies, strict=False))
-        self.side = dict(zip(record.side_names, copies[n:], strict=True))
-        self.weights = saved[m:]
+        self.weights = saved[:n]
+        copies = [again(t, gradients[0]) for t in saved[n:]]
+        self.side = dict(zip(record.side_names, copies[:m], strict=True))
+        self.values = dict(zip(record.saved, copies[m:], strict=True))
         self.log_det = gradients[-1] if record.has_log_det else None
         self.gradients: dict[tuple[str, Any], Tensor] = {}
         for i, gradient in zip(record.outputs, gradients, strict=False):
-            self.add("value", {i: gradient})
+            self._add(("value", i), gradient)
 
-    def add(self, kind: str, gradients: dict[Any, Tensor]) -> None:
-        """Add to the gradients of values, side inputs or weights."""
-        for key, gradient in gradients.items():
-            known = self.gradients.get((kind, key))
-            self.gradients[kind, key] = gradient if known is None else known + gradient
+    def _add(self, key: tuple[str, Any], gradient: Tensor) -> None:
+        """Add to the gradient of a value, side input or weight."""
+        known = self.gradients.get(key)
+        self.gradients[key] = gradient if known is None else known + gradient
 
     def undo(self, step: _Step) -> None:
         """Rebuild a call's inputs, and pass the gradients of its outputs on to them (rule 3)."""
-        weights = {k: self.weights[k] for _, _, k in step.weights}
         side = {name: self.side[name] for name in step.side}
         if not step.keeps:
             known = [self.values[i] for i in step.outputs[: len(step.outputs) - step.operation.log_det]]
-            rebuilt = tuple_of(step.run(step.operation.inverse, weights, known, side))
-            self.values.update(zip(step.inputs, rebuilt, strict=True))
-        inputs = {i: self.values[i] for i in step.inputs}
+            self.values.update(zip(step.inputs, step.invert(known, side), strict=True))
+        inputs = [self.values[i] for i in step.inputs]
+        moving = [j for j, x in enumerate(inputs) if _is_float(x)]
+        names = [name for name, s in side.items() if _is_float(s)]
+        used = [*{k: None for _, _, k in step.weights}]
+        n, m = len(used), len(used) + len(moving)
 
-        def function(weights: Any, some_inputs: Any, some_side: Any) -> dict[int, Tensor]:
-            values = [*{**inputs, **some_inputs}.values()]
-            outputs = tuple_of(step.run(step.operation.function, weights, values, {**side, **some_side}))
-            return _floats(dict(enumerate(outputs)))
+        def function(*tensors: Tensor) -> tuple[Tensor, ...]:
+            new = dict(zip(moving, tensors[n:m], strict=True))
+            xs = [new.get(j, x) for j, x in enumerate(inputs)]
+            weights = dict(zip(used, tensors[:n], strict=True))
+            return step.run(weights, xs, {**side, **dict(zip(names, tensors[m:], strict=True))})
 
-        outputs, pull = torch.func.vjp(function, weights, _floats(inputs), _floats(side))  # type: ignore[misc]
-        of_weights, of_inputs, of_side = pull({j: self._gradient(step, j, y) for j, y in outputs.items()})
-        self.add("weight", of_weights)
-        self.add("value", of_inputs)
-        self.add("side", of_side)
+        primals = [self.weights[k] for k in used] + [inputs[j] for j in moving] + [side[name] for name in names]
+        outputs, pull = torch.func.vjp(function, *primals)  # type: ignore[misc]
+        gradients = pull(tuple([self._gradient(step, j, y) for j, y in zip(step.floats, outputs, strict=True)]))
+        keys: list[tuple[str, Any]] = [("weight", k) for k in used]
+        keys += [("value", step.inputs[j]) for j in moving] + [("side", name) for name in names]
+        for key, gradient in zip(keys, gradients, strict=True):
+            self._add(key, gradient)
 
     def _gradient(self, step: _Step, j: int, output: Tensor) -> Tensor:
         """Take the gradient of a call's j-th output."""
@@ -293,14 +326,15 @@ class _Replay:
         return torch.zeros_like(output) if gradient is None else gradient
 
     def results(self) -> list[Tensor | None]:
-        """Return the gradients of inputs, side inputs and parameters."""
+        """Return the gradients of parameters, inputs and side inputs."""
         record = self.record
-        keys = [("value", i) for i in range(record.width)] + [("side", name) for name in record.side_names]
-        return [self.gradients.get(key) for key in keys + [("weight", k) for k in range(len(record.parameters))]]
+        keys: list[tuple[str, Any]] = [("weight", k) for k in range(len(record.positions))]
+        keys += [("value", i) for i in record.inputs] + [("side", name) for name in record.side_names]
+        return [self.gradients.get(key) for key in keys]
 
 
-def _floats(tensors: dict[Any, Tensor]) -> dict[Any, Tensor]:
-    return {k: t for k, t in tensors.items() if t.is_floating_point() or t.is_complex()}
+def _is_float(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def _with(roots: Sequence[nn.Module], tensors: Sequence[dict[str, Tensor]], function: Callable[[], Any]) -> Any:

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrizations
 
 import invzoo as iz
 from invzoo.engine.state import state
-from tests.composition.cases import WIDTH, Case, assert_same, assert_same_step, coupling, gradients, make, subnet
+from tests.composition.cases import WIDTH, Case, assert_same, assert_same_step, gradients, make, subnet
 
 pytestmark = [  # torch's own business, with any net
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
@@ -90,7 +90,7 @@ def assert_same_gradients(
 
 
 def stack(depth: int, net: Callable[[int], nn.Module] = subnet) -> list[nn.Module]:
-    return [coupling("additive" if i % 2 else "affine", net=net) for i in range(depth)]
+    return [iz.AdditiveCoupling(net(HALF), swap=True) if i % 2 else iz.AffineCoupling(net(WIDTH)) for i in range(depth)]
 
 
 def x() -> Tensor:
@@ -104,8 +104,7 @@ def test_right(backend: str):
 
 
 def test_right_by_inductor():
-    case = make("invertible_sequential")
-    assert_same_step(Case(compiled(case.net, "inductor"), case.plain, case.x))
+    assert_same_gradients(iz.InvertibleSequential(*stack(2)), x(), backend="inductor")
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "min-cut"])
@@ -125,13 +124,13 @@ def test_saves_one_activation_at_any_depth(backend: str):
         y.sum().backward()
         return sum(t.nbytes for t in packed if t.shape[:1] == (64,)) // y.nbytes
 
-    assert held(3) == held(9) == 1
+    assert held(2) == held(8) == 1
 
 
 def test_evaluates_each_subnet_once_in_backward():
     net, graphs = iz.InvertibleSequential(*stack(2)), Graphs()
     assert_same_gradients(net, x(), backend=graphs)
-    subnets, maps = 4, 2  # each has one tanh; those of an affine map are no subnet's
+    subnets, maps = 2, 1  # each has one tanh; those of an affine map are no subnet's
     assert graphs.count(torch.ops.aten.tanh.default) == subnets + maps
 
 
@@ -189,11 +188,11 @@ def test_batch_norm_in_subnets():
 
 CONTAINERS: dict[str, Callable[[], nn.Module]] = {
     "nested": lambda: iz.InvertibleSequential(iz.InvertibleSequential(*stack(2)), iz.Reverse(), *stack(1)),
-    "repeat": lambda: iz.Repeat(coupling("affine"), 3),
+    "repeat": lambda: iz.Repeat(*stack(1), 2),
     "parallel": lambda: iz.InvertibleSequential(iz.Parallel(iz.Reverse(), iz.InvertibleLeakyReLU()), *stack(1)),
     "multi-scale": lambda: iz.MultiScale(*stack(1), iz.AdditiveCoupling(nn.Linear(1, 2)), input_shape=(WIDTH,)),
     "inverted": lambda: iz.InvertibleSequential(*stack(2)).inv,
-    "shared layer": lambda: iz.InvertibleSequential(*[coupling("affine")] * 2),
+    "shared layer": lambda: iz.InvertibleSequential(*stack(1) * 2),
     "chain in a subnet": lambda: iz.InvertibleSequential(
         iz.AdditiveCoupling(iz.InvertibleSequential(iz.Reverse(), iz.AdditiveCoupling(nn.Linear(1, 2))))
     ),
@@ -211,6 +210,26 @@ def test_empty_chain():
     assert_same_gradients(iz.InvertibleSequential(), x())
 
 
+def test_two_streams_also_if_they_are_one_tensor():
+    net, stream = iz.InvertibleSequential(*stack(2)), torch.randn(4, HALF)
+    assert_same_gradients(net, torch.randn(4, HALF), stream)
+
+    def step(stream: Tensor) -> Tensor:
+        return loss_of(net(stream, stream))
+
+    with iz.mode(net, "store"):
+        expected = torch.autograd.grad(step(stream.requires_grad_()), [stream])
+    assert_same(torch.autograd.grad(compiled(step)(stream), [stream]), expected)
+
+
+def test_convolutions_in_channels_last():
+    def net(outputs: int) -> nn.Module:
+        return nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, outputs, 1))
+
+    chain = iz.InvertibleSequential(iz.AdditiveCoupling(net(2)), iz.InvertibleConv1x1(4), iz.AffineCoupling(net(4)))
+    assert_same_gradients(chain, torch.randn(2, 4, 5, 5).to(memory_format=torch.channels_last))
+
+
 def test_layers_that_keep_their_input():
     net, graphs = iz.InvertibleSequential(*stack(1), iz.InvertibleTanh(), *stack(1)), Graphs()
     assert_same_gradients(net, x() / 8, backend=graphs)
@@ -221,7 +240,7 @@ def test_mode_recompute():
     net = iz.InvertibleSequential(*stack(2), mode="recompute")
     graphs = Graphs()
     assert_same_gradients(net, x(), backend=graphs)
-    assert len(graphs.saved()) < 12
+    assert len(graphs.saved()) < 8
 
 
 @pytest.mark.parametrize("why", ["mode store", "hooks"])
@@ -238,10 +257,9 @@ def test_steps_aside(why: str):
 def test_frozen_and_tied_and_parametrized_weights():
     net = iz.InvertibleSequential(*stack(2))
     net[0].f[0].weight.requires_grad_(False)
-    net[1].f[0].weight = net[0].g[0].weight
-    net[1].g[2] = net[1].g[0] = nn.Linear(HALF, HALF)
-    net[1].g[1] = nn.Tanh()
-    parametrizations.weight_norm(net[1].f[2])
+    net[1].f = nn.Sequential(shared := nn.Linear(HALF, HALF), nn.Tanh(), shared, nn.Linear(HALF, HALF))
+    net[1].f[3].weight = shared.weight
+    parametrizations.weight_norm(net[0].f[2])
     assert_same_gradients(net, x())
 
 
@@ -352,7 +370,7 @@ def test_refused(name: str):
         compiled(make_net())(x())
 
 
-@pytest.mark.parametrize("name", sorted(REFUSED.keys() - {"no inverse", "between"}))
+@pytest.mark.parametrize("name", ["dropout", "power iteration", "closure", "untraceable"])
 def test_what_is_refused_runs_without_fullgraph(name: str):
     """The compiler then does without the chain, and stores; what it could not trace runs eagerly."""
     net, given = REFUSED[name][0](), x().requires_grad_()
