@@ -174,6 +174,8 @@ def _bytes_of(state: Tensor) -> bytes:
 
 def plainly() -> contextlib.AbstractContextManager[Any]:
     """Run operators as if no `vmap` were active and hooks were allowed: a graph made without them may be run inside."""
+    if torch.compiler.is_compiling():  # a compiler that traces this would count one way alone
+        return _NOTHING
     level = torch._C._vmapmode_increment_nesting()
     torch._C._vmapmode_decrement_nesting()
     if level == 1 and hooks_enabled() and not functorch_active():
