@@ -23,6 +23,7 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
+    torch.distributions.Distribution.set_default_validate_args(True)  # a compiler that ran before turned it off
 
 
 @pytest.fixture(autouse=True)

@@ -19,6 +19,9 @@ class WrongShift(Shift):
     def inverse(self, y, h, dim):
         return y - 1.5 * h
 
+    def inverse_(self, y, h, dim):
+        return y.sub_(1.5 * h)
+
 
 class WrongCoupling(iz.AdditiveCoupling):
     def __init__(self, *args, **options):

@@ -105,8 +105,8 @@ def test_autocast_of_every_device_type_here(mode: str):
     """By the generic interface: whatever device types this build knows, their autocast is on again in a replay."""
     types = [t for t in ("cpu", "cuda", "xpu", "hpu", "mps", "mtia", "xla") if torch.amp.is_autocast_available(t)]
     accelerator = torch.accelerator.current_accelerator()
-    devices = ["cpu"] if accelerator is None else ["cpu", accelerator.type]
-    assert {*devices} <= {*types}
+    # A device that another test of this process simulated is not one of this build.
+    devices = [t for t in types if t == "cpu" or (accelerator is not None and t == accelerator.type)]
     for device in devices:
         for half in HALVES:
             case = make("streams")

@@ -183,7 +183,8 @@ def random_states_kept(layer):
         return sum(type(t) is torch.Tensor and t.dtype is torch.uint8 and t.nbytes == size for t in gc.get_objects())
 
     gc.collect()
-    size, before = torch.get_rng_state().nbytes, count()
+    size = torch.get_rng_state().nbytes
+    before = count()
     y = layer(torch.randn(3, 4, requires_grad=True))
     return count() - before + 0 * len(y)
 
