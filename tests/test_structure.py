@@ -2,6 +2,8 @@
 
 import ast
 import pathlib
+import subprocess
+import sys
 
 import pytest
 
@@ -51,6 +53,12 @@ def test_every_file_declares_what_it_offers(path):
     }
     assert "__all__" in names or path.name == "__main__.py" or not ast.parse(path.read_text()).body[1:]
     assert len(path.read_text().splitlines()) < (300 if "layers" in path.parts else 500) + 50
+
+
+def test_importing_leaves_the_compiler_alone():
+    """It takes longer to import than all of this package."""
+    code = "import sys, invzoo; sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT.parent, check=False).returncode == 0  # noqa: S603
 
 
 def test_the_readme_names_every_layer():

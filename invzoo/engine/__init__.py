@@ -2,7 +2,7 @@
 
 from .call import Operation, call
 from .callables import SideNames, modules_of
-from .chain import chain
+from .chain import chain, uncompiled
 from .checkpoint import checkpoint
 from .fingerprint import tolerance
 from .freeing import freeing
@@ -28,4 +28,5 @@ __all__ = [
     "steps_aside",
     "tolerance",
     "tuple_of",
+    "uncompiled",
 ]

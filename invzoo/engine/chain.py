@@ -1,8 +1,8 @@
 """Where the engine meets `torch.compile`: containers pass their values through here."""
 
 from collections.abc import Callable, Iterable
-from functools import partial
-from typing import Any
+from functools import partial, wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import nn
@@ -10,8 +10,10 @@ from torch import nn
 from ._torch import functorch_active, with_tensors
 from .mode import Mode, Policy
 
-__all__ = ["Through", "chain"]
+__all__ = ["Through", "chain", "uncompiled"]
 
+P = ParamSpec("P")
+R = TypeVar("R")
 Through = Callable[[tuple[Any, ...], dict[str, Any], Any], Any]
 
 
@@ -59,3 +61,20 @@ def _is_watched(module: nn.Module) -> bool:
     return bool(
         module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks
     )
+
+
+def uncompiled(function: Callable[P, R]) -> Callable[P, R]:
+    """Leave a function whose steps depend on values to Python.
+
+    So does `torch.compiler.disable`, but it imports the compiler at once.
+    """
+
+    @wraps(function)
+    def run(*args: P.args, **options: P.kwargs) -> R:
+        if not torch.compiler.is_dynamo_compiling():
+            return function(*args, **options)
+        from .compile_time import eagerly  # noqa: PLC0415 - imports the compiler
+
+        return eagerly(function, *args, **options)
+
+    return run

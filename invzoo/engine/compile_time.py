@@ -4,7 +4,7 @@ Each function here is traced. The work is done by another one that `comptime` ru
 of the caller's variables: tensors without values ("fakes"), and the graph so far.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map_only
 
 from ._torch import storage_key, top_hook
 
-__all__ = ["begin", "changed_tensors", "check_closures", "examine", "note_tensors", "steps_aside", "stop"]
+__all__ = ["begin", "changed_tensors", "check_closures", "eagerly", "examine", "note_tensors", "steps_aside", "stop"]
 
 _versions: list[int] = []  # of the tensors noted last; the compiler works for one thread at a time
 _changed: list[int] = []
@@ -45,6 +45,12 @@ def _begin(context: ComptimeContext) -> None:
 def steps_aside() -> bool:
     """Return what :func:`begin` found."""
     return bool(_aside)
+
+
+@torch.compiler.disable(reason="its steps depend on values")  # type: ignore[untyped-decorator]
+def eagerly(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """Call a function, without the compiler."""
+    return function(*args, **options)
 
 
 def stop(problem: str) -> None:  # noqa: ARG001 - comptime reads them

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..engine import uncompiled
 from ..log_dets import log_det_dtype, sum_per_sample, zero_log_det
 from ._checks import check_choice, check_positive, check_positive_int, refuse
 from .branch import BranchLayer
@@ -115,7 +116,7 @@ class InvertibleResidual(BranchLayer):
         with full_precision(x):
             return x + self.evaluate(x, side)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @uncompiled
     def inverse(self, y: Tensor, **side: Any) -> Tensor:
         def step(x: Tensor) -> Tensor:
             return y - self.evaluate(x, side)
@@ -134,7 +135,7 @@ class InvertibleResidual(BranchLayer):
     def log_det(self, x: Tensor, **side: Any) -> Tensor:
         return self.function_and_log_det(x, **side)[1]
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @uncompiled
     def function_and_log_det(self, x: Tensor, **side: Any) -> tuple[Tensor, Tensor]:
         check_real(self, "x", x)
         recording = torch.is_grad_enabled()
