@@ -1,11 +1,5 @@
-"""Error against depth and precision: what half precision costs, and what streams in float32 save of it.
+"""Error against precision: what half precision costs, and what streams in float32 save of it."""
 
-Fits the command line as ``"precision": precision.run`` among its cases and ``"precision": precision.table`` among its
-tables; ``python -m benchmarks.precision`` runs it alone.
-"""
-
-import argparse
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,10 +8,9 @@ from torch import Tensor, nn
 
 import invzoo as iz
 
-__all__ = ["Setting", "measure", "run", "table"]
+__all__ = ["Setting", "measure", "run"]
 
 PRECISIONS = ("float32", "autocast bfloat16, float32 streams", "bfloat16 subnets, float32 streams", "bfloat16")
-ERRORS = ("output", "input", "gradient", "gradient in store")
 
 
 @dataclass(frozen=True)
@@ -87,34 +80,3 @@ def _step(net: iz.InvertibleSequential, x: Tensor, mode: str, *, autocast: bool)
 
 def _error(value: Tensor, exact: Tensor) -> float:
     return float(f"{((value.double() - exact).norm() / exact.norm()).item():.3g}")
-
-
-def table(result: dict[str, Any]) -> str:
-    """Show the errors."""
-    header = ["", "", *ERRORS]
-    rows = [[row["kind"], row["precision"], *(f"{row[name]:.1e}" for name in ERRORS)] for row in result["rows"]]
-    lines = [header, ["---"] * len(header), *rows]
-    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    depth = result["setting"]["depth"]
-    return (
-        f"## Precision\n\nRelative error against float64 after {depth} couplings: of the output, of the input rebuilt "
-        "from it, and of the weights' gradients in the modes invert and store. With bfloat16 subnets the weights "
-        f"themselves are rounded first.\n\n{text}"
-    )
-
-
-def main(show: Callable[[str], None] = print) -> None:
-    """Run it alone; a full run writes `results/precision.json`."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.precision", description=__doc__)
-    parser.add_argument("--smoke", action="store_true", help="tiny sizes, writes nothing")
-    smoke = parser.parse_args().smoke
-    result = run(smoke=smoke)
-    show(table(result))
-    if not smoke:
-        from .report import save  # noqa: PLC0415 - needs matplotlib, which tests of the measurement do without
-
-        save("precision", result)
-
-
-if __name__ == "__main__":
-    main()

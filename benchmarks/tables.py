@@ -134,6 +134,17 @@ def scale(result: Result) -> str:
     )
 
 
+def precision(result: Result) -> str:
+    """Show the errors of half precision."""
+    errors = ("output", "input", "gradient", "gradient in store")
+    rows = ([row["kind"], row["precision"], *(f"{row[name]:.1e}" for name in errors)] for row in result["rows"])
+    return (
+        f"## Precision\n\nRelative error against float64 after {result['setting']['depth']} couplings: of the output, of "
+        "the input rebuilt from it, and of the weights' gradients in the modes invert and store. With bfloat16 subnets "
+        f"the weights themselves are rounded first.\n\n{markdown(['', '', *errors], rows)}"
+    )
+
+
 TABLES: dict[str, Callable[[Result], str]] = {
     "time": time,
     "overhead": overhead,
@@ -141,6 +152,7 @@ TABLES: dict[str, Callable[[Result], str]] = {
     "depth": depth,
     "flows": flows,
     "scale": scale,
+    "precision": precision,
 }
 
 
