@@ -4,7 +4,7 @@ import argparse
 
 import torch
 
-from . import depth, flows, peaks, precision, report, scale, timing
+from . import compiled, depth, flows, peaks, precision, report, scale, timing
 from .tables import TABLES
 
 __all__ = ["main"]
@@ -16,6 +16,7 @@ CASES = {
     "depth": depth.run,
     "flows": flows.run,
     "scale": scale.run,
+    "compile": compiled.run,
     "precision": precision.run,
 }
 

@@ -1,5 +1,6 @@
 """Time of a training step, as a ratio to the plain stack's in the same round."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from . import contestants
 from .measure import alternate, one_thread, seconds_of
 from .workloads import SMOKE, WORKLOADS, Workload
 
-__all__ = ["run", "run_overhead"]
+__all__ = ["compare", "run", "run_overhead", "step_of"]
 
 CASES = ("linear", "conv", "transformer")
 
@@ -34,31 +35,40 @@ def _time(name: str, workload: Workload) -> list[dict[str, Any]]:
     torch.manual_seed(0)
     subnets = workload.subnets()
     nets = {contestant: contestants.build(contestant, subnets) for contestant in contestants.names()}
-    errors = _compare(nets, nn.ModuleList(subnets), *workload.inputs(batch=max(2, workload.shape[0] // 16)))
+    errors = _compare_in_float64(nets, nn.ModuleList(subnets), *workload.inputs(batch=max(2, workload.shape[0] // 16)))
     x, grad = workload.inputs()
+    times = alternate({k: step_of(net, x, grad) for k, net in nets.items()}, workload.rounds, warm_up=2)
+    return [{"workload": name, "contestant": k, "error": errors[k], **times[k]} for k in nets]
 
-    def step(net: nn.Module) -> float:
+
+def step_of(net: nn.Module, x: Tensor, grad: Tensor) -> Callable[[], float]:
+    """Return a step that starts without gradients and returns its seconds."""
+
+    def step() -> float:
         net.zero_grad()
         x.grad = None
         return seconds_of(lambda: net(x), grad)
 
-    times = alternate({k: lambda net=net: step(net) for k, net in nets.items()}, workload.rounds, warm_up=2)
-    return [{"workload": name, "contestant": k, "error": errors[k], **times[k]} for k in nets]
+    return step
 
 
-def _compare(nets: dict[str, nn.Module], subnets: nn.Module, x: Tensor, grad: Tensor) -> dict[str, float]:
-    """Return the largest relative error of the output and the gradients against the plain stack's, in float64.
-
-    In float32, one ReLU whose input a rounding takes to the other side of 0 is an error of a thousandth.
-    """
+def _compare_in_float64(nets: dict[str, nn.Module], subnets: nn.Module, x: Tensor, grad: Tensor) -> dict[str, float]:
+    """In float32, one ReLU whose input a rounding takes to the other side of 0 is an error of a thousandth."""
     subnets.double()
-    results = {name: _results(net, subnets, x.detach().double(), grad.double()) for name, net in nets.items()}
-    subnets.float().zero_grad()
+    errors = compare(nets, subnets, x.detach().double(), grad.double(), 1e-9)
+    subnets.float()
+    return errors
+
+
+def compare(nets: dict[str, nn.Module], subnets: nn.Module, x: Tensor, grad: Tensor, limit: float) -> dict[str, float]:
+    """Return the largest relative error of the output and the gradients against the plain stack's."""
+    results = {name: _results(net, subnets, x.detach().clone(), grad) for name, net in nets.items()}
+    subnets.zero_grad()
     errors = {}
     for name, result in results.items():
         pairs = zip(result, results["plain"], strict=True)
         errors[name] = max(float((actual - expected).norm() / expected.norm()) for actual, expected in pairs)
-        if not errors[name] < 1e-9:
+        if not errors[name] < limit:
             raise ArithmeticError(f"Expected {name} to agree with the plain stack; got error {errors[name]:.1e}")
     return errors
 
