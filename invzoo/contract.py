@@ -97,7 +97,7 @@ def _differences(what: str, expected: Sequence[Any], got: Sequence[Any], *, exac
             continue
         if not isinstance(b, Tensor) or a.shape != b.shape or a.dtype != b.dtype:
             yield f"Expected {what} {i} to be {_describe(a)}; got {_describe(b)}"
-        elif not (error := _error(a, b)) <= (0 if exact else tolerance(a.dtype)):
+        elif not (error := _error(a, b)) <= (0 if exact else tolerance([a.dtype])):
             yield f"Expected {what} {i} to come back the same; got a relative error of {error:.1e}"
 
 

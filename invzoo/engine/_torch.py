@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize, stateless
 from torch.utils import _python_dispatch
 
 __all__ = [
+    "any_autocast",
     "at_end_of_backward",
     "backward_id",
     "cpu_generator",
@@ -66,6 +67,9 @@ _top_hooks = _private(
 
 # Missing: torch.jit.trace is not noticed.
 tracing: Callable[[], Any] = _private("_get_tracing_state", lambda: None)
+
+# Missing: autocast counts as active, and its state is looked up for each call.
+any_autocast: Callable[[], bool] = _private("_is_any_autocast_enabled", lambda: True)
 
 # `torch.no_grad()` without the context manager, which costs more than a small layer. Missing: the public class.
 set_grad_enabled: Callable[[bool], Any] = _private("_set_grad_enabled", torch.set_grad_enabled)
@@ -159,17 +163,14 @@ def is_fake(tensor: Tensor) -> bool:
 
 def same_state(a: Tensor, b: Tensor) -> bool:
     """Compare two states of a generator, which are real tensors even where others are fake."""
-    return _bytes_of(a) == _bytes_of(b)
+    with torch._C._DisableTorchDispatch():
+        return torch.equal(a, b)
 
 
 def digest(state: Tensor) -> int:
     """Sum up the state of a generator in one number."""
-    return hash(_bytes_of(state))
-
-
-def _bytes_of(state: Tensor) -> bytes:
     with torch._C._DisableTorchDispatch():
-        return state.numpy().tobytes()
+        return hash(state.numpy().tobytes())
 
 
 def plainly() -> contextlib.AbstractContextManager[Any]:

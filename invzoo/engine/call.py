@@ -19,10 +19,9 @@ NOTE [How a call forgets and remembers]
    and the inputs come back as they were (`fingerprint`).
 """
 
-import contextlib
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -98,75 +97,77 @@ class Handle:
 class Call:
     """One run of an operation: what it takes to run it again."""
 
-    __slots__ = (
-        "__weakref__",
-        "given",
-        "handles",
-        "inputs",
-        "kept",
-        "leaf_inputs",
-        "leaves",
-        "lock",
-        "metas",
-        "operation",
-        "outputs",
-        "passed",
-        "place",
-        "prints",
-        "produced",
-        "side",
-        "sources",
-        "surroundings",
-    )
+    given: Sequence[tuple[str, Tensor, int]] = ()  # tensors that the replay gets as they are, and their versions
+    kept: tuple[Any, ...] | None = None
+    leaf_inputs: Sequence[int | None] = ()  # the storages of inputs that want a gradient of their own
+    side: dict[str, Any] = {}  # noqa: RUF012 - nobody writes into it
+    lock: threading.RLock  # shared along a chain: several threads may run one graph
+    prints: Sequence[tuple[int, Fingerprint]] = ()
 
     def __init__(self, operation: Operation, inputs: tuple[Any, ...], side: dict[str, Any]):
         self.operation = operation
         self.place = state.place
-        self.lock = threading.RLock()  # shared along a chain: several threads may run one graph
-        self.given: list[tuple[str, Tensor, int]] = []  # tensors that the replay gets as they are, and their versions
-        self.inputs = [
-            Input.of(x) if isinstance(x, Tensor) else map_tensors(partial(self._give, f"input {i}"), x)
-            for i, x in enumerate(inputs)
-        ]
-        self.side = {k: map_tensors(partial(self._give, f"side input {k!r}"), v) for k, v in side.items()}
-        self.leaves: list[tuple[weakref.ref[Tensor], int]] = []  # weights, wherever they come from
-        self.leaf_inputs = {storage_key(x) for x in inputs if isinstance(x, Tensor) and x.requires_grad and x.is_leaf}
+        self.leaves: list[tuple[weakref.ref[Tensor], int]] = []  # weights that belong to no module
         self.handles: list[weakref.ref[Handle]] = []
         self.metas: list[Meta] = []
-        self.kept: tuple[Any, ...] | None = None
         self.outputs: list[Any] = []  # values and slots
+        self.slots: list[Slot] = []  # those among the outputs
         self.produced: list[Slot] = []
         self.passed: dict[int, int] = {}  # input position -> position of the output that is this input
         self.sources: list[Callable[[], Slot | None]] = []  # weakly, the slots that this call rebuilds
-        self.prints: list[tuple[int, Fingerprint]] = []
-        tensors = [x for x in (*inputs, *side.values()) if isinstance(x, Tensor)]
-        generators = [x for x in (*inputs, *side.values()) if isinstance(x, torch.Generator)]
+        self.inputs: list[Any] = []
+        self.dtypes: set[torch.dtype] = set()  # of all that the call takes, saves and returns
+        tensors, generators = [], []
+        for i, x in enumerate(inputs):
+            if isinstance(x, Tensor):
+                self._take(x)
+                tensors.append(x)
+            else:
+                self.inputs.append(map_tensors(partial(self._give, f"input {i}"), x))
+                generators.append(x)
+        if side:
+            self.side = {k: map_tensors(partial(self._give, f"side input {k!r}"), v) for k, v in side.items()}
+            tensors += [x for x in side.values() if isinstance(x, Tensor)]
+            generators += side.values()
+        generators = [x for x in generators if isinstance(x, torch.Generator)]
         self.surroundings = Surroundings(operation.roots, tensors, generators)
+
+    def _take(self, x: Tensor) -> None:
+        """Note what a replay has to rebuild."""
+        spec = Input.of(x)
+        self.inputs.append(spec)
+        self.dtypes.add(spec.dtype)
+        if spec.requires_grad and x.is_leaf:
+            self.leaf_inputs = [*self.leaf_inputs, storage_key(x)]
 
     def _give(self, what: str, tensor: Tensor) -> Tensor:
         """Note a tensor that replays get as it is, and return it without its graph (rule 5)."""
         data = tensor.detach().requires_grad_(tensor.requires_grad)
-        self.given.append((what, data, version_of(data)))
+        self.given = [*self.given, (what, data, version_of(data))]
         return data
 
     def forward(self, inputs: tuple[Any, ...], side: dict[str, Any]) -> Any:
-        operation = self.operation
-        if self.surroundings.lazy:
+        operation, surroundings = self.operation, self.surroundings
+        if surroundings.unusual and surroundings.lazy:
             return operation.function(*inputs, **side)
-        versions = [version_of(x) for x in inputs if isinstance(x, Tensor)]
-        state.packing.append(self.pack)
+        state.packing.append(pack := self.pack)
         try:
-            with saved_tensors_hooks(self.pack, self.unpack), self.surroundings.observers.watched():
+            with saved_tensors_hooks(pack, self.unpack), surroundings.observers.watched():
                 result = operation.function(*inputs, **side)
         finally:
             state.packing.pop()
-        if versions != [version_of(x) for x in inputs if isinstance(x, Tensor)]:
-            raise RuntimeError(
-                f"Expected {operation.name} to leave its inputs as they are; got one that its function changed in "
-                "place. Use out-of-place operations, or mode 'store'"
-            )
         outputs = tuple_of(result)
-        if any(isinstance(y, Tensor) and y.requires_grad for y in outputs) or _frees(inputs):
+        for spec, x in zip(self.inputs, inputs, strict=True):
+            if isinstance(spec, Input) and version_of(x) != spec.version:
+                raise RuntimeError(
+                    f"Expected {operation.name} to leave its inputs as they are; got one that its function changed in "
+                    "place. Use out-of-place operations, or mode 'store'"
+                )
+        for y in outputs:
+            if isinstance(y, Tensor) and y.requires_grad:
+                self._close(inputs, outputs)
+                return result
+        if _frees(inputs):
             self._close(inputs, outputs)
         return result
 
@@ -179,33 +180,47 @@ class Call:
             self._link(inputs, outputs[:-1] if operation.log_det else outputs)
         else:
             self.kept = tuple(x.detach() if isinstance(x, Tensor) else None for x in inputs)
-            self.given += [(f"input {i}", x, version_of(x)) for i, x in enumerate(self.kept) if x is not None]
+            kept = [(f"input {i}", x, version_of(x)) for i, x in enumerate(self.kept) if x is not None]
+            self.given = [*self.given, *kept]
+            self.lock = threading.RLock()
         if self._unverified(operation.policy):
             tensors = [(i, x) for i, x in enumerate(inputs if invert else outputs) if isinstance(x, Tensor)]
             self.prints = [(i, fingerprint(x)) for i, x in tensors if not (invert and i in self.passed)]
         self.release()
+        self.dtypes.update(self.surroundings.dtypes)
 
     def _link(self, inputs: tuple[Any, ...], outputs: tuple[Any, ...]) -> None:
         """Put the outputs into slots, and become the one who rebuilds those of the inputs (rule 2)."""
-        keys_in = [key_of(x) if isinstance(x, Tensor) else None for x in inputs]
-        keys_out = [key_of(y) if isinstance(y, Tensor) else None for y in outputs]
-        slots_in = [None if k is None else slot_of(x, k) for x, k in zip(inputs, keys_in, strict=True)]
-        self.lock = next((slot.lock for slot in slots_in if slot is not None), self.lock)
-        self.passed = {i: keys_out.index(k) for i, k in enumerate(keys_in) if k and k[0] and k in keys_out}
+        keys = [key_of(x) if isinstance(x, Tensor) else None for x in inputs]
+        slots_in = [None if key is None else slot_of(x, key) for x, key in zip(inputs, keys, strict=True)]
+        chained = [slot for slot in slots_in if slot is not None]
+        self.lock = chained[0].lock if chained else threading.RLock()
+        for j, y in enumerate(outputs):
+            if not isinstance(y, Tensor):
+                self.outputs.append(y)
+                continue
+            i = next((i for i, x in enumerate(inputs) if x is y), None)
+            key: Any = key_of(y) if i is None else keys[i]
+            if i is None and key in keys:  # an input by another object
+                i = keys.index(key)
+            if i is not None and key != (None,):
+                self.passed[i] = j
+            slot = slot_of(y, key) if i is None else slots_in[i]
+            if slot is None:
+                slot = Slot(y, key, self.lock)
+                self.produced.append(slot)
+            self.outputs.append(slot)
+            self.slots.append(slot)
+            self.dtypes.add(y.dtype)
         for i, slot in enumerate(slots_in):
-            if slot is None or i in self.passed:
+            if slot is None:
                 self.sources.append(_none)
-                if slot is not None:
-                    slot.passers.append(weakref.ref(self))
+            elif i in self.passed:
+                self.sources.append(_none)
+                slot.passers.append(weakref.ref(self))
             else:
                 slot.consume(self)
                 self.sources.append(weakref.ref(slot))
-        for y, key in zip(outputs, keys_out, strict=True):
-            slot = None if key is None else slot_of(y, key)
-            if key is not None and slot is None:
-                slot = Slot(y, key, self.lock)
-                self.produced.append(slot)
-            self.outputs.append(y if slot is None else slot)
         for head in _heads(slots_in):
             self._give_back(head, outputs)
 
@@ -228,12 +243,17 @@ class Call:
                 slot.head = weakref.ref(head)
 
     def pack(self, tensor: Tensor) -> Handle:
-        if tensor.is_leaf and tensor.requires_grad and storage_key(tensor) not in self.leaf_inputs:
+        if tensor.requires_grad and tensor.is_leaf and self._is_foreign(tensor):
             self.leaves.append((weakref.ref(tensor), version_of(tensor)))
-        handle = Handle(tensor.detach())
+        handle, dtype = Handle(tensor.detach()), tensor.dtype
         self.handles.append(weakref.ref(handle))
-        self.metas.append((tensor.shape, tensor.dtype))
+        self.metas.append((tensor.shape, dtype))
+        self.dtypes.add(dtype)
         return handle
+
+    def _is_foreign(self, leaf: Tensor) -> bool:
+        """Whether it is neither a module's parameter nor an input."""
+        return id(leaf) not in self.surroundings.known and storage_key(leaf) not in self.leaf_inputs
 
     def unpack(self, handle: Handle) -> Tensor:
         value = handle.value
@@ -259,20 +279,21 @@ class Call:
         if keep:
             state.kept.begin(self)
         self._pull()
-        tape = Tape(self)
-        with self._as_it_was():
-            if self.kept is not None:
-                self._recompute(tape, self.kept)
-            else:
-                self._replay(tape)
-                self._verify(tape.inputs)
-            tape.fill()
-            self.surroundings.check_generators()
-            self._put(tape.inputs, done=not keep)
+        self._as_it_was(self._rebuild, Tape(self), not keep)
         if keep:
             self._drop()
         else:
-            self.outputs, self.produced = [], []
+            self.outputs, self.slots, self.produced = [], [], []
+
+    def _rebuild(self, tape: Tape, done: bool) -> None:
+        if self.kept is not None:
+            self._recompute(tape, self.kept)
+        else:
+            self._replay(tape)
+            self._verify(tape.inputs)
+        tape.fill()
+        self.surroundings.check_generators()
+        self._put(tape.inputs, done=done)
 
     def _recompute(self, tape: Tape, kept: tuple[Any, ...]) -> None:
         inputs = [tape.input(i, x) for i, x in enumerate(kept)]
@@ -309,31 +330,32 @@ class Call:
         stack, filled = [self], []
         while stack:
             call = stack[-1]
-            missing = next((s for s in call._slots() if s.value is None), None)
+            missing = next((s for s in call.slots if s.value is None), None)
             if missing is not None:
                 stack.append(missing.consumer)  # type: ignore[arg-type]  # what is not here, somebody rebuilds
                 continue
             stack.pop()
             if call is not self:
                 filled += call._restore()
-        mine = self._slots()
         for slot in filled:
-            if slot not in mine:
+            if slot not in self.slots:
                 slot.drop()
 
     def _restore(self) -> list[Slot]:
         """Rebuild the inputs alone, for an earlier call."""
-        with self._as_it_was():
-            inputs = self.invert(self._values())
-            name = self.operation.name
-            specs = enumerate(zip(self.inputs, inputs, strict=True))
-            inputs = [s.accept(x, name, i) if isinstance(s, Input) else x for i, (s, x) in specs]
-            self._verify(inputs)
-            # Where the later calls are done with and no graph waits for this one, it is done with as well.
-            done = not keeps_graph() and not self.awaited and all(slot.consumer is None for slot in self._slots())
-            self._put(inputs, done=done)
+        self._as_it_was(self._invert)
         self._drop()
         return [slot for ref in self.sources if (slot := ref()) is not None]
+
+    def _invert(self) -> None:
+        inputs = self.invert(self._values())
+        name = self.operation.name
+        specs = enumerate(zip(self.inputs, inputs, strict=True))
+        inputs = [s.accept(x, name, i) if isinstance(s, Input) else x for i, (s, x) in specs]
+        self._verify(inputs)
+        # Where the later calls are done with and no graph waits for this one, it is done with as well.
+        done = not keeps_graph() and not self.awaited and all(slot.consumer is None for slot in self.slots)
+        self._put(inputs, done=done)
 
     @property
     def awaited(self) -> bool:
@@ -342,18 +364,16 @@ class Call:
 
     def shares(self, output: Tensor) -> bool:
         """Whether a later call is still to be replayed with an output of this one."""
-        return any(slot.awaited for slot in self._slots() if slot.value is output)
-
-    def _slots(self) -> list[Slot]:
-        return [s for s in self.outputs if isinstance(s, Slot)]
+        return any(slot.value is output and slot.awaited for slot in self.slots)
 
     def _values(self) -> tuple[Any, ...]:
-        if any(slot.changed for slot in self._slots()):
-            raise RuntimeError(
-                f"Expected the outputs of {self.operation.name} to stay as they are until backward; got one that was "
-                "changed in place. Use an out-of-place operation on it"
-            )
-        return tuple(y.take() if isinstance(y, Slot) else y for y in self.outputs)
+        for slot in self.slots:
+            if slot.changed:
+                raise RuntimeError(
+                    f"Expected the outputs of {self.operation.name} to stay as they are until backward; got one that "
+                    "was changed in place. Use an out-of-place operation on it"
+                )
+        return tuple([y.take() if isinstance(y, Slot) else y for y in self.outputs])
 
     def _put(self, inputs: Sequence[Any], *, done: bool) -> None:
         """Fill the slots of the inputs; if this call is done with, they have to keep what they get."""
@@ -397,10 +417,7 @@ class Call:
         """Return the relative error allowed in a rebuilt input: no replay comes nearer than what it starts from, nor
         than the coarsest dtype of what the call took, saved (under autocast, say), and returned.
         """
-        dtypes = {i.dtype for i in self.inputs if isinstance(i, Input)} | {dtype for _, dtype in self.metas}
-        dtypes |= {e.tensor.dtype for e in self.surroundings.entries}
-        dtypes |= {s.value.dtype for s in self._slots() if s.value is not None}
-        return max(tolerance(*dtypes), *(s.error for s in self._slots()), 0.0)
+        return max([tolerance(self.dtypes), *[slot.error for slot in self.slots]])
 
     def _check(self) -> None:
         for what, tensor, version in self.given:
@@ -416,14 +433,17 @@ class Call:
                     f"got a change of one of shape {tuple(leaf.shape)}. Call backward before optimizer.step()"
                 )
 
-    @contextlib.contextmanager
-    def _as_it_was(self) -> Iterator[None]:
-        self._check()
+    def _as_it_was(self, replay: Callable[..., None], *args: Any) -> None:
+        """Run ``replay`` without gradients, and with all that the call saw as it was."""
         grad = torch.is_grad_enabled()
         set_grad_enabled(False)
         try:
-            with self.surroundings.restored():
-                yield
+            self._check()
+            if self.surroundings.intact():
+                replay(*args)
+            else:
+                with self.surroundings.restored():
+                    replay(*args)
         except Exception as error:
             note(error, (lambda: f"the replay of {self.operation.name}", self.place))
             raise

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["accelerators", "hand_over", "module_of", "on_streams", "stream_of", "streams_of"]
+__all__ = ["accelerators", "elsewhere", "hand_over", "module_of", "on_streams", "stream_of", "streams_of"]
 
 
 def accelerators(tensors: Iterable[Tensor]) -> set[torch.device]:
@@ -56,9 +56,14 @@ def hand_over(tensor: Tensor, stream: Any) -> None:
         tensor.record_stream(now)
 
 
+def elsewhere(streams: Iterable[Any]) -> list[tuple[Any, Any]]:
+    """Pair those of ``streams`` that are not their device's current one with the current one."""
+    return [(stream, now) for stream in streams if (now := torch.accelerator.current_stream(stream.device)) != stream]
+
+
 def on_streams(streams: Iterable[Any]) -> contextlib.AbstractContextManager[Any]:
     """Work on these streams, in order with the current ones."""
-    others = [(stream, now) for stream in streams if (now := torch.accelerator.current_stream(stream.device)) != stream]
+    others = elsewhere(streams)
     if not others:
         return contextlib.nullcontext()
     stack = contextlib.ExitStack()

@@ -1,6 +1,7 @@
 """A few numbers that tell whether a tensor was rebuilt as it was, at the cost of one pass over it and no memory."""
 
 import math
+from collections.abc import Iterable
 from functools import lru_cache
 
 import torch
@@ -42,9 +43,19 @@ def _project(tensor: Tensor) -> Fingerprint:
     return [*numbers.tolist(), torch.linalg.vector_norm(flat).item()]
 
 
-def tolerance(*dtypes: torch.dtype) -> float:
+class _Precisions(dict[torch.dtype, float]):
+    def __missing__(self, dtype: torch.dtype) -> float:
+        inexact = dtype.is_floating_point or dtype.is_complex
+        self[dtype] = math.sqrt(torch.finfo(dtype).eps) if inexact else 0.0
+        return self[dtype]
+
+
+_precisions = _Precisions()
+
+
+def tolerance(dtypes: Iterable[torch.dtype]) -> float:
     """Return the relative error allowed in a rebuilt tensor: the root of the coarsest precision involved."""
-    return max((math.sqrt(torch.finfo(d).eps) for d in dtypes if d.is_floating_point or d.is_complex), default=0.0)
+    return max(map(_precisions.__getitem__, dtypes), default=0.0)
 
 
 def distance(was: Fingerprint, now: Fingerprint) -> float:

@@ -46,17 +46,25 @@ _thread = _Thread()
 _lock = threading.Lock()
 _Site = tuple[dict[int, Hook], int, Hook]
 _NOTHING = contextlib.nullcontext()
+_GLOBAL = ("_global_forward_pre_hooks", "_global_forward_hooks")
+
+
+def _is_watched(modules: Iterable[nn.Module]) -> bool:
+    """Whether there are any hooks on these modules or on all modules, torch's own among them."""
+    for m in modules:
+        if m._forward_pre_hooks or m._forward_hooks:
+            return True
+    return any(getattr(torch_module, name, None) for name in _GLOBAL)
 
 
 def _sites(modules: Iterable[nn.Module]) -> list[_Site]:
     """Find the users' hooks on these modules and on all modules."""
-    tables = [getattr(torch_module, name, {}) for name in ("_global_forward_pre_hooks", "_global_forward_hooks")]
+    if not _is_watched(modules):
+        return []
+    tables = [getattr(torch_module, name, {}) for name in _GLOBAL]
     for m in modules:
         tables += (m._forward_pre_hooks, m._forward_hooks)
-    tables = [table for table in tables if table]
-    if not tables:
-        return []
-    tables = list({id(table): table for table in tables}.values())  # a shared module comes twice
+    tables = list({id(table): table for table in tables if table}.values())  # a shared module comes twice
     found = [(t, key, hook.hook if isinstance(hook, _StandIn) else hook) for t in tables for key, hook in t.items()]
     return [site for site in found if not _is_torch(site[2])]
 
@@ -98,6 +106,10 @@ class Observers:
     def __init__(self, modules: list[nn.Module]):
         self.modules = modules
         self.active: list[_Site] = []  # those whose hooks returned a value
+
+    def present(self) -> bool:
+        """Whether a replay might meet a hook."""
+        return _is_watched(self.modules)
 
     def watched(self) -> contextlib.AbstractContextManager[None]:
         """During forward: learn which hooks return a value, and keep what autograd saves inside them."""

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -10,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
-from ._torch import cpu_generator, digest, is_distributed, same_state, storage_key, version_of, whole
-from .devices import accelerators, module_of, on_streams, streams_of
+from ._torch import any_autocast, cpu_generator, digest, is_distributed, same_state, storage_key, version_of, whole
+from .devices import accelerators, elsewhere, module_of, on_streams, streams_of
 from .observers import Observers
 
 __all__ = ["Surroundings", "map_tensors", "walk"]
@@ -19,9 +20,10 @@ __all__ = ["Surroundings", "map_tensors", "walk"]
 
 def walk(roots: Iterable[nn.Module]) -> list[nn.Module]:
     """List the modules below ``roots``; a shared one comes as often as it is shared (cheaper than finding out)."""
-    modules = list(roots)
+    modules = [*roots]
     for module in modules:
-        modules.extend(child for child in module._modules.values() if child is not None)
+        if module._modules:
+            modules += [child for child in module._modules.values() if child is not None]
     return modules
 
 
@@ -37,15 +39,19 @@ def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
     return value
 
 
-class _Entry(NamedTuple):
-    """A parameter or buffer where a module keeps it, as it was before the call and must be found again."""
+# A parameter or buffer where a module keeps it, as it was before the call and must be found again: the table and the
+# name in it, the tensor, its version, its storage, and whether it requires a gradient. (A named tuple takes too long.)
+_Entry = tuple[dict[str, Any], str, Tensor, int, int | None, bool]
 
-    table: dict[str, Any]
-    name: str
-    tensor: Tensor
-    version: int
-    storage: int | None
-    requires_grad: bool
+
+def _entry(table: dict[str, Any], name: str, tensor: Tensor) -> _Entry:
+    return table, name, tensor, version_of(tensor), storage_key(tensor), tensor.requires_grad
+
+
+def _held(entry: _Entry) -> _Entry:
+    """Return the entry without a graph: that of a functional_call's parameter may lead back to the call."""
+    table, name, tensor, version, storage, requires_grad = entry
+    return entry if tensor.is_leaf else (table, name, tensor.detach().requires_grad_(), version, storage, requires_grad)
 
 
 class _Buffer(NamedTuple):
@@ -92,60 +98,92 @@ class Surroundings:
     devices' streams, the train and eval flags, the parameters, and the buffers that the call changed.
     """
 
-    __slots__ = ("autocast", "buffers", "entries", "generators", "observers", "replaced", "streams", "training")
+    __slots__ = (
+        "autocast",
+        "buffers",
+        "cast",
+        "entries",
+        "flags",
+        "generators",
+        "known",
+        "modules",
+        "observers",
+        "replaced",
+        "streams",
+        "unusual",
+    )
 
     def __init__(self, roots: Sequence[nn.Module], tensors: Sequence[Tensor], generators: Sequence[torch.Generator]):
-        modules = walk(roots)
-        self.training = [(m, m.training) for m in modules]
+        self.modules = modules = walk(roots)
+        self.flags = [m.training for m in modules]
         self.observers = Observers(modules)
         self.entries: list[_Entry] = []
         self.buffers: list[_Buffer] = []
+        self.known: set[int] = set()  # the parameters that are checked here
+        self.unusual = False  # parameters of a functional_call, sharded ones, and those without a shape
         for m in modules:
             for name, parameter in m._parameters.items():
                 if parameter is not None:
                     self.entries.append(_entry(m._parameters, name, parameter))
-            for name, buffer in m._buffers.items():
-                if buffer is not None:
-                    # F.batch_norm moves the running statistics without counting.
-                    counted = not (m.training and isinstance(m, _NormBase))
-                    self.buffers.append(_Buffer(_entry(m._buffers, name, buffer), buffer.detach().clone(), counted))
-        devices = accelerators((*tensors, *(e.tensor for e in self.entries), *(b.copy for b in self.buffers)))
+                    if type(parameter) is nn.Parameter:
+                        self.known.add(id(parameter))
+                    else:
+                        self.unusual = True
+            if m._buffers:
+                self._add_buffers(m)
+        devices = accelerators(chain(tensors, (e[2] for e in self.entries), (b.copy for b in self.buffers)))
         self.generators = _generator_states(devices, generators)
         self.streams = streams_of(devices) if devices else []
-        self.autocast = _autocast_state({"cpu", *(d.type for d in devices)})
+        self.cast = any_autocast()
+        self.autocast = _autocast_state({"cpu", *(d.type for d in devices)}) if self.cast or devices else _NO_AUTOCAST
         self.replaced: list[tuple[dict[str, Any], str, Tensor]] = []
+
+    def _add_buffers(self, m: nn.Module) -> None:
+        counted = not (m.training and isinstance(m, _NormBase))  # F.batch_norm moves its statistics without counting
+        buffers = [(name, b) for name, b in m._buffers.items() if b is not None]
+        self.buffers += [_Buffer(_entry(m._buffers, name, b), b.detach().clone(), counted) for name, b in buffers]
 
     @property
     def lazy(self) -> bool:
         """Whether a parameter has no shape yet; its first call decides that, and is no call to replay."""
-        return any(is_lazy(e.tensor) for e in self.entries)
+        return self.unusual and any(is_lazy(tensor) for _, _, tensor, *_ in self.entries)
 
     def close(self, seed: bool) -> None:
         """After the call: forget what it left alone, and learn what to put back before a replay."""
-        if not seed:
-            self.generators = [g for g in self.generators if not same_state(g.state, g.get())]
-        self.generators = [g._replace(end=digest(g.get())) for g in self.generators]
-        for entry in self.entries:
-            if version_of(entry.tensor) != entry.version:
+        ends = [g.get() for g in self.generators]
+        self.generators = [
+            g._replace(end=digest(end))
+            for g, end in zip(self.generators, ends, strict=True)
+            if seed or not same_state(g.state, end)
+        ]
+        for _, name, tensor, version, _, _ in self.entries:
+            if version_of(tensor) != version:
                 raise RuntimeError(
-                    f"Expected function not to change parameters in place; got a change of {entry.name!r}. "
+                    f"Expected function not to change parameters in place; got a change of {name!r}. "
                     "Change it outside the call, or use mode 'store'"
                 )
         for entry, copy, counted in self.buffers:
-            moved = version_of(entry.tensor) != entry.version or entry.table.get(entry.name) is not entry.tensor
+            table, name, tensor, version, _, _ = entry
+            moved = version_of(tensor) != version or table.get(name) is not tensor
             if moved or not counted:
-                self.replaced.append((entry.table, entry.name, copy))
+                self.replaced.append((table, name, copy))
             else:
                 self.entries.append(entry)
-        self.entries = [_held(entry) for entry in self.entries if not is_distributed(entry.tensor)]
+        if self.unusual or self.buffers:
+            self.entries = [_held(entry) for entry in self.entries if not is_distributed(entry[2])]
         self.buffers = []
 
+    @property
+    def dtypes(self) -> list[torch.dtype]:
+        """Those of the parameters and buffers."""
+        return [tensor.dtype for _, _, tensor, *_ in self.entries]
+
     def _check(self) -> None:
-        for entry in self.entries:
-            if version_of(entry.tensor) != entry.version or storage_key(entry.tensor) != entry.storage:
+        for _, name, tensor, version, storage, _ in self.entries:
+            if version_of(tensor) != version or storage_key(tensor) != storage:
                 raise RuntimeError(
                     f"Expected parameters and buffers to stay as they were between forward and backward; got a change "
-                    f"of {entry.name!r}. Call backward before optimizer.step() or load_state_dict()"
+                    f"of {name!r}. Call backward before optimizer.step() or load_state_dict()"
                 )
 
     def check_generators(self) -> None:
@@ -165,23 +203,38 @@ class Surroundings:
             table[name] = was.clone()
         self.observers.arm()
 
+    def intact(self) -> bool:
+        """Whether all is as it was already, and a replay will move nothing: so it is in most replays."""
+        if self.generators or self.replaced or self.cast or self.observers.active or any_autocast():
+            return False
+        for table, name, tensor, version, storage, requires_grad in self.entries:
+            if (
+                table[name] is not tensor
+                or version_of(tensor) != version
+                or storage_key(tensor) != storage
+                or tensor.requires_grad is not requires_grad
+            ):
+                return False
+        same_flags = [m.training for m in self.modules] == self.flags
+        return same_flags and not self.observers.present() and not elsewhere(self.streams)
+
     @contextlib.contextmanager
     def restored(self) -> Iterator[None]:
         """Put everything back as it was, for as long as the context lasts."""
         self._check()
-        moved = [e for e in self.entries if e.table[e.name] is not e.tensor]
-        sharded = [e for e in moved if is_distributed(e.table[e.name])]
-        put = [e for e in moved if not is_distributed(e.table[e.name])]
-        toggled = [e for e in self.entries if e.tensor.requires_grad != e.requires_grad]
-        flags = [(m, was, m.training) for m, was in self.training if m.training != was]
+        moved = [e for e in self.entries if e[0][e[1]] is not e[2]]
+        sharded = [e for e in moved if is_distributed(e[0][e[1]])]
+        put = [(table, name, tensor) for table, name, tensor, *_ in moved if not is_distributed(table[name])]
+        toggled = [(tensor, was) for _, _, tensor, *_, was in self.entries if tensor.requires_grad != was]
+        flags = [(m, was, m.training) for m, was in zip(self.modules, self.flags, strict=True) if m.training != was]
         states = [(g.set, g.get()) for g in self.generators]
-        old = [(e.table, e.name, e.table.get(e.name)) for e in put] + [(t, n, t.get(n)) for t, n, _ in self.replaced]
+        old = [(table, name, table.get(name)) for table, name, _ in (*put, *self.replaced)]
         with on_streams(self.streams), self._autocast(), self.observers.silenced(), _gathered(sharded):
             try:
-                for entry in put:
-                    entry.table[entry.name] = entry.tensor
-                for entry in toggled:
-                    entry.tensor.requires_grad_(entry.requires_grad)
+                for table, name, tensor in put:
+                    table[name] = tensor
+                for tensor, was in toggled:
+                    tensor.requires_grad_(was)
                 for module, was, _ in flags:
                     module.training = was
                 self.rewind()
@@ -191,8 +244,8 @@ class Surroundings:
                     set_state(state)
                 for module, _, now in flags:
                     module.training = now
-                for entry in toggled:
-                    entry.tensor.requires_grad_(not entry.requires_grad)
+                for tensor, was in toggled:
+                    tensor.requires_grad_(not was)
                 for table, name, now in reversed(old):
                     table[name] = now
 
@@ -211,24 +264,16 @@ class Surroundings:
 @contextlib.contextmanager
 def _gathered(sharded: Sequence[_Entry]) -> Iterator[None]:
     """Put whole parameters in place that FSDP2 sharded since the call, and gathers only where a gradient comes by."""
-    shards = [entry.table[entry.name] for entry in sharded]
-    wholes = [whole(s).to(e.tensor.dtype).requires_grad_(e.requires_grad) for s, e in zip(shards, sharded, strict=True)]
-    for entry, tensor in zip(sharded, wholes, strict=True):
-        entry.table[entry.name] = tensor
+    shards = [table[name] for table, name, *_ in sharded]
+    wholes = [whole(s).to(e[2].dtype).requires_grad_(e[-1]) for s, e in zip(shards, sharded, strict=True)]
+    for (table, name, *_), tensor in zip(sharded, wholes, strict=True):
+        table[name] = tensor
     try:
         yield
     finally:
-        for entry, shard, tensor in zip(sharded, shards, wholes, strict=True):
-            if entry.table[entry.name] is tensor:  # else FSDP2 gathered it after all
-                entry.table[entry.name] = shard
+        for (table, name, *_), shard, tensor in zip(sharded, shards, wholes, strict=True):
+            if table[name] is tensor:  # else FSDP2 gathered it after all
+                table[name] = shard
 
 
-def _entry(table: dict[str, Any], name: str, tensor: Tensor) -> _Entry:
-    return _Entry(table, name, tensor, version_of(tensor), storage_key(tensor), tensor.requires_grad)
-
-
-def _held(entry: _Entry) -> _Entry:
-    """Return the entry without a graph: that of a functional_call's parameter may lead back to the call."""
-    if entry.tensor.is_leaf:
-        return entry
-    return entry._replace(tensor=entry.tensor.detach().requires_grad_())
+_NO_AUTOCAST = [("cpu", False, torch.bfloat16)]

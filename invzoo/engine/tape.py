@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from ._torch import is_fake, keeps_graph, set_grad_enabled, storage_owners
+from ._torch import is_fake, keeps_graph, set_grad_enabled, storage_owners, version_of
 from .state import state
 
 if TYPE_CHECKING:
@@ -27,8 +27,9 @@ def tuple_of(value: Any) -> tuple[Any, ...]:
 
 @dataclass(slots=True)
 class Input:
-    """What a rebuilt input has to look like."""
+    """What a rebuilt input has to look like; and the version of the original."""
 
+    version: int
     requires_grad: bool
     dtype: torch.dtype
     shape: torch.Size
@@ -37,7 +38,7 @@ class Input:
     @classmethod
     def of(cls, tensor: Tensor) -> "Input":
         stride = tensor.stride() if tensor.layout is torch.strided else ()
-        return cls(tensor.requires_grad, tensor.dtype, tensor.shape, stride)
+        return cls(version_of(tensor), tensor.requires_grad, tensor.dtype, tensor.shape, stride)
 
     def accept(self, value: Any, name: str, position: int) -> Tensor:
         """Return ``value`` in this dtype, if it can be the input at all."""
@@ -47,7 +48,7 @@ class Input:
                 f"Expected the inverse of {name} to return a tensor of shape {tuple(self.shape)} for input {position}; "
                 f"got {got}"
             )
-        return value.detach() if value.dtype == self.dtype else value.detach().to(self.dtype)
+        return value if value.dtype == self.dtype else value.detach().to(self.dtype)
 
     def leaf(self, value: Tensor) -> Tensor:
         """Return ``value`` as a function must get it: in the memory format that it had, for its views and copies."""
@@ -102,8 +103,9 @@ class Tape:
         if type(output) is not Tensor and not is_fake(output):
             return False  # a wrapper (DTensor, say) shares tensors that its own storage knows nothing of
         nbytes = output.numel() * output.element_size()
-        alone = storage_owners(output) == 1 and output.untyped_storage().nbytes() == nbytes
-        return alone and not keeps_graph() and not self._call.shares(output)
+        if keeps_graph() or output.untyped_storage().nbytes() != nbytes or storage_owners(output) != 1:
+            return False
+        return not self._call.shares(output)
 
     def run(self, function: Callable[..., Any], *args: Any, **side: Any) -> Any:
         """Evaluate a piece of the function; what autograd saves meanwhile goes to the graph of the forward."""
