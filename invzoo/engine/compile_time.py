@@ -13,14 +13,26 @@ from torch import Tensor, fx
 from torch._dynamo.comptime import ComptimeContext, comptime
 from torch._guards import detect_fake_mode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ._torch import storage_key, top_hook
 
-__all__ = ["begin", "changed_tensors", "check_closures", "eagerly", "examine", "note_tensors", "steps_aside", "stop"]
+__all__ = [
+    "begin",
+    "changed_tensors",
+    "check_closures",
+    "eagerly",
+    "examine",
+    "find_used",
+    "note_tensors",
+    "steps_aside",
+    "stop",
+    "used_tensors",
+]
 
 _versions: list[int] = []  # of the tensors noted last; the compiler works for one thread at a time
 _changed: list[int] = []
+_used: list[int] = []
 _aside: list[bool] = []
 _ENGINE = str(Path(__file__).parent)
 
@@ -97,6 +109,28 @@ def changed_tensors() -> tuple[int, ...]:
     return tuple(_changed)
 
 
+def find_used(tensors: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:  # noqa: ARG001 - comptime reads them
+    """Find out which of the tensors have a gradient, given that ``outputs`` have one."""
+    comptime(_find_used)
+
+
+def _find_used(context: ComptimeContext) -> None:
+    todo, reached = _nodes(context, "outputs"), set()
+    while todo:
+        node = todo.pop()
+        values = tree_leaves(node.meta.get("example_value"))
+        if node not in reached and any(isinstance(value, Tensor) and value.requires_grad for value in values):
+            reached.add(node)
+            todo += node.all_input_nodes
+    _used[:] = [i for i, node in enumerate(_nodes(context, "tensors")) if node in reached]
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def used_tensors() -> tuple[int, ...]:
+    """Return the positions of those that :func:`find_used` found."""
+    return tuple(_used)
+
+
 def check_closures(tensors: Sequence[Any], name: str) -> None:  # noqa: ARG001 - comptime reads them
     """Raise if the function that is traced uses a tensor that needs a gradient and is none of ``tensors``."""
     comptime(_check_closures)
@@ -128,9 +162,13 @@ def _fresh(graph: fx.Graph, modules: dict[str, Any]) -> list[fx.Node]:
     return nodes
 
 
-def _fakes(context: ComptimeContext, name: str) -> list[Tensor]:
+def _nodes(context: ComptimeContext, name: str) -> list[fx.Node]:
     variables: Any = context.get_local(name)._i_will_not_complain_if_bc_breaks_VariableTracker()
-    return [x.as_proxy().node.meta["example_value"] for x in variables.items if x.is_tensor()]
+    return [x.as_proxy().node for x in variables.items if x.is_tensor()]
+
+
+def _fakes(context: ComptimeContext, name: str) -> list[Tensor]:
+    return [node.meta["example_value"] for node in _nodes(context, name)]
 
 
 class _Watch(TorchDispatchMode):

@@ -29,7 +29,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from ._torch import with_tensors
 from .chain import Through
-from .compile_time import changed_tensors, check_closures, examine, note_tensors, stop
+from .compile_time import changed_tensors, check_closures, examine, find_used, note_tensors, stop, used_tensors
 from .mode import Mode
 from .state import state
 from .tape import tuple_of
@@ -301,22 +301,24 @@ class _Replay:
         inputs = [self.values[i] for i in step.inputs]
         moving = [j for j, x in enumerate(inputs) if _is_float(x)]
         names = [name for name, s in side.items() if _is_float(s)]
-        used = [*{k: None for _, _, k in step.weights}]
-        n, m = len(used), len(used) + len(moving)
+        held = [*{k: None for _, _, k in step.weights}]
+        n, m = len(held), len(held) + len(moving)
 
         def function(*tensors: Tensor) -> tuple[Tensor, ...]:
             new = dict(zip(moving, tensors[n:m], strict=True))
             xs = [new.get(j, x) for j, x in enumerate(inputs)]
-            weights = dict(zip(used, tensors[:n], strict=True))
-            return step.run(weights, xs, {**side, **dict(zip(names, tensors[m:], strict=True))})
+            weights = dict(zip(held, tensors[:n], strict=True))
+            outputs = step.run(weights, xs, {**side, **dict(zip(names, tensors[m:], strict=True))})
+            find_used(tensors, outputs)
+            return outputs
 
-        primals = [self.weights[k] for k in used] + [inputs[j] for j in moving] + [side[name] for name in names]
+        primals = [self.weights[k] for k in held] + [inputs[j] for j in moving] + [side[name] for name in names]
         outputs, pull = torch.func.vjp(function, *primals)  # type: ignore[misc]
         gradients = pull(tuple([self._gradient(step, j, y) for j, y in zip(step.floats, outputs, strict=True)]))
-        keys: list[tuple[str, Any]] = [("weight", k) for k in used]
+        keys: list[tuple[str, Any]] = [("weight", k) for k in held]
         keys += [("value", step.inputs[j]) for j in moving] + [("side", name) for name in names]
-        for key, gradient in zip(keys, gradients, strict=True):
-            self._add(key, gradient)
+        for i in used_tensors():  # the others have none, where vjp returns zeros
+            self._add(keys[i], gradients[i])
 
     def _gradient(self, step: _Step, j: int, output: Tensor) -> Tensor:
         """Take the gradient of a call's j-th output."""

@@ -23,11 +23,11 @@ from torch import Tensor
 __all__ = ["accelerators", "elsewhere", "hand_over", "module_of", "on_streams", "stream_of", "streams_of"]
 
 
-def accelerators(tensors: Iterable[Tensor]) -> set[torch.device]:
+def accelerators(*groups: Iterable[Tensor]) -> set[torch.device]:
     """Collect the devices besides the CPU that tensors are on, if this machine has any at all."""
     if not torch.accelerator.is_available():
         return set()
-    return {t.device for t in tensors if t.device.type not in ("cpu", "meta")}
+    return {t.device for group in groups for t in group if t.device.type not in ("cpu", "meta")}
 
 
 def module_of(device: torch.device) -> Any:

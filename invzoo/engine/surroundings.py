@@ -3,7 +3,6 @@
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -131,7 +130,7 @@ class Surroundings:
                         self.unusual = True
             if m._buffers:
                 self._add_buffers(m)
-        devices = accelerators(chain(tensors, (e[2] for e in self.entries), (b.copy for b in self.buffers)))
+        devices = accelerators(tensors, (e[2] for e in self.entries), (b.copy for b in self.buffers))
         self.generators = _generator_states(devices, generators)
         self.streams = streams_of(devices) if devices else []
         self.cast = any_autocast()
@@ -150,12 +149,8 @@ class Surroundings:
 
     def close(self, seed: bool) -> None:
         """After the call: forget what it left alone, and learn what to put back before a replay."""
-        ends = [g.get() for g in self.generators]
-        self.generators = [
-            g._replace(end=digest(end))
-            for g, end in zip(self.generators, ends, strict=True)
-            if seed or not same_state(g.state, end)
-        ]
+        ends = [(g, g.get()) for g in self.generators]
+        self.generators = [g._replace(end=digest(end)) for g, end in ends if seed or not same_state(g.state, end)]
         for _, name, tensor, version, _, _ in self.entries:
             if version_of(tensor) != version:
                 raise RuntimeError(
