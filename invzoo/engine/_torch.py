@@ -2,7 +2,7 @@
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize, stateless
 from torch.utils import _python_dispatch
 
 __all__ = [
+    "Stamp",
     "any_autocast",
     "at_end_of_backward",
     "backward_id",
@@ -28,6 +29,7 @@ __all__ = [
     "preserve_version",
     "same_state",
     "set_grad_enabled",
+    "stamps",
     "storage_key",
     "storage_owners",
     "top_hook",
@@ -132,6 +134,17 @@ def version_of(tensor: Tensor) -> int:
         return tensor._version
     except (RuntimeError, ValueError):
         return -1
+
+
+Stamp = tuple[int, int | None, bool]  # of a tensor: its version, its storage, and whether it requires a gradient
+
+
+def stamps(tensors: Iterable[Tensor]) -> list[Stamp]:
+    """Return what shows that tensors were changed or given other data."""
+    try:
+        return [(x._version, x.untyped_storage()._cdata, x.requires_grad) for x in tensors]
+    except (NotImplementedError, RuntimeError, ValueError):  # one of them has no version, or no storage
+        return [(version_of(x), storage_key(x), x.requires_grad) for x in tensors]
 
 
 def weights_cached() -> bool:

@@ -187,7 +187,7 @@ class Call:
             tensors = [(i, x) for i, x in enumerate(inputs if invert else outputs) if isinstance(x, Tensor)]
             self.prints = [(i, fingerprint(x)) for i, x in tensors if not (invert and i in self.passed)]
         self.release()
-        self.dtypes.update(self.surroundings.dtypes)
+        self.dtypes.update([x.dtype for x in self.surroundings.tensors])
 
     def _link(self, inputs: tuple[Any, ...], outputs: tuple[Any, ...]) -> None:
         """Put the outputs into slots, and become the one who rebuilds those of the inputs (rule 2)."""

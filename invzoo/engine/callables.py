@@ -2,9 +2,11 @@
 
 import functools
 import inspect
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 __all__ = ["SideNames", "modules_of"]
@@ -48,7 +50,14 @@ class SideNames(NamedTuple):
     def of(cls, function: Callable[..., Any]) -> "SideNames":
         """Read them from the signature of a function or of a module's ``forward``."""
         function = function.forward if isinstance(function, nn.Module) else function
-        return _side_names(getattr(function, "__func__", function))
+        function = getattr(function, "__func__", function)
+        if torch.compiler.is_compiling():  # and reads along, once
+            return _side_names(function)
+        try:
+            known = _known.get(function) or _known.setdefault(function, _side_names(function))
+        except TypeError:  # it cannot be referred to weakly
+            known = _side_names(function)
+        return known
 
     @classmethod
     def union(cls, parts: Iterable["SideNames"]) -> "SideNames":
@@ -67,7 +76,9 @@ class SideNames(NamedTuple):
             )
 
 
-@functools.cache
+_known: weakref.WeakKeyDictionary[Callable[..., Any], SideNames] = weakref.WeakKeyDictionary()
+
+
 def _side_names(function: Callable[..., Any]) -> SideNames:
     try:
         parameters = inspect.signature(function).parameters.values()

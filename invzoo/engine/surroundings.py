@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from operator import is_
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
-from ._torch import any_autocast, cpu_generator, digest, is_distributed, same_state, storage_key, version_of, whole
+from ._torch import Stamp, any_autocast, cpu_generator, digest, is_distributed, same_state, stamps, version_of, whole
 from .devices import accelerators, elsewhere, module_of, on_streams, streams_of
 from .observers import Observers
 
@@ -38,25 +39,22 @@ def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
     return value
 
 
-# A parameter or buffer where a module keeps it, as it was before the call and must be found again: the table and the
-# name in it, the tensor, its version, its storage, and whether it requires a gradient. (A named tuple takes too long.)
-_Entry = tuple[dict[str, Any], str, Tensor, int, int | None, bool]
+class _Entry(NamedTuple):
+    """A parameter or buffer where a module keeps it, as it was before the call and must be found again."""
 
-
-def _entry(table: dict[str, Any], name: str, tensor: Tensor) -> _Entry:
-    return table, name, tensor, version_of(tensor), storage_key(tensor), tensor.requires_grad
-
-
-def _held(entry: _Entry) -> _Entry:
-    """Return the entry without a graph: that of a functional_call's parameter may lead back to the call."""
-    table, name, tensor, version, storage, requires_grad = entry
-    return entry if tensor.is_leaf else (table, name, tensor.detach().requires_grad_(), version, storage, requires_grad)
+    table: dict[str, Any]
+    name: str
+    tensor: Tensor
+    stamp: Stamp
 
 
 class _Buffer(NamedTuple):
     """A buffer that the call may change."""
 
-    entry: _Entry
+    table: dict[str, Any]
+    name: str
+    tensor: Tensor
+    version: int
     copy: Tensor
     counted: bool  # whether every change of it moves its version
 
@@ -101,14 +99,16 @@ class Surroundings:
         "autocast",
         "buffers",
         "cast",
-        "entries",
         "flags",
         "generators",
         "known",
         "modules",
         "observers",
         "replaced",
+        "stamps",
         "streams",
+        "tables",
+        "tensors",
         "unusual",
     )
 
@@ -116,69 +116,67 @@ class Surroundings:
         self.modules = modules = walk(roots)
         self.flags = [m.training for m in modules]
         self.observers = Observers(modules)
-        self.entries: list[_Entry] = []
-        self.buffers: list[_Buffer] = []
-        self.known: set[int] = set()  # the parameters that are checked here
-        self.unusual = False  # parameters of a functional_call, sharded ones, and those without a shape
-        for m in modules:
-            for name, parameter in m._parameters.items():
-                if parameter is not None:
-                    self.entries.append(_entry(m._parameters, name, parameter))
-                    if type(parameter) is nn.Parameter:
-                        self.known.add(id(parameter))
-                    else:
-                        self.unusual = True
-            if m._buffers:
-                self._add_buffers(m)
-        devices = accelerators(tensors, (e[2] for e in self.entries), (b.copy for b in self.buffers))
+        # Where parameters are, and which; later the buffers that the call left alone, too.
+        self.tables = [(m._parameters, m._parameters.copy()) for m in modules if m._parameters]
+        self._stamp()
+        self.known = {*map(id, self.tensors)}  # the parameters that are checked here
+        # Parameters of a functional_call, sharded ones, and those without a shape.
+        self.unusual = any(type(x) is not nn.Parameter for x in self.tensors)
+        self.buffers = [buffer for m in modules if m._buffers for buffer in _buffers(m)]
+        devices = accelerators(tensors, self.tensors, (b.copy for b in self.buffers))
         self.generators = _generator_states(devices, generators)
         self.streams = streams_of(devices) if devices else []
         self.cast = any_autocast()
         self.autocast = _autocast_state({"cpu", *(d.type for d in devices)}) if self.cast or devices else _NO_AUTOCAST
         self.replaced: list[tuple[dict[str, Any], str, Tensor]] = []
 
-    def _add_buffers(self, m: nn.Module) -> None:
-        counted = not (m.training and isinstance(m, _NormBase))  # F.batch_norm moves its statistics without counting
-        buffers = [(name, b) for name, b in m._buffers.items() if b is not None]
-        self.buffers += [_Buffer(_entry(m._buffers, name, b), b.detach().clone(), counted) for name, b in buffers]
+    def _stamp(self) -> None:
+        self.tensors: list[Tensor] = [x for _, was in self.tables for x in was.values() if x is not None]
+        self.stamps = stamps(self.tensors)
+
+    def _entries(self) -> list[_Entry]:
+        places = [(table, name, x) for table, was in self.tables for name, x in was.items() if x is not None]
+        return [_Entry(*place, stamp) for place, stamp in zip(places, self.stamps, strict=True)]
 
     @property
     def lazy(self) -> bool:
         """Whether a parameter has no shape yet; its first call decides that, and is no call to replay."""
-        return self.unusual and any(is_lazy(tensor) for _, _, tensor, *_ in self.entries)
+        return self.unusual and any(map(is_lazy, self.tensors))
 
     def close(self, seed: bool) -> None:
         """After the call: forget what it left alone, and learn what to put back before a replay."""
         ends = [(g, g.get()) for g in self.generators]
         self.generators = [g._replace(end=digest(end)) for g, end in ends if seed or not same_state(g.state, end)]
-        for _, name, tensor, version, _, _ in self.entries:
-            if version_of(tensor) != version:
-                raise RuntimeError(
-                    f"Expected function not to change parameters in place; got a change of {name!r}. "
-                    "Change it outside the call, or use mode 'store'"
-                )
-        for entry, copy, counted in self.buffers:
-            table, name, tensor, version, _, _ = entry
+        if stamps(self.tensors) != self.stamps:
+            for _, name, tensor, stamp in self._entries():
+                if version_of(tensor) != stamp[0]:
+                    raise RuntimeError(
+                        f"Expected function not to change parameters in place; got a change of {name!r}. "
+                        "Change it outside the call, or use mode 'store'"
+                    )
+        if self.buffers or self.unusual:
+            self._hold()
+
+    def _hold(self) -> None:
+        """Keep parameters without their graphs, and the buffers that the call left alone."""
+        if self.unusual:
+            self.known = set()
+            self.tables = [(table, _without_graphs(was)) for table, was in self.tables]
+        for table, name, tensor, version, copy, counted in self.buffers:
             moved = version_of(tensor) != version or table.get(name) is not tensor
             if moved or not counted:
                 self.replaced.append((table, name, copy))
             else:
-                self.entries.append(entry)
-        if self.unusual or self.buffers:
-            self.entries = [_held(entry) for entry in self.entries if not is_distributed(entry[2])]
+                self.tables.append((table, {name: tensor}))
         self.buffers = []
-
-    @property
-    def dtypes(self) -> list[torch.dtype]:
-        """Those of the parameters and buffers."""
-        return [tensor.dtype for _, _, tensor, *_ in self.entries]
+        self._stamp()
 
     def _check(self) -> None:
-        for _, name, tensor, version, storage, _ in self.entries:
-            if version_of(tensor) != version or storage_key(tensor) != storage:
+        for entry, now in zip(self._entries(), stamps(self.tensors), strict=True):
+            if now[:2] != entry.stamp[:2]:
                 raise RuntimeError(
                     f"Expected parameters and buffers to stay as they were between forward and backward; got a change "
-                    f"of {name!r}. Call backward before optimizer.step() or load_state_dict()"
+                    f"of {entry.name!r}. Call backward before optimizer.step() or load_state_dict()"
                 )
 
     def check_generators(self) -> None:
@@ -202,25 +200,22 @@ class Surroundings:
         """Whether all is as it was already, and a replay will move nothing: so it is in most replays."""
         if self.generators or self.replaced or self.cast or self.observers.active or any_autocast():
             return False
-        for table, name, tensor, version, storage, requires_grad in self.entries:
-            if (
-                table[name] is not tensor
-                or version_of(tensor) != version
-                or storage_key(tensor) != storage
-                or tensor.requires_grad is not requires_grad
-            ):
+        if stamps(self.tensors) != self.stamps or [m.training for m in self.modules] != self.flags:
+            return False
+        for table, was in self.tables:
+            if not all(map(is_, map(table.get, was), was.values())):
                 return False
-        same_flags = [m.training for m in self.modules] == self.flags
-        return same_flags and not self.observers.present() and not elsewhere(self.streams)
+        return not self.observers.present() and not elsewhere(self.streams)
 
     @contextlib.contextmanager
     def restored(self) -> Iterator[None]:
         """Put everything back as it was, for as long as the context lasts."""
         self._check()
-        moved = [e for e in self.entries if e[0][e[1]] is not e[2]]
-        sharded = [e for e in moved if is_distributed(e[0][e[1]])]
-        put = [(table, name, tensor) for table, name, tensor, *_ in moved if not is_distributed(table[name])]
-        toggled = [(tensor, was) for _, _, tensor, *_, was in self.entries if tensor.requires_grad != was]
+        entries = self._entries()
+        moved = [e for e in entries if e.table[e.name] is not e.tensor]
+        sharded = [e for e in moved if is_distributed(e.table[e.name])]
+        put = [(e.table, e.name, e.tensor) for e in moved if not is_distributed(e.table[e.name])]
+        toggled = [(e.tensor, e.stamp[2]) for e in entries if e.tensor.requires_grad != e.stamp[2]]
         flags = [(m, was, m.training) for m, was in zip(self.modules, self.flags, strict=True) if m.training != was]
         states = [(g.set, g.get()) for g in self.generators]
         old = [(table, name, table.get(name)) for table, name, _ in (*put, *self.replaced)]
@@ -256,19 +251,33 @@ class Surroundings:
         return stack
 
 
+def _buffers(m: nn.Module) -> list[_Buffer]:
+    counted = not (m.training and isinstance(m, _NormBase))  # F.batch_norm moves its statistics without counting
+    buffers = [(name, b) for name, b in m._buffers.items() if b is not None]
+    return [_Buffer(m._buffers, name, b, version_of(b), b.detach().clone(), counted) for name, b in buffers]
+
+
+def _without_graphs(table: dict[str, Any]) -> dict[str, Any]:
+    """Return what stays of parameters: those of a functional_call may lead back to the call, shards are put in place
+    by whoever shards them.
+    """
+    kept = {name: x for name, x in table.items() if x is not None and not is_distributed(x)}
+    return {name: x if x.is_leaf else x.detach().requires_grad_() for name, x in kept.items()}
+
+
 @contextlib.contextmanager
 def _gathered(sharded: Sequence[_Entry]) -> Iterator[None]:
     """Put whole parameters in place that FSDP2 sharded since the call, and gathers only where a gradient comes by."""
-    shards = [table[name] for table, name, *_ in sharded]
-    wholes = [whole(s).to(e[2].dtype).requires_grad_(e[-1]) for s, e in zip(shards, sharded, strict=True)]
-    for (table, name, *_), tensor in zip(sharded, wholes, strict=True):
-        table[name] = tensor
+    shards = [e.table[e.name] for e in sharded]
+    wholes = [whole(s).to(e.tensor.dtype).requires_grad_(e.stamp[2]) for s, e in zip(shards, sharded, strict=True)]
+    for entry, tensor in zip(sharded, wholes, strict=True):
+        entry.table[entry.name] = tensor
     try:
         yield
     finally:
-        for (table, name, *_), shard, tensor in zip(sharded, shards, wholes, strict=True):
-            if table[name] is tensor:  # else FSDP2 gathered it after all
-                table[name] = shard
+        for entry, shard, tensor in zip(sharded, shards, wholes, strict=True):
+            if entry.table[entry.name] is tensor:  # else FSDP2 gathered it after all
+                entry.table[entry.name] = shard
 
 
 _NO_AUTOCAST = [("cpu", False, torch.bfloat16)]

@@ -23,12 +23,10 @@ from tests.composition.cases import (
 )
 
 # Dynamo looks at `.grad` of every input, inductor imports scripted functions: torch's own business, with any net.
-# The warning about cached functions has a test of its own.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
     pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning"),
 ]
 
 
@@ -46,13 +44,6 @@ def compiled(case: Case, backend: str) -> Case:
 def test_compiled_net(case: Case):
     assert_same_step(compiled(case, "aot_eager"))
     assert_same_step(case, steps=1)
-
-
-@pytest.mark.filterwarnings("error:Dynamo detected a call to a `functools.lru_cache`:UserWarning")
-def test_compiling_warns_of_nothing(mode: str):
-    case = make("invertible_sequential")
-    with iz.mode(case.net, mode):
-        assert_same([torch.compile(case.net, backend="eager")(case.x)], [case.plain(case.x)])
 
 
 def test_compiled_net_inductor(mode: str):

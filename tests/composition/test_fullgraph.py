@@ -20,7 +20,6 @@ from tests.composition.cases import WIDTH, Case, assert_same, assert_same_step, 
 pytestmark = [  # torch's own business, with any net
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
     pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
 ]
 
@@ -158,11 +157,37 @@ class Conditioned(nn.Module):
 
 
 def test_side_inputs():
-    """What a subnet makes of the context alone is not saved for each layer either."""
+    """What a subnet makes of the context alone is not saved for each layer either. Compiling warns of nothing."""
     net, graphs = iz.InvertibleSequential(*(iz.AdditiveCoupling(Conditioned()) for _ in range(3))), Graphs()
     side = {"context": torch.randn(4, 2), "scale": 0.5, "shift": torch.arange(HALF)}
     assert_same_gradients(net, x(), backend=graphs, **side)
     assert graphs.saved() == [(4, WIDTH)]
+
+
+class Partial(nn.Module):
+    """Uses one of its parameters, one without its gradient, and one not at all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.detached, self.unused = (nn.Parameter(torch.randn(HALF)) for _ in range(3))
+
+    def forward(self, x: Tensor, context: Tensor, other: Tensor) -> Tensor:
+        return (x * self.used).sin() * self.detached.detach() + context + other.detach()
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_what_is_not_used_has_no_gradient(backend: str):
+    """None, not zeros, which would let an optimizer decay a weight."""
+    net = iz.InvertibleSequential(*(iz.AdditiveCoupling(Partial()) for _ in range(2)))
+    given, context, other = (torch.randn(4, n, requires_grad=True) for n in (WIDTH, HALF, HALF))
+    results = []
+    for run in (net, compiled(net, backend)):
+        net.zero_grad()
+        given.grad = context.grad = None
+        loss_of(run(given, context=context, other=other)).backward()
+        results.append(gradients(net, given, context, other))
+    assert_same(results[1], results[0])
+    assert [g is None for g in results[1]] == [False, True, True] * 2 + [False, False, True]
 
 
 def test_batch_norm_in_subnets():

@@ -1,6 +1,7 @@
 """`checkpoint`: the engine for plain callables."""
 
 import functools
+import weakref
 
 import pytest
 import torch
@@ -66,6 +67,16 @@ def test_modules_behind_a_callable_are_found(wrap, x):
         net[0].bias.add_(1)
     with pytest.raises(RuntimeError, match="got a change of 'bias'"):
         y.sum().backward()
+
+
+def test_callables_are_not_held(x):
+    def inverse(y):
+        return y.log()
+
+    iz.checkpoint(torch.exp, x, inverse=inverse).sum().backward()
+    held = weakref.ref(inverse)
+    del inverse
+    assert held() is None
 
 
 def test_disabled_it_is_the_function(x):

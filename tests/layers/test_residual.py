@@ -376,7 +376,6 @@ def test_half_precision_has_a_log_det_in_float32(dtype, estimator):
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning")
 @pytest.mark.parametrize("call", ["forward", "forward_and_log_det", "inverse"])
 def test_compiled(call):
     layer, x = block(), torch.randn(4, 3, dtype=torch.float64, requires_grad=True)

@@ -15,7 +15,6 @@ from tests.composition.cases import assert_same
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning"),  # torch's own
-    pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning"),
 ]
 
 FORWARD, INVERSE = "forward", "inverse"
