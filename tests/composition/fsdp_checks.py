@@ -1,6 +1,7 @@
 """Checks of FSDP2, which two processes run."""
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 from unittest.mock import patch
@@ -13,6 +14,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_f
 from torch.utils.checkpoint import checkpoint
 
 import invzoo as iz
+from invzoo.engine.memory import track_memory
 from tests.composition.cases import BUILDERS, WIDTH, Case, assert_same, make
 from tests.composition.workers import (
     WORLD,
@@ -31,7 +33,11 @@ from tests.composition.workers import (
 __all__ = ["CHECKS", "shard"]
 
 
-def shard(net: nn.Module, where: str, **options: Any) -> nn.Module:
+FULL = MixedPrecisionPolicy()
+BFLOAT16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+
+
+def shard(net: nn.Module, where: str, policy: MixedPrecisionPolicy = FULL, **options: Any) -> nn.Module:
     options = {"mesh": init_device_mesh("cpu", (dist.get_world_size(),)), **options}
     if where == "layers":
         parts = [m for m in layers_of(net) if m is not net]
@@ -42,8 +48,9 @@ def shard(net: nn.Module, where: str, **options: Any) -> nn.Module:
     else:
         parts = []
     for part in parts:
-        fully_shard(part, **options)
-    return fully_shard(net, **options)
+        fully_shard(part, mp_policy=policy, **options)
+    casts = where in ("root", "layers")  # else the root is there for what its parts leave, and streams stay as they are
+    return fully_shard(net, mp_policy=policy if casts else FULL, **options)
 
 
 def fsdp(where: str, reshard: bool) -> dict[str, Callable[[int], None]]:
@@ -130,41 +137,51 @@ def fsdp_checkpointed(case: Case, rank: int) -> None:
     assert_same([full(p.grad) for p in net.parameters()], expected)
 
 
-@each(names=("invertible_sequential", "streams"))
-def fsdp_in_bfloat16(case: Case, rank: int) -> None:
-    """FSDP casts the parameters and the inputs of subnets; a plain net under FSDP is what this compares with."""
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.float64)
-    x, grads = batches(case), []
-    for net in (case.net, case.plain):
-        for m in net.modules():
-            if hasattr(m, "f"):
-                for part in (m.f, m.g):
-                    fully_shard(part, mesh=init_device_mesh("cpu", (WORLD,)), mp_policy=policy)
-        net(x[rank].sigmoid()).square().sum().backward()
-        grads.append([full(p.grad) for p in net.parameters()])
-    assert_same(*grads, rtol=1e-3)
-
-
-def fsdp_of_whole_layers_in_bfloat16(where: str) -> dict[str, Callable[[int], None]]:
-    """The streams themselves are bfloat16 then, and rebuilt in it: as good as the precision, so coarsely compared."""
+def in_bfloat16(where: str) -> dict[str, Callable[[int], None]]:
+    """Compare with a plain net under the same FSDP; streams that are bfloat16 themselves are rebuilt as coarsely."""
 
     def check(case: Case, rank: int) -> None:
-        policy, x, grads = MixedPrecisionPolicy(param_dtype=torch.bfloat16), batches(case), []
+        x, grads = batches(case), []
         for net in (case.net, case.plain):
-            for part in (*net, net) if where == "layers" else (net,):
-                fully_shard(part, mesh=init_device_mesh("cpu", (WORLD,)), mp_policy=policy)
-            y = net(x[rank].sigmoid())
-            assert y.dtype == torch.bfloat16
+            y = shard(net, where, BFLOAT16)(x[rank].sigmoid())
+            assert y.dtype == (torch.float64 if where == "subnets" else torch.bfloat16)
             y.double().square().sum().backward()
             grads.append([full(p.grad) for p in net.parameters()])
-        assert_same(*grads, rtol=5e-2)
+        coarse = where != "subnets" and layers_of(case.net)[0].mode == "invert"
+        assert_same(*grads, rtol=5e-2 if coarse else 1e-9)
 
-    check.__name__ = f"fsdp_of_{where}_in_bfloat16"
-    return each(names=("invertible_sequential",))(check)
+    check.__name__ = f"fsdp_{where}_in_bfloat16"
+    return each(names=("invertible_sequential", "streams") if where == "subnets" else ("invertible_sequential",))(check)
+
+
+def fsdp_output_dtype_of_each_layer_parts_them(rank: int) -> None:
+    """Each layer holds its output then, since the next one gets another tensor; the root's dtype parts nothing."""
+    policy = dataclasses.replace(BFLOAT16, output_dtype=torch.float32)
+
+    def growth(where: str, policy: MixedPrecisionPolicy) -> int:
+        held = []
+        for depth in (2, 6):
+            net, x = shard(Recorded.stack(depth, [], "invert"), where, policy), torch.randn(1024, WIDTH)
+            net(x)  # a first call checks more
+            with track_memory() as memory:
+                y = net(x)
+                held.append(memory.current)
+        return round((held[1] - held[0]) / (y.numel() * torch.bfloat16.itemsize))
+
+    assert growth("layers", BFLOAT16) == growth("root", policy) == 0
+    assert growth("layers", policy) == 4
 
 
 METHODS = ("forward_and_log_det", "inverse", "inverse_and_log_det")
 Loss = Callable[[nn.Module, Tensor], Tensor]
+
+
+def by_square(net: nn.Module, x: Tensor) -> Tensor:
+    return net(x).square().mean()
+
+
+def in_mixed_precision(net: nn.Module, x: Tensor) -> Tensor:
+    return net(x.float()).float().square().mean()
 
 
 def by_log_det(net: nn.Module, x: Tensor) -> Tensor:
@@ -240,20 +257,17 @@ def fsdp_overlaps(mode: str, rank: int) -> None:
     assert_overlaps(log, mode, 4)
 
 
-def saves(where: str, log_det: bool) -> dict[str, Callable[[int], None]]:
+def saves(where: str, loss: Loss, policy: MixedPrecisionPolicy = FULL) -> dict[str, Callable[[int], None]]:
     def wrap(net: nn.Module) -> nn.Module:
-        shard(net, where, reshard_after_forward=True)
+        shard(net if policy is FULL else net.float(), where, policy, reshard_after_forward=True)
         for module in (net, *net):
             register_fsdp_forward_method(module, "forward_and_log_det")
         return net
 
-    def step(net: nn.Module, x: Tensor) -> None:
-        (by_log_det(net, x) if log_det else net(x).square().mean()).backward()
-
     def check(mode: str, rank: int) -> None:
-        assert_saves(step, wrap, mode)
+        assert_saves(loss, wrap, mode)
 
-    check.__name__ = f"fsdp_{where}_saves" + ("_with_a_log_det" if log_det else "")
+    check.__name__ = f"fsdp_{where}_saves_{loss.__name__}"
     return modes(check)
 
 
@@ -291,11 +305,10 @@ for _where in ("root", "layers", "subnets", "linears"):
         CHECKS |= fsdp(_where, _reshard)
 for _where in ("root", "layers", "subnets"):
     CHECKS |= gathers_no_more_often(_where)
-    CHECKS |= saves(_where, log_det=False) | saves(_where, log_det=True)
+    CHECKS |= saves(_where, by_square) | saves(_where, by_log_det) | saves(_where, in_mixed_precision, BFLOAT16)
+    CHECKS |= in_bfloat16(_where)
     for _loss in (by_log_det, by_log_det_of_inverse, by_samples):
         CHECKS |= registered(_where, _loss)
-for _where in ("root", "layers"):
-    CHECKS |= fsdp_of_whole_layers_in_bfloat16(_where)
 CHECKS |= {
     **fsdp_overlaps,
     **fsdp_loss_sees_half_of_the_output,
@@ -305,7 +318,7 @@ CHECKS |= {
     **fsdp_two_forwards,
     **fsdp_frozen_subnets,
     **fsdp_checkpointed,
-    **fsdp_in_bfloat16,
+    "fsdp_output_dtype_of_each_layer_parts_them": fsdp_output_dtype_of_each_layer_parts_them,
     **fsdp_under_no_grad_between,
     **fsdp_optimizer_step_before_backward_is_an_error,
 }
