@@ -39,6 +39,8 @@ class GlowStep(Chain):
         dim: 1 or -1.
         scale, max_log_scale: of the coupling, as for :class:`AffineCoupling`.
         zero_init: set the last weighted module of ``f`` to zero, as the paper does, so that the step starts linear.
+        subnet_dtype: what the subnet's input is cast to, while its value is cast back: with ``f`` alone in bfloat16,
+            norm, matrix and streams stay in float32. None: it comes as it is.
         device: of the parameters of norm and matrix.
         dtype: likewise, and without autocast that of x and y.
         options: those of :class:`InvertibleModule`. Modes and checks are those of the layers.
@@ -67,6 +69,7 @@ class GlowStep(Chain):
         scale: str = "tanh",
         max_log_scale: float = 2.0,
         zero_init: bool = True,
+        subnet_dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         **options: Any,
@@ -77,7 +80,8 @@ class GlowStep(Chain):
         mix = InvertibleConv1x1 if dim == 1 else InvertibleLinear
         self.act_norm = ActNorm(features, dim=dim, device=device, dtype=dtype)
         self.mix = mix(features, kind=kind, device=device, dtype=dtype)
-        self.coupling = AffineCoupling(f, dim=dim, scale=scale, max_log_scale=max_log_scale, zero_init=zero_init)
+        settings: dict[str, Any] = {"scale": scale, "max_log_scale": max_log_scale, "zero_init": zero_init}
+        self.coupling = AffineCoupling(f, dim=dim, subnet_dtype=subnet_dtype, **settings)
         set_options(self, options)
 
     def _layers(self) -> Iterable[tuple[str, InvertibleModule]]:
@@ -102,6 +106,7 @@ class HINTCoupling(Chain):
         dim: the dimension that is split.
         scale, max_log_scale: as for :class:`AffineCoupling`.
         zero_init: set the last weighted module of each subnet to zero, so that the layer starts as the identity.
+        subnet_dtype: what the subnets' inputs are cast to, as for :class:`GlowStep`.
         options: those of :class:`InvertibleModule`. Modes and checks are those of the layers.
 
     Raises:
@@ -129,11 +134,13 @@ class HINTCoupling(Chain):
         scale: str = "tanh",
         max_log_scale: float = 2.0,
         zero_init: bool = True,
+        subnet_dtype: torch.dtype | None = None,
         **options: Any,
     ) -> None:
         super().__init__(**options)
         self._check_arguments(features, subnet, depth)
-        settings: dict[str, Any] = {"scale": scale, "max_log_scale": max_log_scale, "zero_init": zero_init, "dim": dim}
+        settings: dict[str, Any] = {"scale": scale, "max_log_scale": max_log_scale, "zero_init": zero_init}
+        settings |= {"dim": dim, "subnet_dtype": subnet_dtype}
         sizes = Partition("half", dim).sizes(features)
         self.coupling = AffineCoupling(subnet(sizes[0], 2 * sizes[1]), split=sizes, swap=True, **settings)
         if features > 2 and depth != 1:

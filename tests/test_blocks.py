@@ -110,6 +110,35 @@ def test_options_reach_every_layer():
         assert {(m.mode, m.check) for m in layers} == {("store", "never")}
 
 
+@pytest.mark.parametrize("mode", iz.Mode)
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(lambda net, half: iz.GlowStep(7, net(3, 8), subnet_dtype=half), id="glow"),
+        pytest.param(lambda net, half: iz.HINTCoupling(7, net, subnet_dtype=half), id="hint"),
+    ],
+)
+def test_subnets_alone_in_half_precision(make, mode):
+    """All else is float32, so that the inverse is as good as ever, and gradients do not depend on the mode."""
+    half = torch.bfloat16
+    block, x = trained(make(lambda n, m: Net(n, m, half), half)), torch.randn(5, 7, 2, requires_grad=True)
+    block(x)  # sets the norm
+    y, log_det = block.forward_and_log_det(x)
+    assert {y.dtype, log_det.dtype} == {torch.float32}
+    assert_close(block.inverse(y), x, rtol=1e-5, atol=1e-5)
+
+    def gradients():
+        y, log_det = block.forward_and_log_det(x)
+        return torch.autograd.grad(y.sin().sum() - log_det.sum(), [x, *block.parameters()])
+
+    with iz.mode(block, "store"):
+        expected = gradients()
+    with iz.mode(block, mode):
+        found = gradients()
+    assert any(g.dtype == half for g in found)
+    assert_close(found, expected, rtol=2e-2, atol=2e-2)
+
+
 @blocks
 def test_copies_and_files(make, shape):
     block, x = make(), inputs(3, *shape)

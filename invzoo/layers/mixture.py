@@ -152,7 +152,7 @@ class MixtureLogisticCoupling(Coupling):
         max_mean: bound on the means.
         max_log_scale: bound on a and on the components' log-scales, in nats.
         dim, split, swap, zero_init: as for :class:`AffineCoupling`.
-        options: those of :class:`InvertibleModule`.
+        options: ``subnet_dtype`` of :class:`AffineCoupling`, and those of :class:`InvertibleModule`.
 
     Raises:
         ValueError: for options that are not positive, another ``split``, an input that cannot be split so, or a subnet

@@ -36,7 +36,7 @@ class RationalQuadraticCoupling(Coupling):
         min_bin: the least width and height of a bin, as a share of the interval.
         min_slope: the least slope at a knot; the largest is its reciprocal.
         dim, split, swap, zero_init: as for :class:`AffineCoupling`; with ``zero_init`` it starts at the identity.
-        options: those of :class:`InvertibleModule`.
+        options: ``subnet_dtype`` of :class:`AffineCoupling`, and those of :class:`InvertibleModule`.
 
     Raises:
         ValueError: for options that make no spline or no split, an input that cannot be split so, or a subnet that
