@@ -47,6 +47,7 @@ from .layers.squash import (
 from .layers.squeeze import Squeeze, Unsqueeze
 from .layers.surjection import Abs, Augment, Slice
 from .layers.wavelet import DCT, HaarDownsample, HaarUpsample, Hadamard
+from .log_dets import sum_per_sample
 from .module import Inverse, InvertibleModule, mode
 
 if TYPE_CHECKING:
@@ -132,6 +133,7 @@ __all__ = [
     "lipschitz",
     "mode",
     "requires_grad",
+    "sum_per_sample",
     "testing",
 ]
 

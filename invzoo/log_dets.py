@@ -17,7 +17,19 @@ def log_det_dtype(x: Tensor) -> torch.dtype:
 
 
 def sum_per_sample(owner: object, values: Tensor) -> Tensor:
-    """Sum over all dims but the first what the entries add to a log-determinant: (B, ...) -> (B,)."""
+    """Sum a layer's log-slopes over all dims but the first, in at least float32: (B, ...) -> (B,).
+
+    Args:
+        owner: the layer, which the message names.
+        values: what each entry adds to the log-determinant.
+
+    Raises:
+        ValueError: for a scalar, which has no batch dim.
+
+    Example:
+        >>> iz.sum_per_sample(iz.Identity(), torch.zeros(3, 4, 5)).shape
+        torch.Size([3])
+    """
     if values.ndim == 0:
         refuse(owner, "input", "have a batch dim, for a log-determinant", "a scalar")
     values = values.to(log_det_dtype(values))

@@ -3,10 +3,10 @@
 import threading
 import weakref
 from collections.abc import Iterable, Iterator
+from importlib import import_module
 from typing import Any
 
 import torch
-import torch._dynamo  # else a mode's first operator imports it, and that keeps the caller's frames until a collection
 from torch import Tensor, UntypedStorage, nn
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
@@ -58,6 +58,7 @@ class track_memory(TorchDispatchMode):  # noqa: N801 - reads as the verb that it
         device: torch.device | str | None = None,
         include: Tensor | nn.Module | Iterable[Tensor | nn.Module] = (),
     ) -> None:
+        import_module("torch._dynamo")  # else the first operator does, and keeps the caller's frames until a collection
         super().__init__()
         included = [include] if isinstance(include, Tensor | nn.Module) else [*include]
         for item in included:

@@ -1,12 +1,13 @@
 """What a layer must do, as assertions for any layer, and the catalogue of this library's layers.
 
-:func:`assert_invertible` makes all assertions on a layer of yours. ``strategies`` draws inputs and stacks of layers;
-it needs hypothesis, which nothing else here does.
+:func:`assert_invertible` makes all assertions on a layer of yours, and :class:`track_memory` counts the bytes that it
+holds. ``strategies`` draws inputs and stacks of layers; it needs hypothesis, which nothing else here does.
 """
 
 from importlib import import_module
 from typing import Any
 
+from ..engine.memory import track_memory
 from .assertions import ASSERTIONS, assert_invertible, assertions_of
 from .catalogue import CATALOGUE, cases
 from .entries import Case, Entry
@@ -37,6 +38,7 @@ __all__ = [
     "cases",
     "draw_from",
     "strategies",
+    "track_memory",
 ]
 
 
