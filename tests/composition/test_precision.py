@@ -104,7 +104,7 @@ def test_a_deep_stack_under_autocast_passes_its_first_check(container):
 def test_autocast_of_every_device_type_here(mode: str):
     """By the generic interface: whatever device types this build knows, their autocast is on again in a replay."""
     types = [t for t in ("cpu", "cuda", "xpu", "hpu", "mps", "mtia", "xla") if torch.amp.is_autocast_available(t)]
-    accelerator = torch.accelerator.current_accelerator()
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
     # A device that another test of this process simulated is not one of this build.
     devices = [t for t in types if t == "cpu" or (accelerator is not None and t == accelerator.type)]
     for device in devices:

@@ -17,7 +17,7 @@ import invzoo as iz
 from invzoo.engine.memory import track_memory
 
 # Forward mode decomposes some operators with a compiler that torch itself no longer recommends.
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit")
 
 BATCH, WIDTH = 512, 8  # activations are much larger than weights
 

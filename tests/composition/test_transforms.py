@@ -24,7 +24,7 @@ from tests.composition.cases import (
 )
 
 # Forward mode decomposes some operators with a compiler that torch itself no longer recommends.
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit")
 
 # ---- functional_call ------------------------------------------------------------------------------------------------
 

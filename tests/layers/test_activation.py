@@ -133,9 +133,7 @@ def test_outputs_are_in_the_codomain(name: str) -> None:
 
 @every
 @directions
-@pytest.mark.filterwarnings(
-    "ignore:.torch.jit.script. is deprecated:DeprecationWarning"
-)  # torch's forward mode uses it
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # torch's forward mode uses it
 def test_derivatives(name: str, direction: str) -> None:
     layer = LAYERS[name]
     f, x = getattr(layer, direction), argument(layer, direction, 2, 3)

@@ -395,7 +395,7 @@ def test_same_seed_same_layer() -> None:
     assert_close([InvertibleLinear(8, kind=kind).weight for kind in KINDS], first, rtol=0, atol=0)
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # torch's own, in jacfwd
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # torch's own, in jacfwd
 @all_kinds
 def test_transforms_of_torch_func(kind: str) -> None:
     layer, x = linear(4, kind=kind), torch.randn(5, 4, dtype=torch.float64)

@@ -96,7 +96,7 @@ def test_sixteen_deep_in_float32(name: str) -> None:
     close(back, x, 1e-5)
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # torch's own, in forward AD
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # torch's own, in forward AD
 @every
 @directions
 def test_derivatives(name: str, direction: str) -> None:

@@ -14,7 +14,7 @@ from invzoo.testing import Case
 from tests.composition.cases import assert_same
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning"),  # torch's own
+    pytest.mark.filterwarnings("ignore:.torch.jit"),  # torch's own
 ]
 
 FORWARD, INVERSE = "forward", "inverse"

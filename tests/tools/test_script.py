@@ -9,7 +9,7 @@ from torch import nn
 import invzoo as iz
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.torch.jit"),
     pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),  # shapes are checked, and traced shapes are tensors
 ]
 
