@@ -67,6 +67,7 @@ def main() -> None:
         dist.init_process_group()
     train(**vars(options), rank=rank, world=world)
     if world > 1:
+        dist.barrier()  # else gloo's threads may still let go of tensors as Python ends, and end the process with it
         dist.destroy_process_group()
 
 

@@ -94,6 +94,9 @@ def serve(rank: int, world: int, store: str, suite: str, args: tuple[Any, ...], 
         except RuntimeError:
             failures.setdefault(name, traceback.format_exc())
             break
+    else:
+        if world > 1:
+            dist.barrier()  # as in notebooks/distributed.py
     answers.put((rank, failures))
     if world > 1:
         dist.destroy_process_group()

@@ -61,8 +61,10 @@ def test_a_script_runs_alone_and_under_torchrun():
         for process in processes:
             process.kill()
     for process, (_, errors) in zip(processes, said):
-        # A plain net under FSDP2 dies like this too, rarely, after all is done: as gloo's threads end with Python.
-        assert process.returncode == 0 or "terminate called without an active exception" in errors, errors
+        # Without its barrier the script, like any other of torch's, dies now and then after all is done ("terminate
+        # called without an active exception"): DTensor's caches hold the process group, whose threads let go of the
+        # last collective's tensors with Python's lock, while Python ends.
+        assert process.returncode == 0, errors
     alone, together = ([float(line.split()[-1]) for line in out.splitlines()] for out, _ in said)
     assert len(alone) == 3
     assert alone[-1] < alone[0]
