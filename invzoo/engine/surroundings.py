@@ -117,7 +117,8 @@ class Surroundings:
         self.flags = [m.training for m in modules]
         self.observers = Observers(modules)
         # Where parameters are, and which; later the buffers that the call left alone, too.
-        self.tables = [(m._parameters, m._parameters.copy()) for m in modules if m._parameters]
+        parameters: list[dict[str, Any]] = [m._parameters for m in modules if m._parameters]
+        self.tables = [(table, table.copy()) for table in parameters]
         self._stamp()
         self.known = {*map(id, self.tensors)}  # the parameters that are checked here
         # Parameters of a functional_call, sharded ones, and those without a shape.
