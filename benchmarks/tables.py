@@ -137,16 +137,20 @@ def scale(result: Result) -> str:
 def compiled(result: Result) -> str:
     """Show what the compiler makes of the stack."""
     header = ["", "step / plain", "step, ms", "first step, s", "held after forward, MiB", "peak of a step, MiB"]
-    rows = result["rows"]
     columns = (ratio, milliseconds, lambda r: f"{r['first']:.3g}", lambda r: mib(r["held"]), lambda r: mib(r["peak"]))
-    cells = ([row["contestant"], *(column(row) for column in columns)] for row in rows)
-    return (
-        f"## Under the compiler\n\nThe linear stack with {result['depth']} couplings under "
-        "`torch.compile(fullgraph=True)`. What is held is all that the process allocates and keeps, the peak that of "
-        "its resident set over its start; a compiled backward holds the gradients of all weights until it is done."
-        f"\n\n{markdown(header, cells)}\n\nOutputs and gradients agree with plain PyTorch's, in float32, with a "
-        f"relative error of {max(row['error'] for row in rows):.0e} at most."
+    parts = []
+    for name in dict.fromkeys(row["workload"] for row in result["rows"]):
+        rows = [row for row in result["rows"] if row["workload"] == name]
+        cells = ([row["contestant"], *(column(row) for column in columns)] for row in rows)
+        parts.append(f"### {name}, {rows[0]['depth']} couplings\n\n{markdown(header, cells)}")
+    error = max(row["error"] for row in result["rows"])
+    text = (
+        "Stacks under `torch.compile(fullgraph=True)`. What is held is all that the process allocates and keeps, the "
+        "peak that of its resident set over its start; a compiled backward holds the gradients of all weights until it "
+        f"is done. Outputs and gradients agree with plain PyTorch's, in float32, with a relative error of {error:.0e} "
+        "at most."
     )
+    return "\n\n".join([f"## Under the compiler\n\n{text}", *parts])
 
 
 def precision(result: Result) -> str:
