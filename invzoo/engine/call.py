@@ -377,10 +377,10 @@ class Call:
 
     def _put(self, inputs: Sequence[Any], *, done: bool) -> None:
         """Fill the slots of the inputs; if this call is done with, they have to keep what they get."""
-        error = self._tolerance() if self.sources else 0.0
+        dtypes = self._dtypes()
         for ref, value in zip(self.sources, inputs, strict=False):
             if (slot := ref()) is not None:
-                slot.put(value, error)
+                slot.put(value, dtypes)
                 if done:
                     slot.consumer = None
                 elif keeps_graph():
@@ -402,7 +402,7 @@ class Call:
             self.operation.policy.verified.add(self._verified_as)
             return
         what = "its inverse rebuilds input" if self.kept is None else "its replay computes output"
-        allowed = self._tolerance()
+        allowed = tolerance(self._dtypes())  # no replay comes nearer than what it starts from
         for position, was in self.prints:
             error = distance(was, fingerprint(values[position]))
             if not error <= allowed:
@@ -413,11 +413,9 @@ class Call:
                 )
         self.operation.policy.verified.add(self._verified_as)
 
-    def _tolerance(self) -> float:
-        """Return the relative error allowed in a rebuilt input: no replay comes nearer than what it starts from, nor
-        than the coarsest dtype of what the call took, saved (under autocast, say), and returned.
-        """
-        return max([tolerance(self.dtypes), *[slot.error for slot in self.slots]])
+    def _dtypes(self) -> set[torch.dtype]:
+        """Return the dtypes that a rebuilt input has gone through, in this call and in those behind it."""
+        return self.dtypes.union(*[slot.dtypes for slot in self.slots])
 
     def _check(self) -> None:
         for what, tensor, version in self.given:

@@ -2,7 +2,8 @@
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
+from operator import attrgetter
 from typing import Any
 
 from torch import nn
@@ -46,22 +47,20 @@ _thread = _Thread()
 _lock = threading.Lock()
 _Site = tuple[dict[int, Hook], int, Hook]
 _NOTHING = contextlib.nullcontext()
-_GLOBAL = ("_global_forward_pre_hooks", "_global_forward_hooks")
+_pre_hooks, _hooks = attrgetter("_forward_pre_hooks"), attrgetter("_forward_hooks")
+_GLOBAL = [getattr(torch_module, name, {}) for name in ("_global_forward_pre_hooks", "_global_forward_hooks")]
 
 
-def _is_watched(modules: Iterable[nn.Module]) -> bool:
+def _is_watched(modules: list[nn.Module]) -> bool:
     """Whether there are any hooks on these modules or on all modules, torch's own among them."""
-    for m in modules:
-        if m._forward_pre_hooks or m._forward_hooks:
-            return True
-    return any(getattr(torch_module, name, None) for name in _GLOBAL)
+    return any(map(_pre_hooks, modules)) or any(map(_hooks, modules)) or any(_GLOBAL)
 
 
-def _sites(modules: Iterable[nn.Module]) -> list[_Site]:
+def _sites(modules: list[nn.Module]) -> list[_Site]:
     """Find the users' hooks on these modules and on all modules."""
     if not _is_watched(modules):
         return []
-    tables = [getattr(torch_module, name, {}) for name in _GLOBAL]
+    tables = [*_GLOBAL]
     for m in modules:
         tables += (m._forward_pre_hooks, m._forward_hooks)
     tables = list({id(table): table for table in tables if table}.values())  # a shared module comes twice

@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from ._torch import storage_key, version_of
@@ -36,7 +37,7 @@ class Slot:
     __slots__ = (
         "__weakref__",
         "consumer",
-        "error",
+        "dtypes",
         "freed",
         "head",
         "key",
@@ -57,10 +58,10 @@ class Slot:
         if key[0] is not None:
             _live.slots[key] = self
 
-    def put(self, value: Tensor, error: float = 0.0) -> None:
-        """Hold ``value``, which must not be changed in place from here on, and how far it may be from the original."""
+    def put(self, value: Tensor, dtypes: set[torch.dtype] | frozenset[torch.dtype] = frozenset()) -> None:
+        """Hold ``value``, not to be changed in place from here on, and the dtypes that it went through when rebuilt."""
         self.value: Tensor | None = (value if self.freed is None else self.freed.restore(value)).detach()
-        self.version, self.error, self.stream = version_of(self.value), error, stream_of(self.value)
+        self.version, self.dtypes, self.stream = version_of(self.value), dtypes, stream_of(self.value)
 
     def take(self) -> Tensor | None:
         """Return the value for use on the current stream (NOTE [Streams])."""
