@@ -5,49 +5,40 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.exc import Unsupported
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 import invzoo as iz
 from invzoo.engine import tuple_of
-from invzoo.layers import mixture, roots
 from invzoo.testing import Case
 from tests.composition.cases import assert_same
+from tests.tools.families import DIRECTIONS, FAMILIES, FORWARD, REFUSED, given, take_few_steps, together
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.torch.jit"),  # torch's own
+    pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning"),
 ]
 
-FORWARD, INVERSE = "forward", "inverse"
-
-# An exported graph has no branches that depend on values.
-REFUSED = {
-    ("InvertibleResidual", INVERSE): "the fixed-point iteration stops when it has converged",
-    ("InvertibleResidual[series]", INVERSE): "as above",
-    ("InvertibleResidual[solve]", INVERSE): "as above",
-    ("InvertibleResidual[context]", INVERSE): "as above",
-    ("Slice[context]", INVERSE): "its decoder makes a distribution that checks its parameters",
-    ("Augment[context]", FORWARD): "as above",
+# With `strict=True` it comes from the compiler.
+REFUSED_STRICTLY = REFUSED | {
+    "Monotone-inverse": "its derivative is found by `torch.autograd.grad`, which the compiler follows if told to",
+    "Monotone[context]-inverse": "as above",
+    "Monotone[bounds]-inverse": "as above",
 }
 
 CASES = [
     pytest.param(case, direction, id=f"{case.name}-{direction}")
-    for entry in iz.testing.CATALOGUE
-    for case in entry.cases
-    for direction in (FORWARD, INVERSE)
+    for case in iz.testing.cases()
+    for direction in DIRECTIONS
 ]
 
 
 @pytest.mark.parametrize(("case", "direction"), CASES)
 def test_export(case: Case, direction: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(roots.bracket.__wrapped__, "__defaults__", (6,))  # unrolled loops are long to export
-    monkeypatch.setattr(roots.newton.__wrapped__, "__defaults__", (4,))
-    monkeypatch.setattr(mixture, "_STEPS", 4)
-    layer, values, side = case.layer(), case.inputs(), case.side_inputs()
-    if direction == INVERSE:
-        with torch.no_grad():
-            layer, values = layer.inv, tuple_of(layer(*values, **side))
+    take_few_steps(monkeypatch)
+    layer, values, side = given(case, direction)
     export = partial(torch.export.export, layer, values, side)
-    if (case.name, direction) in REFUSED:
+    if f"{case.name}-{direction}" in REFUSED:
         with pytest.raises(GuardOnDataDependentSymNode):
             export()
         return
@@ -58,12 +49,31 @@ def test_export(case: Case, direction: str, monkeypatch: pytest.MonkeyPatch):
     assert_same(tuple_of(exported(*values, **side)), expected)
 
 
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_strict_export(family: str, direction: str, monkeypatch: pytest.MonkeyPatch):
+    take_few_steps(monkeypatch)
+    net, inputs = together(family, direction, REFUSED_STRICTLY.__contains__)
+    exported = torch.export.export(net, inputs, strict=True).module()
+    torch.manual_seed(0)
+    expected = net(*inputs)
+    torch.manual_seed(0)
+    assert_same(exported(*inputs), expected)
+
+
+@pytest.mark.parametrize(("case", "direction"), [p for p in CASES if p.id in REFUSED_STRICTLY])
+def test_strict_export_refuses(case: Case, direction: str):
+    layer, values, side = given(case, direction)
+    with pytest.raises(Unsupported):
+        torch.export.export(layer, values, side, strict=True)
+
+
 def flow() -> iz.InvertibleSequential:
     net = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 4))
     return iz.InvertibleSequential(iz.ActNorm(4), iz.InvertibleLinear(4), iz.AffineCoupling(net), iz.Reverse()).double()
 
 
-@pytest.mark.parametrize("direction", [FORWARD, INVERSE])
+@pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("strict", [False, True])
 def test_any_batch_size(direction: str, strict: bool, tmp_path):
     net, x = flow(), torch.randn(5, 4, dtype=torch.float64)
