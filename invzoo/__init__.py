@@ -3,7 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from .blocks import GlowStep, HINTCoupling
+from .blocks import GlowStep, HINTCoupling, InvertiblePatchConv
 from .containers import InvertibleSequential, MultiScale, Parallel, Repeat
 from .contract import requires_grad
 from .engine import Mode, checkpoint
@@ -26,7 +26,6 @@ from .layers.lowrank import WoodburyLinear
 from .layers.mixture import MixtureLogisticCoupling
 from .layers.monotone import BernsteinPolynomial, Monotone, SumOfSquares, UnconstrainedMonotonic
 from .layers.norm import InvertibleGroupNorm
-from .layers.patch_conv import InvertiblePatchConv
 from .layers.periodic import PeriodicConv
 from .layers.permutation import Permute, Reverse, Shuffle
 from .layers.reshape import Flatten, Pad, Rearrange, Reshape

@@ -1,6 +1,7 @@
 """Blocks: chains of a few layers that go by one name in the literature."""
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -11,13 +12,16 @@ from .errors import refuse
 from .layers._checks import check_positive_int
 from .layers.act_norm import ActNorm
 from .layers.activation import Identity
+from .layers.conditioned import Conditioner
 from .layers.conv import InvertibleConv1x1
 from .layers.coupling import AffineCoupling
 from .layers.linear import InvertibleLinear
+from .layers.sampling import sizes_of
 from .layers.split import Partition
+from .layers.squeeze import Squeeze
 from .module import InvertibleModule
 
-__all__ = ["GlowStep", "HINTCoupling"]
+__all__ = ["GlowStep", "HINTCoupling", "InvertiblePatchConv"]
 
 
 class GlowStep(Chain):
@@ -157,6 +161,72 @@ class HINTCoupling(Chain):
             refuse(self, "subnet", "be a function of two sizes", type(subnet).__name__, TypeError)
         if depth is not None:
             check_positive_int(self, "depth", depth)
+
+    def _layers(self) -> Iterable[tuple[str, InvertibleModule]]:
+        return self.named_children()  # type: ignore[return-value]
+
+
+class InvertiblePatchConv(Chain):
+    """Multiplies each patch of pixels, of all channels, by a learned matrix that stays invertible: y = W x + b.
+
+    A convolution whose stride is its kernel's size, as at the entrance of a vision transformer: a :class:`Squeeze`,
+    which makes channels of patches, and an :class:`InvertibleConv1x1`, which has the same kinds of W. With more
+    out_channels than entries of a patch it is injective, has no log-determinant, and its inverse maps to the nearest
+    patch.
+
+    Shapes: x (B, channels, h p, w q), y (B, out_channels, h, w) with kernel_size (p, q); likewise one or three dims of
+    pixels.
+
+    Args:
+        channels: size of dim 1 of x.
+        out_channels: size of dim 1 of y, at least channels p q; that if None.
+        kernel_size: the size of a patch, one number for each dim of pixels; an int is meant for both dims of an image.
+        bias: whether b is learned; zero otherwise.
+        kind, reflections, max_log_scale, conditioner: of the matrix, as for :class:`InvertibleConv1x1`.
+        device: of the parameters.
+        dtype: of the parameters and, without autocast, of x and y.
+        options: those of :class:`InvertibleModule`. Modes and checks are those of the layers.
+
+    Raises:
+        ValueError: if sizes or options do not fit, and as its layers do.
+        TypeError: as its layers do.
+
+    Example:
+        >>> layer = iz.InvertiblePatchConv(3, 64, 4)
+        >>> x = torch.randn(1, 3, 8, 8)
+        >>> layer(x).shape, torch.allclose(layer.inverse(layer(x)), x, atol=1e-5)
+        (torch.Size([1, 64, 2, 2]), True)
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        out_channels: int | None = None,
+        kernel_size: int | Sequence[int] = 2,
+        *,
+        bias: bool = True,
+        kind: str = "householder",
+        reflections: int | None = None,
+        max_log_scale: float | None = None,
+        conditioner: Conditioner | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        check_positive_int(self, "channels", channels)
+        sizes = sizes_of(self, "kernel_size", kernel_size)
+        settings: dict[str, Any] = {"reflections": reflections, "max_log_scale": max_log_scale}
+        settings |= {"conditioner": conditioner, "device": device, "dtype": dtype}
+        self.squeeze = Squeeze(sizes)
+        self.mix = InvertibleConv1x1(channels * math.prod(sizes), out_channels, bias, kind=kind, **settings)
+        self.channels, self.out_channels, self.kernel_size = channels, self.mix.out_channels, sizes
+        set_options(self, options)
+
+    @property
+    def weight(self) -> Tensor:
+        """W, of shape ``(out_channels, channels, *kernel_size)``, that of a convolution, in at least float32."""
+        return self.mix.weight.unflatten(1, (self.channels, *self.kernel_size))
 
     def _layers(self) -> Iterable[tuple[str, InvertibleModule]]:
         return self.named_children()  # type: ignore[return-value]

@@ -51,9 +51,10 @@ LINEAR: tuple[Entry, ...] = (
     ),
     Entry(
         iz.InvertiblePatchConv,
-        "y = Q x + b for each patch of pixels, Q with orthonormal columns",
-        "0",
+        "y = W x + b for each patch of pixels, of all channels",
+        "log abs det W at each patch",
         Case(lambda: iz.InvertiblePatchConv(2, None, (1, 2)), (2, 2, 4)),
+        Case(lambda: iz.InvertiblePatchConv(1, kind="plu"), (1, 2, 4), id="plu"),
         Case(lambda: iz.InvertiblePatchConv(2, 5, (2,), kind="cayley"), (2, 4), id="wide"),
     ),
     Entry(

@@ -38,7 +38,7 @@ def test_is_a_strided_convolution_with_orthonormal_columns(kernel: tuple[int, ..
     y = layer(x)
     q = layer.weight.flatten(1)
     assert_close(q.mT @ q, torch.eye(q.shape[1], dtype=q.dtype))
-    assert_close(y, CONV[len(kernel)](x, layer.weight, layer.bias, stride=kernel))
+    assert_close(y, CONV[len(kernel)](x, layer.weight, layer.mix.bias, stride=kernel))
     assert_close(layer.inverse(y), x)
 
 
@@ -58,9 +58,19 @@ def test_square_keeps_volumes_and_wide_has_none() -> None:
     assert_close(layer.forward_and_log_det(x)[1], torch.zeros(3, dtype=torch.float64))
     wide = conv(1, 2, 1)
     assert not wide.volume_preserving
-    for call in (wide.log_det, wide.forward_and_log_det):
-        with pytest.raises(TypeError, match="InvertiblePatchConv: Expected layer to be a bijection with a log-determ"):
-            call(x)
+    with pytest.raises(TypeError, match="InvertibleConv1x1: Expected layer to be a bijection with a log-determinant"):
+        wide.forward_and_log_det(x)
+
+
+@pytest.mark.parametrize("kind", ["scaled", "plu", "free"])
+def test_other_matrices_and_contexts(kind: str) -> None:
+    layer = conv(1, 2, kind=kind)
+    layer.mix.set_conditioner(torch.nn.Linear(3, layer.mix.num_parameters, dtype=torch.float64))
+    x, context = torch.randn(2, 1, 4, 2, dtype=torch.float64), torch.randn(2, 3, dtype=torch.float64) / 10
+    y, log_det = layer.forward_and_log_det(x, context=context)
+    assert_close(layer.inverse(y, context=context), x)
+    jacobian = torch.autograd.functional.jacobian(lambda v: layer(v, context=context[:1]), x[:1]).reshape(8, 8)
+    assert_close(log_det[0], torch.linalg.slogdet(jacobian).logabsdet)
 
 
 @pytest.mark.parametrize("shape", [(0, 2, 4, 4), (2, 2, 0, 4), (1, 2, 2, 2)], ids=str)
@@ -73,7 +83,7 @@ def test_odd_sizes(shape: tuple[int, ...]) -> None:
 @extra_channels
 @pytest.mark.parametrize("direction", ["function", "inverse"])
 def test_gradients(kind: str, extra: int, direction: str) -> None:
-    layer = conv(1, (2,), extra, kind=kind)
+    layer = conv(1, (2,), extra, kind=kind, mode="store")  # others refuse to invert what is outside of the range
     shape = (2, 1, 4) if direction == "function" else (2, 2 + extra, 2)
     leaves = (torch.randn(shape, dtype=torch.float64, requires_grad=True), *layer.parameters())
     assert gradcheck(lambda x, *_: getattr(layer, direction)(x), leaves)
@@ -82,7 +92,7 @@ def test_gradients(kind: str, extra: int, direction: str) -> None:
 
 def test_complex() -> None:
     layer, x = conv(2, 2, dtype=torch.complex128), image(2, (2, 2), torch.complex128)
-    assert_close(layer(x), F.conv2d(x, layer.weight, layer.bias, stride=2))
+    assert_close(layer(x), F.conv2d(x, layer.weight, layer.mix.bias, stride=2))
     assert_close(layer.inverse(layer(x)), x)
 
 
@@ -101,8 +111,8 @@ def test_modes_agree(mode: str, kind: str, extra: int) -> None:
 
 def test_a_replay_builds_the_matrix_once(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, builds = conv(2, 2), []
-    factors = layer.matrix.factors
-    monkeypatch.setattr(layer.matrix, "factors", lambda: builds.append(1) or factors())
+    factors = layer.mix.matrix.factors
+    monkeypatch.setattr(layer.mix.matrix, "factors", lambda: builds.append(1) or factors())
     layer(image(2, (2, 2))).sum().backward()
     assert len(builds) == 2
 
@@ -130,58 +140,40 @@ def test_channels_last() -> None:
     assert_close(layer.inverse(y.to(memory_format=torch.channels_last)), x)
 
 
-def test_reset_and_repr() -> None:
-    layer = iz.InvertiblePatchConv(1, device="meta", kind="cayley").to_empty(device="cpu")
-    layer.reset_parameters()
-    assert_close(layer.bias.detach(), torch.zeros(4))
-    q = layer.weight.flatten(1)
-    assert_close(q.mT @ q, torch.eye(4))
-    expected = (
-        "InvertiblePatchConv(\n  channels=1, out_channels=4, kernel_size=(2, 2), bias=True\n  (matrix): Cayley(4, 4)\n)"
-    )
-    assert repr(layer) == expected
-    assert [n for n, _ in iz.InvertiblePatchConv(1, bias=False).named_parameters()] == ["matrix.vectors"]
-
-
-@pytest.mark.parametrize("direction", ["function", "inverse"])
-def test_compiles_without_a_break(direction: str) -> None:
-    layer, x = conv(1, (1, 2)), torch.randn(2, 2 if direction == "inverse" else 1, 2, 4, dtype=torch.float64)
-    apply = getattr(layer, direction)
-    assert_close(torch.compile(apply, fullgraph=True, backend="aot_eager")(x), apply(x))
+def test_names() -> None:
+    layer = iz.InvertiblePatchConv(1, bias=False)
+    assert [name for name, _ in layer.named_parameters()] == ["mix.matrix.vectors"]
+    assert (layer.channels, layer.out_channels, layer.kernel_size) == (1, 4, (2, 2))
 
 
 @pytest.mark.parametrize(
     ("arguments", "options", "error", "match"),
     [
-        ((0,), {}, ValueError, "Expected channels to be at least 1; got 0"),
-        ((3, 11, 2), {}, ValueError, "Expected out_channels to be at least 12, the entries of a patch; got 11"),
-        ((3, 12.0, 2), {}, TypeError, "Expected out_channels to be an int; got 12.0"),
-        ((3, None, 0), {}, ValueError, "Expected kernel_size to be at least 1; got 0"),
-        ((3, None, (1,) * 4), {}, ValueError, "Expected kernel_size to be an int or one to three of them; got"),
-        ((3,), {"kind": "free"}, ValueError, "Expected kind to be one of 'householder', 'cayley'; got 'free'"),
-        ((3,), {"kind": "cayley", "reflections": 2}, ValueError, "Expected reflections to be None with kind='cayley'"),
+        ((0,), {}, ValueError, "PatchConv: Expected channels to be at least 1; got 0"),
+        ((3, 11, 2), {}, ValueError, "Conv1x1: Expected out_channels to be at least channels=12; got 11"),
+        ((3, 12.0, 2), {}, TypeError, "Conv1x1: Expected out_channels to be an int; got 12.0"),
+        ((3, None, 0), {}, ValueError, "PatchConv: Expected kernel_size to be at least 1; got 0"),
+        ((3, None, (1,) * 4), {}, ValueError, "PatchConv: Expected kernel_size to be an int or one to three of them"),
+        ((3,), {"kind": "lu"}, ValueError, "Conv1x1: Expected kind to be one of 'householder', 'cayley'"),
+        ((3,), {"kind": "cayley", "reflections": 2}, ValueError, "Conv1x1: Expected reflections to be None"),
     ],
 )
 def test_bad_arguments(arguments: tuple[Any, ...], options: dict[str, Any], error: type[Exception], match: str) -> None:
-    with pytest.raises(error, match=f"InvertiblePatchConv: {match}"):
+    with pytest.raises(error, match=f"Invertible{match}"):
         iz.InvertiblePatchConv(*arguments, **options)
 
 
-def test_bad_inputs() -> None:
+def test_bad_inputs_name_the_layer_inside() -> None:
     layer = iz.InvertiblePatchConv(2, 9, 2)
-    with pytest.raises(ValueError, match=r"Expected x to have size 2 in dim 1; got shape \(2, 3, 4, 4\)"):
-        layer(torch.zeros(2, 3, 4, 4))
-    with pytest.raises(
-        ValueError, match=r"Expected x to have sizes that are multiples of \(2, 2\) in dims 2, ...; got"
+    for shape, where, match in (
+        ((2, 3, 4, 4), "mix (InvertibleConv1x1)", r"Expected x to have size 8 in dim 1; got shape \(2, 12, 2, 2\)"),
+        ((2, 2, 3, 4), "squeeze (Squeeze)", r"Expected x to have sizes that are multiples of \(2, 2\) in dims 2, ..."),
+        ((2, 2, 4), "squeeze (Squeeze)", r"Expected x to have dims \(batch, channels, ...\) with 2 dims of pixels"),
     ):
-        layer(torch.zeros(2, 2, 3, 4))
-    with pytest.raises(
-        ValueError, match=r"Expected y to have dims \(batch, channels, ...\) with 2 dims of pixels; got"
-    ):
-        layer.inverse(torch.zeros(2, 9, 4))
-    with pytest.raises(ValueError, match=r"Expected y to have size 9 in dim 1; got shape \(2, 8, 2, 2\)"):
+        with pytest.raises(ValueError, match=match) as info:
+            layer(torch.zeros(shape))
+        assert any(f"layer {where}" in note for note in info.value.__notes__)
+    with pytest.raises(ValueError, match=r"InvertibleConv1x1: Expected y to have size 9 in dim 1"):
         layer.inverse(torch.zeros(2, 8, 2, 2))
-    with pytest.raises(
-        TypeError, match="InvertiblePatchConv: Expected x to be of the layer's dtype torch.float32; got"
-    ):
+    with pytest.raises(TypeError, match="InvertibleConv1x1: Expected x to be of the layer's dtype torch.float32; got"):
         layer(torch.zeros(2, 2, 4, 4).double())
