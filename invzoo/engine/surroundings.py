@@ -39,6 +39,9 @@ def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
     return value
 
 
+Table = tuple[dict[str, Any], dict[str, Any]]  # where a module keeps something, and what it kept there before the call
+
+
 class _Entry(NamedTuple):
     """A parameter or buffer where a module keeps it, as it was before the call and must be found again."""
 
@@ -92,13 +95,14 @@ class Surroundings:
     """Everything but the inputs that decides what a function computes, as it was when the call began.
 
     That is the state of the random number generators (kept if the call consumed any, or if ``seed``), autocast, the
-    devices' streams, the train and eval flags, the parameters, and the buffers that the call changed.
+    devices' streams, the train and eval flags, the modules inside, parameters, and the buffers that the call changed.
     """
 
     __slots__ = (
         "autocast",
         "buffers",
         "cast",
+        "children",
         "flags",
         "generators",
         "known",
@@ -116,6 +120,7 @@ class Surroundings:
         self.modules = modules = walk(roots)
         self.flags = [m.training for m in modules]
         self.observers = Observers(modules)
+        self.children: list[Table] = [(m._modules, m._modules.copy()) for m in modules if m._modules]
         # Where parameters are, and which; later the buffers that the call left alone, too.
         parameters: list[dict[str, Any]] = [m._parameters for m in modules if m._parameters]
         self.tables = [(table, table.copy()) for table in parameters]
@@ -173,6 +178,12 @@ class Surroundings:
         self._stamp()
 
     def _check(self) -> None:
+        for table, was in (*self.tables, *self.children):
+            if gone := was.keys() - table.keys():
+                raise RuntimeError(
+                    "Expected modules to keep their parameters, buffers and modules between forward and backward; "
+                    f"got a removal of {min(gone)!r}. Call backward first"
+                )
         for entry, now in zip(self._entries(), stamps(self.tensors), strict=True):
             if now[:2] != entry.stamp[:2]:
                 raise RuntimeError(
@@ -203,7 +214,7 @@ class Surroundings:
             return False
         if stamps(self.tensors) != self.stamps or [m.training for m in self.modules] != self.flags:
             return False
-        for table, was in self.tables:
+        for table, was in (*self.tables, *self.children):
             if not all(map(is_, map(table.get, was), was.values())):
                 return False
         return not self.observers.present() and not elsewhere(self.streams)
@@ -216,6 +227,7 @@ class Surroundings:
         moved = [e for e in entries if e.table[e.name] is not e.tensor]
         sharded = [e for e in moved if is_distributed(e.table[e.name])]
         put = [(e.table, e.name, e.tensor) for e in moved if not is_distributed(e.table[e.name])]
+        put += [(t, name, m) for t, was in self.children for name, m in was.items() if t[name] is not m]
         toggled = [(e.tensor, e.stamp[2]) for e in entries if e.tensor.requires_grad != e.stamp[2]]
         flags = [(m, was, m.training) for m, was in zip(self.modules, self.flags, strict=True) if m.training != was]
         states = [(g.set, g.get()) for g in self.generators]

@@ -5,6 +5,7 @@ import gc
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 import invzoo as iz
 from invzoo.engine.memory import track_memory
@@ -201,6 +202,40 @@ def test_a_buffer_changed_between_forward_and_backward(saving, x, warm):
     with pytest.raises(RuntimeError, match="between forward and backward") as caught:
         loss.backward()
     assert_names_a_layer(caught)
+
+
+@pytest.mark.parametrize("warm", [False, True], ids=["first", "later"])
+def test_a_parameter_taken_away_between_forward_and_backward(saving, x, warm):
+    _, ours = saving.pair()
+    for _ in range(2 * warm):
+        some_loss(ours(x)).backward()
+    loss = some_loss(ours(x))
+    prune.identity(next(m for m in ours.modules() if isinstance(m, nn.Linear)), "weight")
+    with pytest.raises(RuntimeError, match="got a removal of 'weight'") as caught:
+        loss.backward()
+    assert_names_a_layer(caught)
+
+
+@pytest.mark.parametrize("warm", [False, True], ids=["first", "later"])
+def test_a_module_replaced_between_forward_and_backward(subject, x, warm):
+    """As in plain PyTorch, gradients are those of the modules that computed the output."""
+    plain, ours = subject.pair()
+    for _ in range(2 * warm):
+        some_loss(ours(x)).backward()
+    ours.zero_grad()
+    x.grad = None
+    weights = [*ours.parameters()]
+    loss = some_loss(ours(x))
+    replaced = [(m, i) for m in ours.modules() for i, child in m.named_children() if isinstance(child, nn.Linear)]
+    for module, name in replaced:
+        setattr(module, name, nn.Linear(HALF, HALF, dtype=x.dtype))
+    new = [*ours.parameters()]
+    loss.backward()
+    assert replaced
+    assert all(a is b for a, b in zip(ours.parameters(), new, strict=True))
+    some_loss(plain(x.detach())).backward()
+    for weight, parameter in zip(weights, plain.parameters(), strict=True):
+        torch.testing.assert_close(weight.grad, parameter.grad)
 
 
 class Wrong(iz.InvertibleModule):
