@@ -1,6 +1,7 @@
 """Every private PyTorch interface that the engine uses, each with a check and what happens where it is missing."""
 
 import contextlib
+import functools
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -34,6 +35,7 @@ __all__ = [
     "storage_owners",
     "top_hook",
     "tracing",
+    "transparent",
     "version_of",
     "weights_cached",
     "whole",
@@ -160,6 +162,16 @@ def top_hook() -> Any:
     """Return the pack hook that autograd would use now."""
     hooks = _top_hooks(True)
     return hooks[0] if hooks else None
+
+
+def transparent(pack: Callable[[Any], Any]) -> Any:
+    """Return a pack hook that selective checkpoints look past: what they cache is not the engine's to forget.
+
+    From torch 2.14 on they hand it to the hook on top, or warn that they are going to. Missing: no attribute is read.
+    """
+    hook: Any = functools.partial(pack)
+    hook._checkpoint_internal, hook._user_hooks = True, _top_hooks(True)
+    return hook
 
 
 def without_modes() -> contextlib.AbstractContextManager[Any]:

@@ -30,7 +30,16 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from ._torch import at_end_of_backward, backward_id, keeps_graph, plainly, set_grad_enabled, storage_key, version_of
+from ._torch import (
+    at_end_of_backward,
+    backward_id,
+    keeps_graph,
+    plainly,
+    set_grad_enabled,
+    storage_key,
+    transparent,
+    version_of,
+)
 from .fingerprint import Fingerprint, distance, fingerprint, tolerance
 from .mode import Mode, Policy
 from .slots import Slot, anything_freed, key_of, slot_of
@@ -150,7 +159,7 @@ class Call:
         operation, surroundings = self.operation, self.surroundings
         if surroundings.unusual and surroundings.lazy:
             return operation.function(*inputs, **side)
-        state.packing.append(pack := self.pack)
+        state.packing.append(pack := transparent(self.pack))
         try:
             with saved_tensors_hooks(pack, self.unpack), surroundings.observers.watched():
                 result = operation.function(*inputs, **side)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from ._torch import is_fake, keeps_graph, set_grad_enabled, storage_owners, version_of
+from ._torch import is_fake, keeps_graph, set_grad_enabled, storage_owners, transparent, version_of
 from .state import state
 
 if TYPE_CHECKING:
@@ -113,9 +113,9 @@ class Tape:
             self._call.surroundings.rewind()  # the inverse may have moved what the function finds
             self._started = True
         set_grad_enabled(True)
-        state.packing.append(self._capture)
+        state.packing.append(capture := transparent(self._capture))
         try:
-            with saved_tensors_hooks(self._capture, _same):
+            with saved_tensors_hooks(capture, _same):
                 return function(*args, **side)
         finally:
             state.packing.pop()

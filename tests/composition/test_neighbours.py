@@ -1,5 +1,6 @@
 """Checkpoints, offloading, anomaly mode, and stacks in stacks: everybody who hooks into what autograd saves."""
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 
@@ -60,7 +61,14 @@ def by_policy(net: Callable, *args: Tensor) -> Tensor:
     return checkpoint(net, *args, use_reentrant=False, context_fn=partial(create_selective_checkpoint_contexts, prefer))
 
 
-CHECKPOINTS = [reentrant, nonreentrant, selective, by_policy]
+def respectful(net: Callable, *args: Tensor) -> Tensor:
+    """What it caches goes through the hooks of others: opt-in from torch 2.14 on, announced as the default."""
+    options = {"respect_saved_tensors_hooks"} & inspect.signature(checkpoint).parameters.keys()
+    contexts = partial(create_selective_checkpoint_contexts, prefer)
+    return checkpoint(net, *args, use_reentrant=False, context_fn=contexts, **dict.fromkeys(options, True))
+
+
+CHECKPOINTS = [reentrant, nonreentrant, selective, by_policy, respectful]
 
 
 class Checkpointed(nn.Module):
@@ -123,7 +131,7 @@ def test_checkpoint_of_checkpointed_subnets_with_dropout(mode: str, how: Callabl
             assert_same([after], [torch.rand(3)])
 
 
-@pytest.mark.parametrize("how", [nonreentrant, selective, by_policy])
+@pytest.mark.parametrize("how", [nonreentrant, selective, by_policy, respectful])
 def test_two_checkpointed_forwards_in_flight(case: Case, how: Callable):
     """The second backward recomputes after the first one has verified the replay: its recomputation must not differ."""
     head = nn.Linear(WIDTH, WIDTH, bias=False)
