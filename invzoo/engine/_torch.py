@@ -169,6 +169,8 @@ def transparent(pack: Callable[[Any], Any]) -> Any:
 
     From torch 2.14 on they hand it to the hook on top, or warn that they are going to. Missing: no attribute is read.
     """
+    if torch.compiler.is_compiling():
+        return pack
     hook: Any = functools.partial(pack)
     hook._checkpoint_internal, hook._user_hooks = True, _top_hooks(True)
     return hook
