@@ -103,9 +103,8 @@ class Tape:
         if type(output) is not Tensor and not is_fake(output):
             return False  # a wrapper (DTensor, say) shares tensors that its own storage knows nothing of
         nbytes = output.numel() * output.element_size()
-        if keeps_graph() or output.untyped_storage().nbytes() != nbytes or storage_owners(output) != 1:
-            return False
-        return not self._call.shares(output)
+        alone = storage_owners(output) == 1 and output.untyped_storage().nbytes() == nbytes
+        return alone and not keeps_graph() and not self._call.shares(output)
 
     def run(self, function: Callable[..., Any], *args: Any, **side: Any) -> Any:
         """Evaluate a piece of the function; what autograd saves meanwhile goes to the graph of the forward."""
