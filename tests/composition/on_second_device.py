@@ -1,7 +1,8 @@
 """What has to hold on any accelerator, checked on a simulated one; `test_devices.py` runs this file in a process."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 import invzoo as iz
 from invzoo.engine import devices, slots, surroundings
+from invzoo.engine.call import Call
 from tests.composition.cases import BUILDERS, MODES, WIDTH, assert_same, subnet
 from tests.composition.elsewhere import (
     DEVICE,
@@ -41,18 +43,19 @@ def float64() -> None:
 @pytest.fixture(autouse=True)
 def main_stream(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     Stream.current = MAIN
-    restored = surroundings.Surroundings.restored
+    as_it_was = Call._as_it_was
 
-    @contextmanager
-    def watched(self: surroundings.Surroundings) -> Iterator[None]:
-        with restored(self):
+    def watched(self: Call, replay: Callable[..., None], *args: Any) -> None:
+        def counted(*args: Any) -> None:
             Streams.replaying += 1
             try:
-                yield
+                replay(*args)
             finally:
                 Streams.replaying -= 1
 
-    monkeypatch.setattr(surroundings.Surroundings, "restored", watched)
+        as_it_was(self, counted, *args)
+
+    monkeypatch.setattr(Call, "_as_it_was", watched)
     yield
     Stream.current = MAIN
 
