@@ -125,11 +125,13 @@ class Call:
         self.passed: dict[int, int] = {}  # input position -> position of the output that is this input
         self.sources: list[Callable[[], Slot | None]] = []  # weakly, the slots that this call rebuilds
         self.inputs: list[Any] = []
-        self.dtypes: set[torch.dtype] = set()  # of all that the call takes, saves and returns
+        self.dtypes: set[torch.dtype] = set()  # of all that the call took, saved and returned, and of its weights
         tensors, generators = [], []
         for i, x in enumerate(inputs):
             if isinstance(x, Tensor):
-                self._take(x)
+                self.inputs.append(spec := Input.of(x))
+                if spec.requires_grad and x.is_leaf:
+                    self.leaf_inputs = [*self.leaf_inputs, storage_key(x)]
                 tensors.append(x)
             else:
                 self.inputs.append(map_tensors(partial(self._give, f"input {i}"), x))
@@ -140,14 +142,6 @@ class Call:
             generators += side.values()
         generators = [x for x in generators if isinstance(x, torch.Generator)]
         self.surroundings = Surroundings(operation.roots, tensors, generators)
-
-    def _take(self, x: Tensor) -> None:
-        """Note what a replay has to rebuild."""
-        spec = Input.of(x)
-        self.inputs.append(spec)
-        self.dtypes.add(spec.dtype)
-        if spec.requires_grad and x.is_leaf:
-            self.leaf_inputs = [*self.leaf_inputs, storage_key(x)]
 
     def _give(self, what: str, tensor: Tensor) -> Tensor:
         """Note a tensor that replays get as it is, and return it without its graph (rule 5)."""
@@ -196,40 +190,37 @@ class Call:
             tensors = [(i, x) for i, x in enumerate(inputs if invert else outputs) if isinstance(x, Tensor)]
             self.prints = [(i, fingerprint(x)) for i, x in tensors if not (invert and i in self.passed)]
         self.release()
-        self.dtypes.update([x.dtype for x in self.surroundings.tensors])
+        self.dtypes.update(x.dtype for x in (*inputs, *outputs, *self.surroundings.tensors) if isinstance(x, Tensor))
+        self.dtypes.update(dtype for _, dtype in self.metas)
 
     def _link(self, inputs: tuple[Any, ...], outputs: tuple[Any, ...]) -> None:
         """Put the outputs into slots, and become the one who rebuilds those of the inputs (rule 2)."""
-        keys = [key_of(x) if isinstance(x, Tensor) else None for x in inputs]
-        slots_in = [None if key is None else slot_of(x, key) for x, key in zip(inputs, keys, strict=True)]
-        chained = [slot for slot in slots_in if slot is not None]
-        self.lock = chained[0].lock if chained else threading.RLock()
-        for j, y in enumerate(outputs):
-            if not isinstance(y, Tensor):
+        keys_in = [key_of(x) if isinstance(x, Tensor) else None for x in inputs]
+        known = {
+            id(x): key for x, key in zip(inputs, keys_in, strict=True)
+        }  # most outputs that are inputs are the same
+        keys_out = [(known.get(id(y)) or key_of(y)) if isinstance(y, Tensor) else None for y in outputs]
+        slots_in = [None if k is None else slot_of(x, k) for x, k in zip(inputs, keys_in, strict=True)]
+        self.lock = next((slot.lock for slot in slots_in if slot is not None), None) or threading.RLock()
+        self.passed = {i: keys_out.index(k) for i, k in enumerate(keys_in) if k and k[0] and k in keys_out}
+        for i, slot in enumerate(slots_in):
+            if slot is None or i in self.passed:
+                self.sources.append(_none)
+                if slot is not None:
+                    slot.passers.append(weakref.ref(self))
+            else:
+                slot.consume(self)
+                self.sources.append(weakref.ref(slot))
+        for y, key in zip(outputs, keys_out, strict=True):
+            if key is None:
                 self.outputs.append(y)
                 continue
-            i = next((i for i, x in enumerate(inputs) if x is y), None)
-            key: Any = key_of(y) if i is None else keys[i]
-            if i is None and key in keys:  # an input by another object
-                i = keys.index(key)
-            if i is not None and key != (None,):
-                self.passed[i] = j
-            slot = slot_of(y, key) if i is None else slots_in[i]
+            slot = slot_of(y, key)
             if slot is None:
                 slot = Slot(y, key, self.lock)
                 self.produced.append(slot)
             self.outputs.append(slot)
             self.slots.append(slot)
-            self.dtypes.add(y.dtype)
-        for i, slot in enumerate(slots_in):
-            if slot is None:
-                self.sources.append(_none)
-            elif i in self.passed:
-                self.sources.append(_none)
-                slot.passers.append(weakref.ref(self))
-            else:
-                slot.consume(self)
-                self.sources.append(weakref.ref(slot))
         for head in _heads(slots_in):
             self._give_back(head, outputs)
 
@@ -254,10 +245,9 @@ class Call:
     def pack(self, tensor: Tensor) -> Handle:
         if tensor.requires_grad and tensor.is_leaf and self._is_foreign(tensor):
             self.leaves.append((weakref.ref(tensor), version_of(tensor)))
-        handle, dtype = Handle(tensor.detach()), tensor.dtype
+        handle = Handle(tensor.detach())
         self.handles.append(weakref.ref(handle))
-        self.metas.append((tensor.shape, dtype))
-        self.dtypes.add(dtype)
+        self.metas.append((tensor.shape, tensor.dtype))
         return handle
 
     def _is_foreign(self, leaf: Tensor) -> bool:

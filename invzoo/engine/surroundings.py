@@ -125,9 +125,9 @@ class Surroundings:
         parameters: list[dict[str, Any]] = [m._parameters for m in modules if m._parameters]
         self.tables = [(table, table.copy()) for table in parameters]
         self._stamp()
-        self.known = {*map(id, self.tensors)}  # the parameters that are checked here
         # Parameters of a functional_call, sharded ones, and those without a shape.
         self.unusual = any(type(x) is not nn.Parameter for x in self.tensors)
+        self.known = set() if self.unusual else {*map(id, self.tensors)}  # the parameters that are checked here
         self.buffers = [buffer for m in modules if m._buffers for buffer in _buffers(m)]
         devices = accelerators(tensors, self.tensors, (b.copy for b in self.buffers))
         self.generators = _generator_states(devices, generators)
@@ -166,7 +166,6 @@ class Surroundings:
     def _hold(self) -> None:
         """Keep parameters without their graphs, and the buffers that the call left alone."""
         if self.unusual:
-            self.known = set()
             self.tables = [(table, _without_graphs(was)) for table, was in self.tables]
         for table, name, tensor, version, copy, counted in self.buffers:
             moved = version_of(tensor) != version or table.get(name) is not tensor

@@ -165,6 +165,21 @@ def test_branches_from_one_activation(subject, x):
     subject.holds(program)
 
 
+@pytest.mark.parametrize("mode", ["store", "recompute", "invert"])
+def test_one_activation_is_both_streams(mode, data):
+    """And twice over: of its layer's output there is one, whoever moves it."""
+    f, g = mlp(FEATURES, FEATURES), mlp(FEATURES, FEATURES)
+    layers = [iz.AdditiveCoupling(net, mode=mode) for net in (mlp(HALF, HALF), f)]
+    both, plain = iz.AdditiveCoupling(f, g, mode=mode), PlainAdditive(f, g)
+    x = leaf(data)
+    y = layers[0](x)
+    results = []
+    for outputs in ([*both(y, y), *layers[1](y, y)], [*plain(y, y), *PlainAdditive(f)(y, y)]):
+        loss = sum(some_loss(z) for z in outputs)
+        results.append(grad(loss, [x, *f.parameters(), *g.parameters()], retain_graph=True))
+    assert_near(*results)
+
+
 def test_one_branch_is_dropped(subject, x):
     def program(net):
         y = net(x)
