@@ -4,6 +4,7 @@ Each function here is traced. The work is done by another one that `comptime` ru
 of the caller's variables: tensors without values ("fakes"), and the graph so far.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,15 @@ import torch
 from torch import Tensor, fx
 from torch._dynamo.comptime import ComptimeContext, comptime
 from torch._guards import detect_fake_mode
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ._torch import storage_key, top_hook
+from .fingerprint import tolerance
 
 __all__ = [
+    "allowed_error",
     "begin",
     "changed_tensors",
     "check_closures",
@@ -25,6 +29,7 @@ __all__ = [
     "examine",
     "find_used",
     "note_tensors",
+    "number",
     "steps_aside",
     "stop",
     "used_tensors",
@@ -34,7 +39,15 @@ _versions: list[int] = []  # of the tensors noted last; the compiler works for o
 _changed: list[int] = []
 _used: list[int] = []
 _aside: list[bool] = []
+_dtypes: set[torch.dtype] = set()  # of all that the chain computes
+_numbers = itertools.count()
 _ENGINE = str(Path(__file__).parent)
+_UNFIT = {  # what the compiler's graph may hold, but `torch.func.vjp` of it not
+    "cond": "look at no tensor's value",
+    "item": "look at no tensor's value",
+    "tag_activation_checkpoint": "do without torch.utils.checkpoint",
+    **{f"_{kind}_increment_nesting": "do without torch.func's transforms" for kind in ("grad", "jvp", "vmap")},
+}
 
 
 def begin() -> None:
@@ -50,6 +63,7 @@ def _begin(context: ComptimeContext) -> None:
     translator: Any = context._i_will_not_complain_if_bc_breaks_InstructionTranslator()
     while translator.parent is not None:
         translator = translator.parent
+    _dtypes.clear()
     _aside[:] = [True] * (translator.f_code.co_filename.startswith(_ENGINE) or top_hook() is not None)
 
 
@@ -84,7 +98,7 @@ def _note(context: ComptimeContext) -> None:
 
 
 def examine(tensors: Sequence[Tensor], where: str) -> None:  # noqa: ARG001 - comptime reads them
-    """Look at what was traced since :func:`note_tensors`: find what it changed, and raise if it is random."""
+    """Look at what was traced since :func:`note_tensors`: find what it changed, and stop if it cannot be done again."""
     comptime(_examine)
 
 
@@ -92,13 +106,21 @@ def _examine(context: ComptimeContext) -> None:
     fakes, changed = _fakes(context, "tensors"), set()
     modules = context._i_will_not_complain_if_bc_breaks_InstructionTranslator().output.nn_modules
     for node in _fresh(context.graph(), modules):
-        watch = _watched(node)
-        changed |= watch.changed
-        if watch.random:
-            where, name = context.get_local("where").as_python_constant(), getattr(node.target, "__name__", node.target)
+        values = tree_leaves(node.meta.get("example_value"))
+        _dtypes.update(value.dtype for value in values if isinstance(value, Tensor))
+        name = str(getattr(node.target, "__name__", node.target))
+        if name == "item" and not any(map(free_unbacked_symbols, values)):
+            continue  # a number that the compiler made a tensor of, for other numbers to come
+        expected = _UNFIT.get(name)
+        if expected is None:
+            watch = _watched(node)
+            changed |= watch.changed
+            expected = "draw no random numbers in training" if watch.random else None
+        if expected is not None:
+            where = context.get_local("where").as_python_constant()
             context.graph_break(
-                "Expected layers that draw no random numbers in a chain under torch.compile, since backward would draw "
-                f"others; got {where}, which uses {name!r}. Use mode 'store' for the whole chain, or eval mode"
+                f"Expected layers that {expected} in a chain under torch.compile, whose backward could not do the same "
+                f"again; got {where}, which uses {name!r}. Use mode 'store' for the whole chain"
             )
     _changed[:] = [i for i, x in enumerate(fakes) if x._version != _versions[i] or storage_key(x) in changed]
 
@@ -107,6 +129,18 @@ def _examine(context: ComptimeContext) -> None:
 def changed_tensors() -> tuple[int, ...]:
     """Return the positions of those that :func:`examine` found changed."""
     return tuple(_changed)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def allowed_error() -> float:
+    """Return the relative error allowed in what is rebuilt from what :func:`examine` looked at."""
+    return tolerance(_dtypes)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def number() -> int:
+    """Return a number that no other trace gets."""
+    return next(_numbers)
 
 
 def find_used(tensors: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:  # noqa: ARG001 - comptime reads them

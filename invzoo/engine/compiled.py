@@ -17,6 +17,8 @@ NOTE [How a compiled chain forgets and remembers]
    again. Random numbers would differ, buffers would have moved: both are refused while the compiler traces, but for the
    statistics of batch norms, which training does not read. So is a tensor that needs a gradient and is no parameter,
    since the function would not know of it.
+6. It is checked, once or always as the layers' policies say: backward takes fingerprints of what it rebuilds last,
+   which any wrong inverse spoils, and returns no gradient if they are not those of the forward.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,8 +31,19 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from ._torch import with_tensors
 from .chain import Through
-from .compile_time import changed_tensors, check_closures, examine, find_used, note_tensors, stop, used_tensors
+from .compile_time import (
+    allowed_error,
+    changed_tensors,
+    check_closures,
+    examine,
+    find_used,
+    note_tensors,
+    number,
+    stop,
+    used_tensors,
+)
 from .mode import Mode
+from .operators import again, fingerprints, verified
 from .state import state
 from .tape import tuple_of
 
@@ -116,6 +129,9 @@ class Record:
     inputs: list[int] = field(default_factory=list)  # positions
     outputs: list[int] = field(default_factory=list)
     saved: list[int] = field(default_factory=list)
+    checked: list[int] = field(default_factory=list)
+    allowed: float = 0.0  # the relative error
+    number: int = -1
     autocast: Any = None
 
     def run(self, tensors: tuple[Any, ...]) -> tuple[Tensor, ...]:
@@ -139,6 +155,10 @@ class Record:
             self._refuse_foreign("an output of the whole")
         self.outputs = [self.places[y] for y in outputs]
         self.saved = self._unknown()
+        checks = {step.operation.policy.check for step in self.steps if not step.keeps}
+        if checks - {"never"}:
+            self.checked, self.allowed = self._rebuilt_last(), allowed_error()
+            self.number = -1 if "always" in checks else number()
         self.has_log_det = self.log_det is not None
         return outputs if self.log_det is None else (*outputs, self.log_det)
 
@@ -234,6 +254,29 @@ class Record:
             known.update(step.inputs)
         return unknown
 
+    def _rebuilt_last(self) -> list[int]:
+        """Return the positions of the values that are rebuilt, and that nothing is rebuilt from (rule 6).
+
+        Of one that is merely split they are those of its parts, whose sizes may differ. And an input that has fewer
+        numbers than what it was rebuilt from does not stand for all of them.
+        """
+        last, rebuilt = {*self.inputs}, set()
+        for step in self.steps:
+            if step.keeps:
+                last.update(step.outputs)
+                continue
+            rebuilt.update(step.inputs)
+            outputs = step.outputs[: len(step.outputs) - step.operation.log_det]
+            splits = len(step.operation.roots) == 0 and last >= {*step.inputs}
+            if splits or self._size(outputs) > self._size(step.inputs):
+                last.update(outputs)
+            if splits:
+                last.difference_update(step.inputs)
+        return sorted(last & rebuilt)
+
+    def _size(self, positions: list[int]) -> int:
+        return sum(self.values[i].numel() for i in positions)
+
 
 def _places() -> list[str]:
     """Say where in its containers the running layer stands."""
@@ -258,7 +301,8 @@ class _Chain(torch.autograd.Function):
         outputs = record.run(tensors)
         ctx.record = record
         n = len(record.positions)
-        ctx.save_for_backward(*tensors[:n], *tensors[n + record.width :], *record.tensors_to_save())
+        prints = [fingerprints([record.values[i] for i in record.checked], record.number)] if record.checked else []
+        ctx.save_for_backward(*prints, *tensors[:n], *tensors[n + record.width :], *record.tensors_to_save())
         return outputs
 
     @staticmethod
@@ -278,6 +322,8 @@ class _Replay:
     def __init__(self, record: Record, saved: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
         n, m = len(record.positions), len(record.side_names)
         self.record = record
+        if record.checked:
+            self.prints, *saved = saved
         self.weights = saved[:n]
         copies = [again(t, gradients[0]) for t in saved[n:]]
         self.side = dict(zip(record.side_names, copies[:m], strict=True))
@@ -332,7 +378,18 @@ class _Replay:
         record = self.record
         keys: list[tuple[str, Any]] = [("weight", k) for k in range(len(record.positions))]
         keys += [("value", i) for i in record.inputs] + [("side", name) for name in record.side_names]
-        return [self.gradients.get(key) for key in keys]
+        gradients = [self.gradients.get(key) for key in keys]
+        return self._verified(gradients) if record.checked else gradients
+
+    def _verified(self, gradients: list[Tensor | None]) -> list[Tensor | None]:
+        """Check what was rebuilt, where the compiler cannot leave it out: a weight's gradient waits for it."""
+        record = self.record
+        now = fingerprints([self.values[i] for i in record.checked], record.number)
+        found = [i for i, gradient in enumerate(gradients) if gradient is not None]
+        weights = [i for i in found if i < len(record.positions)]
+        for i in weights[-1:] or found:
+            gradients[i] = verified(gradients[i], self.prints, now, record.allowed, record.number, record.name)
+        return gradients
 
 
 def _is_float(tensor: Tensor) -> bool:
@@ -345,14 +402,3 @@ def _with(roots: Sequence[nn.Module], tensors: Sequence[dict[str, Tensor]], func
         return function()
     with with_tensors(roots[0], tensors[0]):  # type: ignore[misc]  # a chain steps aside where it is missing
         return _with(roots[1:], tensors[1:], function)
-
-
-@torch.library.custom_op("invzoo::again", mutates_args=())
-def again(tensor: Tensor, after: Tensor) -> Tensor:  # noqa: ARG001
-    """Return a copy that cannot be had before ``after`` (rule 4)."""
-    return tensor.clone()
-
-
-@again.register_fake
-def _(tensor: Tensor, after: Tensor) -> Tensor:  # noqa: ARG001
-    return torch.empty_like(tensor)

@@ -8,39 +8,59 @@ import torch
 from torch import Tensor
 
 from ._torch import is_fake, without_modes
+from .chain import uncompiled
 
-__all__ = ["Fingerprint", "distance", "fingerprint", "tolerance"]
+__all__ = ["Fingerprint", "distance", "fingerprint", "precision_of", "project", "tolerance"]
 
-Fingerprint = list[float]  # four projections on random signs, and the norm
+Fingerprint = list[float]  # four random projections, and the norm
 
 
 @lru_cache(maxsize=64)
-def _signs(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Fixed pseudo-random signs, without a random number generator: bits of a multiplicative hash of the position."""
-    hashed = (torch.arange(1, rows * columns + 1, device=device) * 0x9E3779B97F4A7C1) >> 40
-    return ((hashed & 1) * 2 - 1).reshape(rows, columns).to(dtype)
+def _weights(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Fixed numbers that look random, of mean 0 and variance 1, without a random number generator.
+
+    They are a hash of the position. Signs would do for errors that look random themselves, but a constant one, say,
+    they would cancel.
+    """
+    hashed = torch.arange(1, rows * columns + 1, device=device)
+    for _ in range(2):  # in 32 bits of 64
+        hashed = hashed * 0x45D9F3B % 2**32
+        hashed = hashed ^ (hashed >> 16)
+    uniform = hashed.reshape(rows, columns).to(dtype) / 2**31 - 1
+    return uniform * math.sqrt(3)
+
+
+@uncompiled
+def fingerprint(tensor: Tensor) -> Fingerprint:
+    """Take a fingerprint: an error of relative size e moves each of its projections by about e times the norm."""
+    return [math.nan] if is_fake(tensor) else project(tensor).tolist()
 
 
 @torch.no_grad()
-def fingerprint(tensor: Tensor) -> Fingerprint:
-    """Project a tensor on four random rank-one sign matrices: an error of relative size e moves each by about e."""
-    if is_fake(tensor):
-        return [math.nan]
+def project(tensor: Tensor) -> Tensor:
+    """Project a tensor on four random rank-one matrices; return the projections and the norm in one tensor."""
     with without_modes(), torch.autocast(tensor.device.type, enabled=False):
         return _project(tensor)
 
 
-def _project(tensor: Tensor) -> Fingerprint:
+def _project(tensor: Tensor) -> Tensor:
     flat = tensor.detach().resolve_conj().resolve_neg()
     flat = torch.view_as_real(flat) if flat.is_complex() else flat
-    flat = flat.reshape(-1) if flat.dtype in (torch.float32, torch.float64) else flat.reshape(-1).double()
+    flat = flat.reshape(-1).to(precision_of(flat.dtype))
+    kind = flat.dtype, flat.device
     width = 1 << max(0, math.isqrt(flat.numel()).bit_length() - 1)  # rows of a power of two, then the rest
     body = flat.numel() // width * width
-    folded = flat[:body].reshape(-1, width) @ _signs(width, 4, flat.dtype, flat.device)
-    numbers = (folded * _signs(len(folded), 4, flat.dtype, flat.device).flip(1)).sum(0)
+    folded = flat[:body].reshape(-1, width) @ _weights(width, 4, *kind)
+    numbers = (folded * _weights(len(folded), 4, *kind).flip(1)).sum(0)
     if rest := flat[body:].numel():
-        numbers = numbers + flat[body:] @ _signs(rest, 4, flat.dtype, flat.device)
-    return [*numbers.tolist(), torch.linalg.vector_norm(flat).item()]
+        numbers = numbers + flat[body:] @ _weights(rest, 4, *kind)
+    return torch.cat([numbers, torch.linalg.vector_norm(flat).reshape(1)])
+
+
+def precision_of(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype that projections of a tensor are computed in."""
+    inexact = dtype.is_floating_point or dtype.is_complex
+    return torch.float32 if inexact and torch.finfo(dtype).bits <= 32 else torch.float64
 
 
 class _Precisions(dict[torch.dtype, float]):

@@ -1,0 +1,54 @@
+"""Fingerprints see errors of every kind, at about their size."""
+
+import pytest
+import torch
+from torch import Tensor
+
+import invzoo as iz
+from invzoo.engine.fingerprint import distance, fingerprint
+
+SHAPES = [(4, 6), (64, 8), (64, 64), (2048, 256), (4, 16, 32, 32), (32, 3, 64, 64), (7, 5), (256, 2), (5,), (100,)]
+ERRORS = {
+    "random": torch.randn,
+    "a constant": torch.ones,
+    "one for each sample": lambda shape: torch.randn(shape[0]).reshape(-1, *[1] * (len(shape) - 1)).expand(shape),
+    "one for each feature": lambda shape: torch.randn(shape[1:2]).reshape(-1, *[1] * (len(shape) - 2)).expand(shape),
+    "half of the samples": lambda shape: (
+        (torch.arange(shape[0]) % 2).reshape(-1, *[1] * (len(shape) - 1)).expand(shape)
+    ),
+    "half of the values": lambda shape: (torch.arange(torch.Size(shape).numel()) > 10).float().reshape(shape),
+}
+
+
+@pytest.mark.parametrize("error", ERRORS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_errors_are_seen_at_about_their_size(shape: tuple[int, ...], error: str):
+    torch.manual_seed(0)
+    x = torch.randn(shape, dtype=torch.float64)
+    e = 1e-3 * ERRORS[error](shape)
+    true = float(e.norm() / x.norm())
+    assert distance(fingerprint(x), fingerprint(x)) == 0
+    assert true / 20 <= distance(fingerprint(x), fingerprint(x + e)) <= 20 * true
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, torch.float16, torch.float32, torch.complex64, torch.complex128, torch.int64]
+)
+def test_every_dtype_and_empty_tensors(dtype: torch.dtype):
+    x = torch.arange(100).reshape(4, 25).to(dtype)
+    assert 1e-2 < distance(fingerprint(x), fingerprint(x + x[:, :1])) < 1e1
+    assert distance(fingerprint(x[:0]), fingerprint(x[:0])) == 0
+
+
+class Sinh(iz.InvertibleModule):
+    def function(self, x: Tensor) -> Tensor:
+        return x.sinh()
+
+    def inverse(self, y: Tensor) -> Tensor:
+        return y.asinh() + 0.01
+
+
+def test_an_inverse_that_is_wrong_by_a_constant():
+    y = Sinh()(torch.randn(2048, 256, requires_grad=True))
+    with pytest.raises(RuntimeError, match=r"Expected Sinh to be replayed within .*Its inverse is wrong"):
+        y.sum().backward()
