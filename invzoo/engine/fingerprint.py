@@ -7,7 +7,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ._torch import is_fake, without_modes
+from ._torch import is_distributed, is_fake, whole, without_modes
 from .chain import uncompiled
 
 __all__ = ["Fingerprint", "distance", "fingerprint", "precision_of", "project", "tolerance"]
@@ -33,7 +33,9 @@ def _weights(rows: int, columns: int, dtype: torch.dtype, device: torch.device) 
 @uncompiled
 def fingerprint(tensor: Tensor) -> Fingerprint:
     """Take a fingerprint: an error of relative size e moves each of its projections by about e times the norm."""
-    return [math.nan] if is_fake(tensor) else project(tensor).tolist()
+    if is_fake(tensor):
+        return [math.nan]
+    return project(whole(tensor.detach()) if is_distributed(tensor) else tensor).tolist()
 
 
 @torch.no_grad()

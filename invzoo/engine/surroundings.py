@@ -109,6 +109,7 @@ class Surroundings:
         "modules",
         "observers",
         "replaced",
+        "shards",
         "stamps",
         "streams",
         "tables",
@@ -135,6 +136,9 @@ class Surroundings:
         self.cast = any_autocast()
         self.autocast = _autocast_state({"cpu", *(d.type for d in devices)}) if self.cast or devices else _NO_AUTOCAST
         self.replaced: list[tuple[dict[str, Any], str, Tensor]] = []
+        self.shards: list[
+            tuple[str, Tensor, int]
+        ] = []  # sharded parameters and their versions: others put them in place
 
     def _stamp(self) -> None:
         self.tensors: list[Tensor] = [x for _, was in self.tables for x in was.values() if x is not None]
@@ -166,6 +170,9 @@ class Surroundings:
     def _hold(self) -> None:
         """Keep parameters without their graphs, and the buffers that the call left alone."""
         if self.unusual:
+            self.shards = [
+                (name, x, version_of(x)) for _, was in self.tables for name, x in was.items() if is_distributed(x)
+            ]
             self.tables = [(table, _without_graphs(was)) for table, was in self.tables]
         for table, name, tensor, version, copy, counted in self.buffers:
             moved = version_of(tensor) != version or table.get(name) is not tensor
@@ -183,12 +190,14 @@ class Surroundings:
                     "Expected modules to keep their parameters, buffers and modules between forward and backward; "
                     f"got a removal of {min(gone)!r}. Call backward first"
                 )
-        for entry, now in zip(self._entries(), stamps(self.tensors), strict=True):
-            if now[:2] != entry.stamp[:2]:
-                raise RuntimeError(
-                    f"Expected parameters and buffers to stay as they were between forward and backward; got a change "
-                    f"of {entry.name!r}. Call backward before optimizer.step() or load_state_dict()"
-                )
+        stale = [name for name, x, version in self.shards if version_of(x) != version]
+        now = stamps(self.tensors)
+        stale += [e.name for e, stamp in zip(self._entries(), now, strict=True) if stamp[:2] != e.stamp[:2]]
+        if stale:
+            raise RuntimeError(
+                f"Expected parameters and buffers to stay as they were between forward and backward; got a change "
+                f"of {stale[0]!r}. Call backward before optimizer.step() or load_state_dict()"
+            )
 
     def check_generators(self) -> None:
         """After a replay: see that it drew what the call drew, and nobody else did meanwhile."""
@@ -209,7 +218,7 @@ class Surroundings:
 
     def intact(self) -> bool:
         """Whether all is as it was already, and a replay will move nothing: so it is in most replays."""
-        if self.generators or self.replaced or self.cast or self.observers.active or any_autocast():
+        if self.generators or self.replaced or self.shards or self.cast or self.observers.active or any_autocast():
             return False
         if stamps(self.tensors) != self.stamps or [m.training for m in self.modules] != self.flags:
             return False

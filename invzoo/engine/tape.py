@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from ._torch import is_fake, keeps_graph, set_grad_enabled, storage_owners, transparent, version_of
+from ._torch import is_distributed, is_fake, keeps_graph, set_grad_enabled, storage_owners, transparent, version_of
 from .state import state
 
 if TYPE_CHECKING:
@@ -52,7 +52,8 @@ class Input:
 
     def leaf(self, value: Tensor) -> Tensor:
         """Return ``value`` as a function must get it: in the memory format that it had, for its views and copies."""
-        if value.layout is torch.strided and value.stride() != self.stride and _is_disjoint(self.shape, self.stride):
+        dense = value.layout is torch.strided and not is_distributed(value)  # shards keep a format of their own
+        if dense and value.stride() != self.stride and _is_disjoint(self.shape, self.stride):
             value = torch.empty_strided(value.shape, self.stride, dtype=value.dtype, device=value.device).copy_(value)
         return value.detach().requires_grad_(self.requires_grad)
 

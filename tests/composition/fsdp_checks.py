@@ -6,11 +6,13 @@ from collections.abc import Callable
 from typing import Any
 from unittest.mock import patch
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import Shard, distribute_module, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 import invzoo as iz
@@ -299,6 +301,24 @@ def fsdp_optimizer_step_before_backward_is_an_error(case: Case, rank: int) -> No
     raise AssertionError("parameters were changed between forward and backward, and nothing was said")
 
 
+@each(names=("invertible_sequential", "streams"))
+def distributed_tensors(case: Case, rank: int) -> None:
+    """Weights and activations that are DTensors outside FSDP; what changes them is noticed as in a plain net."""
+    mesh = init_device_mesh("cpu", (WORLD,))
+    x = distribute_tensor(batches(case)[0], mesh, [Shard(0)])
+    expected = torch.autograd.grad(case.plain(x.full_tensor().sigmoid()).square().sum(), [*case.plain.parameters()])
+    net = distribute_module(case.net, mesh)
+    for _ in range(2):
+        grads = torch.autograd.grad(net(x.sigmoid()).square().sum(), [*net.parameters()])
+        assert_same([full(g) for g in grads], [*expected])
+    loss = net(x.sigmoid()).square().sum()
+    with torch.no_grad():
+        for p in net.parameters():
+            p.mul_(2)
+    with pytest.raises(RuntimeError):
+        loss.backward()
+
+
 CHECKS: dict[str, Callable[[int], None]] = {}
 for _where in ("root", "layers", "subnets", "linears"):
     for _reshard in (True, False):
@@ -318,6 +338,7 @@ CHECKS |= {
     **fsdp_two_forwards,
     **fsdp_frozen_subnets,
     **fsdp_checkpointed,
+    **distributed_tensors,
     "fsdp_output_dtype_of_each_layer_parts_them": fsdp_output_dtype_of_each_layer_parts_them,
     **fsdp_under_no_grad_between,
     **fsdp_optimizer_step_before_backward_is_an_error,
