@@ -82,11 +82,18 @@ def test_a_multiscale_net_holds_its_latents():
 
 def test_branches_on_two_streams_split_and_merge_once(monkeypatch):
     net = iz.InvertibleSequential(affine(8), iz.Parallel(affine(4), affine(4)), affine(8))
-    calls = []
+    merged = []
     cat = torch.cat
-    monkeypatch.setattr(torch, "cat", lambda *args, **kwargs: calls.append(1) or cat(*args, **kwargs))
+
+    def counted(tensors, *args, **kwargs):
+        out = cat(tensors, *args, **kwargs)
+        if out.dim() == 2:  # fingerprints are of one dimension
+            merged.append(out.shape[1])
+        return out
+
+    monkeypatch.setattr(torch, "cat", counted)
     net(torch.randn(3, 8))
-    assert len(calls) == 3  # one for each of the inner couplings, and one at the end
+    assert sorted(merged) == [4, 4, 8]  # the inner couplings, and the end
 
 
 def test_side_inputs_go_where_they_are_taken():
