@@ -78,14 +78,12 @@ MATMULS = (
 TO_PLAIN, TO_CHECKPOINT = MATMULS.format("8/6 = 1.33"), MATMULS.format("8/7 = 1.14")
 CROSSINGS = (
     "Bound by Python: each tensor that autograd saves crosses from C++ to Python and back, and each call looks up what "
-    "a replay must find again. An engine of hooks that checks nothing, for additive couplings alone, takes 2.0."
+    "a replay must find again. The compiler takes both away."
 )
-CHECKS = (
-    "The forward makes the real graph, and a call keeps and compares what a replay must find: 0.3 ms a coupling of 28."
-)
+CHECKS = "The forward makes the real graph, and each call keeps and compares what a replay must find, in Python."
 OBJECTS = (
-    "Half of it is the autograd graph, which plain PyTorch has as well (6,800 bytes), the rest are Python's objects: "
-    "handles of what autograd saves, and what a replay must find again."
+    "Half of it is the autograd graph, which plain PyTorch has as well (what its process holds beyond tensors), the "
+    "rest are Python's objects: handles of what autograd saves, and what a replay must find again."
 )
 
 TARGETS = (
