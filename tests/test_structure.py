@@ -61,6 +61,19 @@ def test_importing_leaves_the_compiler_alone():
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT.parent, check=False).returncode == 0  # noqa: S603
 
 
+def test_numpy_is_not_needed():
+    """torch does without it, and so does a step that replays random numbers."""
+    code = """
+import sys
+sys.modules["numpy"] = None
+import invzoo as iz, torch
+from torch import nn
+net = iz.InvertibleSequential(*(iz.AdditiveCoupling(nn.Sequential(nn.Linear(2, 2), nn.Dropout())) for _ in range(3)))
+net(torch.randn(3, 4)).sum().backward()
+"""
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT.parent, check=False).returncode == 0  # noqa: S603
+
+
 def test_the_readme_names_every_layer():
     table = (ROOT.parent / "README.md").read_text().split("## Layers")[1].split("##")[0]
     named = {row.split("`")[1] for row in table.splitlines() if row.startswith("| `")}

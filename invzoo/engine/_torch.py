@@ -191,13 +191,18 @@ def is_fake(tensor: Tensor) -> bool:
 def same_state(a: Tensor, b: Tensor) -> bool:
     """Compare two states of a generator, which are real tensors even where others are fake."""
     with torch._C._DisableTorchDispatch():
-        return torch.equal(a, b)
+        return torch.equal(_words(a), _words(b))
 
 
 def digest(state: Tensor) -> int:
     """Sum up the state of a generator in one number."""
     with torch._C._DisableTorchDispatch():
-        return hash(state.numpy().tobytes())
+        return hash(tuple(_words(state).tolist()))
+
+
+def _words(state: Tensor) -> Tensor:
+    """View the bytes of a state eight at a time, since operators take as long for one of each."""
+    return state.view(torch.int64) if len(state) % 8 == 0 else state
 
 
 def plainly() -> contextlib.AbstractContextManager[Any]:
