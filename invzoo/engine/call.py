@@ -95,12 +95,16 @@ def call(operation: Operation, inputs: tuple[Any, ...], side: dict[str, Any]) ->
 
 
 class Handle:
-    """Stands in the graph for a tensor that autograd saved; its value comes when the call is rebuilt."""
+    """Stands in the graph for a tensor that autograd saved; its value comes when the call is rebuilt.
 
-    __slots__ = ("__weakref__", "value")
+    It knows the value's version when it was saved, since autograd does not compare that of what hooks return.
+    """
+
+    __slots__ = ("__weakref__", "value", "version")
 
     def __init__(self, value: Tensor):
         self.value: Tensor | None = value
+        self.version = version_of(value)
 
 
 class Call:
@@ -256,15 +260,24 @@ class Call:
 
     def unpack(self, handle: Handle) -> Tensor:
         value = handle.value
-        if value is not None:
-            return value
-        with self.lock, plainly():
-            if handle.value is None:
-                self.rebuild()
-            value = handle.value
-        if backward_id() == -1:  # somebody looks at the graph
-            state.kept.end()
-        return value  # type: ignore[return-value]  # rebuilt
+        if value is None:
+            with self.lock, plainly():
+                if handle.value is None:
+                    self.rebuild()
+                value = handle.value
+            if backward_id() == -1:  # somebody looks at the graph
+                state.kept.end()
+        if version_of(value) != handle.version:  # type: ignore[arg-type]  # it is rebuilt
+            raise self._changed(value)  # type: ignore[arg-type]
+        return value  # type: ignore[return-value]
+
+    def _changed(self, value: Tensor) -> RuntimeError:
+        error = RuntimeError(
+            f"Expected the function of {self.operation.name} to leave what autograd saved for its backward as it is; "
+            f"got a tensor of shape {tuple(value.shape)} that was changed in place later. Use an out-of-place operation"
+        )
+        note(error, self.place)
+        return error
 
     def release(self) -> None:
         """Forget what the handles hold."""

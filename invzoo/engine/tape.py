@@ -83,7 +83,7 @@ class Tape:
 
     def __init__(self, call: "Call"):
         self._call = call
-        self._captured: list[Tensor | None] = []
+        self._captured: list[tuple[Tensor, int] | None] = []  # with their versions
         self._metas: list[Meta] = []
         self._short = self._started = False
         self.inputs: list[Any] = [None if isinstance(i, Input) else i for i in call.inputs]
@@ -101,6 +101,8 @@ class Tape:
 
     def owns(self, output: Tensor) -> bool:
         """Whether nobody else can see an output, nor needs it again: its memory may take the input then."""
+        if torch.compiler.is_compiling():  # who traces a backward cannot count
+            return False
         if type(output) is not Tensor and not is_fake(output):
             return False  # a wrapper (DTensor, say) shares tensors that its own storage knows nothing of
         nbytes = output.numel() * output.element_size()
@@ -131,7 +133,8 @@ class Tape:
         value, handles = tensor.detach(), self._call.handles
         index = len(self._metas)
         self._metas.append((tensor.shape, tensor.dtype))
-        self._captured.append(value if index < len(handles) and handles[index]() is not None else None)
+        awaited = index < len(handles) and handles[index]() is not None
+        self._captured.append((value, version_of(value)) if awaited else None)
         if self._short and self._metas == self._call.metas:
             raise _AllSaved
         return value
@@ -144,9 +147,9 @@ class Tape:
                 f"{_summary(self._metas)} where forward saved {_summary(self._call.metas)}. Is it deterministic, and "
                 "does it depend on its inputs, parameters and buffers alone?"
             )
-        for ref, value in zip(self._call.handles, self._captured, strict=True):
-            if (handle := ref()) is not None:
-                handle.value = value
+        for ref, saved in zip(self._call.handles, self._captured, strict=True):
+            if saved is not None and (handle := ref()) is not None:
+                handle.value, handle.version = saved
 
 
 def _same(value: Any) -> Any:
