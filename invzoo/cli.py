@@ -129,11 +129,11 @@ def _build(spec: str) -> InvertibleModule:
     sys.path.insert(0, os.getcwd())  # as for `python -m`, so that a user's own modules are found
     try:
         made = functools.reduce(getattr, name.split("."), importlib.import_module(module))
-    except (ImportError, AttributeError, ValueError) as error:
-        raise _UsageError(f"argument module:name: cannot import {spec!r}: {error}") from None
+        layer = made() if callable(made) and not isinstance(made, InvertibleModule) else made
+    except Exception as error:
+        raise _UsageError(f"argument module:name: cannot build {spec!r}: {type(error).__name__}: {error}") from error
     finally:
         sys.path.pop(0)
-    layer = made if isinstance(made, InvertibleModule) else made() if callable(made) else made
     if not isinstance(layer, InvertibleModule):
         raise _UsageError(f"argument module:name: expected an InvertibleModule, or what makes one; got {layer!r}")
     return layer
@@ -179,7 +179,7 @@ def _add_demo(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     demo.set_defaults(run=_demo)
     add = demo.add_argument
     add("--depth", type=_positive, default=100, help="couplings in the net (default: %(default)s)")
-    add("--mode", nargs="+", choices=[*Mode, "all"], default=["all"], help="modes to train in (default: all)")
+    add("--mode", nargs="+", choices=[*map(str, Mode), "all"], default=["all"], help="modes to train in (default: all)")
     add("--device", type=_device, default="cpu", help="cpu, cuda, cuda:1, mps, ... (default: %(default)s)")
     add("--epochs", type=_positive, default=8, help="passes over the training images (default: %(default)s)")
     add("--batch-size", type=_positive, default=48, help="images per step (default: %(default)s)")
@@ -209,7 +209,7 @@ def _add_check(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     add = check.add_argument
     add("factory", type=_factory, metavar="module:name", help="a layer, or a class or function that makes one")
     what = "of an input, with the batch (at least 2): 4,8,16,16; once for each input"
-    add("--shape", type=_shape, action="append", required=True, help=what)
+    add("--shape", type=_batch, action="append", required=True, help=what)
     what = "name and shape of a side input: context=4,8; once for each"
     add("--side", type=_side, action="append", default=[], metavar="NAME=SHAPE", help=what)
     add("--dtype", type=_dtype, default="float64", help="of weights and inputs (default: %(default)s)")
@@ -230,6 +230,13 @@ def _shape(text: str) -> testing.Shape:
     if not all(size.isdecimal() and int(size) > 0 for size in sizes):
         raise argparse.ArgumentTypeError(f"expected sizes such as 4,8,16,16; got {text!r}")
     return tuple(map(int, sizes))
+
+
+def _batch(text: str) -> testing.Shape:
+    shape = _shape(text)
+    if shape[0] < 2:  # one sample cannot show that samples depend on each other
+        raise argparse.ArgumentTypeError(f"expected a batch of at least 2; got {text!r}")
+    return shape
 
 
 def _side(text: str) -> tuple[str, testing.Shape]:

@@ -71,6 +71,7 @@ def test_version(capsys):
         (["check", "tanh", "--shape", "3,4"], "argument module:name: expected package.module:name; got 'tanh'"),
         (["check", "a:b", "--shape", "3,x"], "argument --shape: expected sizes such as 4,8,16,16; got '3,x'"),
         (["check", "a:b", "--shape", "0,4"], "argument --shape: expected sizes such as 4,8,16,16; got '0,4'"),
+        (["check", "a:b", "--shape", "1,4"], "argument --shape: expected a batch of at least 2; got '1,4'"),
         (["check", "a:b", "--side", "3,4"], "argument --side: expected a name and a shape such as context=4,8"),
         (["check", "a:b", "--dtype", "int8"], "argument --dtype: expected one of float64, float32; got 'int8'"),
         (["check", "a:b", "--without", "assert_memory"], "argument --without: expected an assertion and the reason"),
@@ -81,6 +82,12 @@ def test_bad_usage_exits_with_2_and_says_why(capsys, argv, message):
         main(argv)
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_modes_to_choose_from_are_shown_as_they_are_typed(capsys):
+    with pytest.raises(SystemExit):
+        main(["demo", "--mode", "forget"])
+    assert "Mode." not in capsys.readouterr().err
 
 
 def test_tiny_demo_end_to_end(capsys, tmp_path):
@@ -248,6 +255,7 @@ number = 3
 def layers(tmp_path, monkeypatch):
     name = f"layers_of_{tmp_path.name}".replace("-", "_")
     (tmp_path / f"{name}.py").write_text(LAYERS)
+    (tmp_path / "half_written.py").write_text("layer = (")
     monkeypatch.chdir(tmp_path)
     return name
 
@@ -288,11 +296,18 @@ def test_check_leaves_the_random_state_of_its_caller(layers):
 @pytest.mark.parametrize(
     ("argv", "code", "message"),
     [
-        (["nowhere_at_all:layer"], 2, "argument module:name: cannot import 'nowhere_at_all:layer'"),
-        (["invzoo:Nope"], 2, "argument module:name: cannot import 'invzoo:Nope'"),
+        (
+            ["nowhere_at_all:layer"],
+            2,
+            "argument module:name: cannot build 'nowhere_at_all:layer': ModuleNotFoundError: ",
+        ),
+        (["invzoo:Nope"], 2, "argument module:name: cannot build 'invzoo:Nope': AttributeError: "),
         (["{}:number"], 2, "argument module:name: expected an InvertibleModule, or what makes one; got 3"),
         (["torch.nn:Identity"], 2, "argument module:name: expected an InvertibleModule"),
-        (["{}:fails"], 1, "out of clay"),
+        (["invzoo:ActNorm"], 2, "argument module:name: cannot build 'invzoo:ActNorm': TypeError: "),
+        (["json:dumps"], 2, "argument module:name: cannot build 'json:dumps': TypeError: "),
+        (["{}:fails"], 2, ":fails': RuntimeError: out of clay"),
+        (["half_written:layer"], 2, "cannot build 'half_written:layer': SyntaxError: "),
         (["{}:layer", "--without", "assert_all=no time"], 2, "argument --without: Expected without to give reasons"),
     ],
 )
