@@ -1,6 +1,8 @@
 """InvZoo: invertible PyTorch modules that free their activations and rebuild them with the inverse in backward."""
 
+from contextlib import suppress
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
 from .blocks import GlowStep, HINTCoupling, InvertiblePatchConv
@@ -51,6 +53,8 @@ from .module import Inverse, InvertibleModule, mode
 
 if TYPE_CHECKING:
     from . import testing
+
+    __version__: str
 
 __all__ = [
     "DCT",
@@ -139,7 +143,10 @@ __all__ = [
 if not TYPE_CHECKING:
 
     def __getattr__(name: str) -> object:
-        """Import what training does without when it is first used."""
+        """Import what training does without when it is first used, and look up the version of what is installed."""
         if name == "testing":
             return import_module(".testing", __name__)
+        if name == "__version__":
+            with suppress(PackageNotFoundError):  # a checkout that is not installed has none
+                return version(__name__)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,11 +9,12 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+
+import invzoo as iz
 
 from . import testing
 from .engine import Mode
@@ -150,22 +151,16 @@ def _passes(name: str, run: Callable[[], None]) -> bool:
 
 
 def _parser() -> argparse.ArgumentParser:
+    version = getattr(iz, "__version__", "from source, not installed")
     parser = argparse.ArgumentParser(
         prog="invzoo", description="Invertible PyTorch modules that free their activations."
     )
-    parser.add_argument("--version", action="version", version=f"invzoo {_version()}")
+    parser.add_argument("--version", action="version", version=f"invzoo {version}")
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
     _add_demo(commands)
     _add_zoo(commands)
     _add_check(commands)
     return parser
-
-
-def _version() -> str:
-    try:
-        return version("invzoo")
-    except PackageNotFoundError:
-        return "from source, not installed"
 
 
 def _add_demo(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

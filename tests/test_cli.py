@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError
 
 import pytest
 import torch
@@ -42,11 +43,20 @@ def test_help_names_the_command_and_its_options(capsys):
         assert all(word in printed for word in words)
 
 
-def test_version(capsys):
+@pytest.mark.parametrize("installed", [True, False])
+def test_version(capsys, monkeypatch, installed):
+    def version(name):
+        if not installed:
+            raise PackageNotFoundError(name)
+        return f"1.2.3 of {name}"
+
+    monkeypatch.setattr(iz, "version", version)
+    expected = "1.2.3 of invzoo" if installed else "from source, not installed"
+    assert getattr(iz, "__version__", "from source, not installed") == expected
     with pytest.raises(SystemExit) as stop:
         main(["--version"])
     assert stop.value.code == 0
-    assert capsys.readouterr().out.startswith("invzoo ")
+    assert capsys.readouterr().out == f"invzoo {expected}\n"
 
 
 @pytest.mark.parametrize(
