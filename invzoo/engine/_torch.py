@@ -17,6 +17,7 @@ __all__ = [
     "any_autocast",
     "at_end_of_backward",
     "backward_id",
+    "between_processes",
     "cpu_generator",
     "deny_data",
     "digest",
@@ -108,6 +109,11 @@ def storage_owners(tensor: Tensor) -> int | None:
         return None
     storage = tensor.untyped_storage()  # this Python object owns it too
     return _use_count(storage._cdata) - 1
+
+
+def between_processes(tensor: Tensor) -> bool:
+    """Whether other processes may see a tensor's memory; on accelerators they hold it as owners do."""
+    return tensor.is_cpu and tensor.is_shared()
 
 
 def deny_data(tensor: Tensor, message: str) -> None:

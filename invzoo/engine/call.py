@@ -31,11 +31,13 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from ._torch import (
+    Stamp,
     at_end_of_backward,
     backward_id,
     keeps_graph,
     plainly,
     set_grad_enabled,
+    stamps,
     storage_key,
     transparent,
     version_of,
@@ -120,7 +122,7 @@ class Call:
     def __init__(self, operation: Operation, inputs: tuple[Any, ...], side: dict[str, Any]):
         self.operation = operation
         self.place = state.place
-        self.leaves: list[tuple[weakref.ref[Tensor], int]] = []  # weights that belong to no module
+        self.leaves: list[tuple[weakref.ref[Tensor], Stamp]] = []  # weights that belong to no module
         self.handles: list[weakref.ref[Handle]] = []
         self.metas: list[Meta] = []
         self.outputs: list[Any] = []  # values and slots
@@ -155,12 +157,16 @@ class Call:
 
     def forward(self, inputs: tuple[Any, ...], side: dict[str, Any]) -> Any:
         operation, surroundings = self.operation, self.surroundings
-        if surroundings.unusual and surroundings.lazy:
+        if not surroundings.replayable:
             return operation.function(*inputs, **side)
         state.packing.append(pack := transparent(self.pack))
         try:
             with saved_tensors_hooks(pack, self.unpack), surroundings.observers.watched():
                 result = operation.function(*inputs, **side)
+        except RuntimeError as error:
+            if "support saved tensor hooks" in str(error):
+                error.add_note(f"Use torch.autograd.grad in {operation.name}, or mode 'store' for it")
+            raise
         finally:
             state.packing.pop()
         outputs = tuple_of(result)
@@ -179,9 +185,10 @@ class Call:
         return result
 
     def _close(self, inputs: tuple[Any, ...], outputs: tuple[Any, ...]) -> None:
-        """Forget everything that a replay can rebuild."""
+        """Forget everything that a replay can rebuild, if there can be one."""
         operation = self.operation
-        self.surroundings.close(operation.policy.seed)
+        if not self.surroundings.close(operation.policy.seed):
+            return
         invert = operation.policy.mode is Mode.invert and not operation.keeps_input
         if invert:
             self._link(inputs, outputs[:-1] if operation.log_det else outputs)
@@ -217,7 +224,7 @@ class Call:
                 self.sources.append(weakref.ref(slot))
         for y, key in zip(outputs, keys_out, strict=True):
             if key is None:
-                self.outputs.append(y)
+                self.outputs.append(map_tensors(Tensor.detach, y))
                 continue
             slot = slot_of(y, key)
             if slot is None:
@@ -225,7 +232,7 @@ class Call:
                 self.produced.append(slot)
             self.outputs.append(slot)
             self.slots.append(slot)
-        for head in _heads(slots_in):
+        for head in _heads([slot for i, slot in enumerate(slots_in) if i not in self.passed]):
             self._give_back(head, outputs)
 
     def _give_back(self, head: Slot, outputs: tuple[Any, ...]) -> None:
@@ -248,7 +255,7 @@ class Call:
 
     def pack(self, tensor: Tensor) -> Handle:
         if tensor.requires_grad and tensor.is_leaf and self._is_foreign(tensor):
-            self.leaves.append((weakref.ref(tensor), version_of(tensor)))
+            self.leaves.append((weakref.ref(tensor), stamps([tensor])[0]))
         handle = Handle(tensor.detach())
         self.handles.append(weakref.ref(handle))
         self.metas.append((tensor.shape, tensor.dtype))
@@ -436,8 +443,8 @@ class Call:
                     f"Expected {what} of {self.operation.name} to stay as it was until backward; got one that was "
                     "changed in place. Use an out-of-place operation on it"
                 )
-        for ref, version in self.leaves:
-            if (leaf := ref()) is not None and version_of(leaf) != version:
+        for ref, stamp in self.leaves:
+            if (leaf := ref()) is not None and stamps([leaf])[0][:2] != stamp[:2]:
                 raise RuntimeError(
                     f"Expected the weights of {self.operation.name} to stay as they were between forward and backward; "
                     f"got a change of one of shape {tuple(leaf.shape)}. Call backward before optimizer.step()"

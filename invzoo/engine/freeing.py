@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._torch import allow_data, deny_data, preserve_version, storage_owners
+from ._torch import allow_data, between_processes, deny_data, preserve_version, storage_owners
 from .slots import Slot, key_of, marked, slot_of
 from .state import steps_aside
 
@@ -104,6 +104,8 @@ def _refusal(tensor: Tensor) -> str | None:
         return "a view"
     if tensor.layout is not torch.strided or type(tensor) is not Tensor:
         return f"a {type(tensor).__name__} with layout {tensor.layout}"
+    if not tensor.untyped_storage().resizable() or between_processes(tensor):
+        return "memory that is numpy's, say, or other processes' too"
     return None
 
 

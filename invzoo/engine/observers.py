@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from operator import attrgetter
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.modules import module as torch_module
 
@@ -96,38 +96,39 @@ def _stand_in(table: dict[int, Hook], key: int, hook: Hook) -> _StandIn:
 class Observers:
     """The users' forward and pre-forward hooks on some modules, and on all modules.
 
-    What autograd saves inside a hook is kept as it is, since a replay does not run the hook. One that returns a value
-    changes what the function computes, so it runs in replays as well.
+    What autograd saves inside a hook is kept as it is, since a replay does not run the hook. One that returns a value,
+    sets a tensor of its module or switches its mode changes what the function computes, so it runs in replays as well.
     """
 
     __slots__ = ("active", "modules")
 
     def __init__(self, modules: list[nn.Module]):
         self.modules = modules
-        self.active: list[_Site] = []  # those whose hooks returned a value
+        self.active: list[_Site] = []  # those whose hooks changed what the function computes
 
     def present(self) -> bool:
         """Whether a replay might meet a hook."""
         return _is_watched(self.modules)
 
     def watched(self) -> contextlib.AbstractContextManager[None]:
-        """During forward: learn which hooks return a value, and keep what autograd saves inside them."""
+        """During forward: learn which hooks change it, and keep what autograd saves inside them."""
         sites = _sites(self.modules)
         return self._watch(sites) if sites else _NOTHING
 
     @contextlib.contextmanager
     def _watch(self, sites: list[_Site]) -> Iterator[None]:
-        returned: set[int] = set()
+        acted: set[int] = set()
 
         def run(hook: Hook, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            before = _traits(args[0])
             result = _run_apart(hook, args, kwargs)
-            if result is not None:
-                returned.add(id(hook))
+            if result is not None or not _same(before, _traits(args[0])):
+                acted.add(id(hook))
             return result
 
         with _standing_in(sites, run):
             yield
-        self.active = [site for site in sites if id(site[2]) in returned]
+        self.active = [site for site in sites if id(site[2]) in acted]
 
     def silenced(self) -> contextlib.AbstractContextManager[None]:
         """During a replay: run torch's own hooks, and of the users' those alone that returned a value in forward."""
@@ -148,6 +149,15 @@ class Observers:
         for table, key, hook in self.active:
             if key not in table:
                 table[key] = _StandIn(hook)
+
+
+def _traits(module: nn.Module) -> dict[str, Any]:
+    """Return what a module computes with besides its parameters: tensors that are mere attributes, and its mode."""
+    return {name: x for name, x in vars(module).items() if isinstance(x, Tensor) or name == "training"}
+
+
+def _same(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    return a.keys() == b.keys() and all(a[name] is b[name] for name in a)
 
 
 def _run_apart(hook: Hook, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -1,17 +1,30 @@
 """What a call sees besides its inputs, and how a replay is made to see it again."""
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import fields, is_dataclass
 from functools import partial
 from operator import is_
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch.jit import ScriptModule
 from torch.nn.parameter import is_lazy
 
-from ._torch import Stamp, any_autocast, cpu_generator, digest, is_distributed, same_state, stamps, version_of, whole
+from ._torch import (
+    Stamp,
+    any_autocast,
+    cpu_generator,
+    digest,
+    is_distributed,
+    same_state,
+    stamps,
+    version_of,
+    whole,
+)
+from .buffers import attributes_of, buffers_of, copy_of, holds_loose, loose_tensors, without_graph
 from .devices import accelerators, elsewhere, module_of, on_streams, streams_of
 from .observers import Observers
 
@@ -28,14 +41,21 @@ def walk(roots: Iterable[nn.Module]) -> list[nn.Module]:
 
 
 def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
-    """Apply ``function`` to every tensor in nested lists, tuples and dicts."""
+    """Apply ``function`` to every tensor in nested lists, tuples, dicts and dataclasses, or classes derived of them."""
     if isinstance(value, Tensor):
         return function(value)
-    if isinstance(value, dict):
-        return type(value)((k, map_tensors(function, v)) for k, v in value.items())
-    if isinstance(value, tuple | list):
-        items = [map_tensors(function, v) for v in value]
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if isinstance(value, tuple):
+        return tuple.__new__(type(value), [map_tensors(function, v) for v in value])
+    if isinstance(value, dict | list):
+        mapped: Any = copy.copy(value)
+        for k, v in value.items() if isinstance(value, dict) else enumerate(value):
+            mapped[k] = map_tensors(function, v)
+        return mapped
+    if is_dataclass(value) and not isinstance(value, type):
+        mapped = copy.copy(value)
+        for field in fields(value):
+            object.__setattr__(mapped, field.name, map_tensors(function, getattr(value, field.name)))
+        return mapped
     return value
 
 
@@ -49,17 +69,6 @@ class _Entry(NamedTuple):
     name: str
     tensor: Tensor
     stamp: Stamp
-
-
-class _Buffer(NamedTuple):
-    """A buffer that the call may change."""
-
-    table: dict[str, Any]
-    name: str
-    tensor: Tensor
-    version: int
-    copy: Tensor
-    counted: bool  # whether every change of it moves its version
 
 
 class _State(NamedTuple):
@@ -109,6 +118,7 @@ class Surroundings:
         "modules",
         "observers",
         "replaced",
+        "scripted",
         "shards",
         "stamps",
         "streams",
@@ -119,6 +129,9 @@ class Surroundings:
 
     def __init__(self, roots: Sequence[nn.Module], tensors: Sequence[Tensor], generators: Sequence[torch.Generator]):
         self.modules = modules = walk(roots)
+        self.scripted = any(isinstance(m, ScriptModule) for m in modules)
+        if self.scripted:
+            return
         self.flags = [m.training for m in modules]
         self.observers = Observers(modules)
         self.children: list[Table] = [(m._modules, m._modules.copy()) for m in modules if m._modules]
@@ -129,8 +142,11 @@ class Surroundings:
         # Parameters of a functional_call, sharded ones, and those without a shape.
         self.unusual = any(type(x) is not nn.Parameter for x in self.tensors)
         self.known = set() if self.unusual else {*map(id, self.tensors)}  # the parameters that are checked here
-        self.buffers = [buffer for m in modules if m._buffers for buffer in _buffers(m)]
-        devices = accelerators(tensors, self.tensors, (b.copy for b in self.buffers))
+        self.buffers = buffers_of(modules)
+        if loose := [m for m in modules if holds_loose(m)]:
+            attributes, owned = attributes_of(loose)
+            self.buffers, generators = self.buffers + attributes, [*generators, *owned]
+        devices = accelerators(tensors, self.tensors, (b.tensor for b in self.buffers))
         self.generators = _generator_states(devices, generators)
         self.streams = streams_of(devices) if devices else []
         self.cast = any_autocast()
@@ -149,39 +165,49 @@ class Surroundings:
         return [_Entry(*place, stamp) for place, stamp in zip(places, self.stamps, strict=True)]
 
     @property
-    def lazy(self) -> bool:
-        """Whether a parameter has no shape yet; its first call decides that, and is no call to replay."""
-        return self.unusual and any(map(is_lazy, self.tensors))
+    def replayable(self) -> bool:
+        """Whether there can be a replay: not of scripts, which have no tables and save other tensors as they warm up.
 
-    def close(self, seed: bool) -> None:
-        """After the call: forget what it left alone, and learn what to put back before a replay."""
+        Nor of a first call that decides the shapes of parameters.
+        """
+        return not self.scripted and not (self.unusual and any(map(is_lazy, self.tensors)))
+
+    def close(self, seed: bool) -> bool:
+        """After the call: forget what it left alone, and learn what to put back before a replay.
+
+        Returns:
+            whether the call can be replayed: not if it changed what kept still until now.
+        """
         ends = [(g, g.get()) for g in self.generators]
         self.generators = [g._replace(end=digest(end)) for g, end in ends if seed or not same_state(g.state, end)]
-        if stamps(self.tensors) != self.stamps:
-            for _, name, tensor, stamp in self._entries():
-                if version_of(tensor) != stamp[0]:
+        if (now := stamps(self.tensors)) != self.stamps:
+            for (_, name, _, was), stamp in zip(self._entries(), now, strict=True):
+                if stamp[:2] != was[:2]:
                     raise RuntimeError(
                         f"Expected function not to change parameters in place; got a change of {name!r}. "
                         "Change it outside the call, or use mode 'store'"
                     )
-        if self.buffers or self.unusual:
-            self._hold()
+        return not (self.buffers or self.unusual) or self._hold()
 
-    def _hold(self) -> None:
+    def _hold(self) -> bool:
         """Keep parameters without their graphs, and the buffers that the call left alone."""
         if self.unusual:
             self.shards = [
                 (name, x, version_of(x)) for _, was in self.tables for name, x in was.items() if is_distributed(x)
             ]
             self.tables = [(table, _without_graphs(was)) for table, was in self.tables]
-        for table, name, tensor, version, copy, counted in self.buffers:
-            moved = version_of(tensor) != version or table.get(name) is not tensor
-            if moved or not counted:
-                self.replaced.append((table, name, copy))
+        for buffer in self.buffers:
+            _, table, name, tensor, _, was, copied = buffer
+            habit = buffer.learn()
+            if habit == "moves" and was == "still":
+                return False
+            if habit != "still" or table.get(name) is not tensor:
+                self.replaced.append((table, name, without_graph(tensor) if copied is None else copied))
             else:
-                self.tables.append((table, {name: tensor}))
+                self.tables.append((table, {name: without_graph(tensor)}))
         self.buffers = []
         self._stamp()
+        return True
 
     def _check(self) -> None:
         for table, was in (*self.tables, *self.children):
@@ -189,6 +215,12 @@ class Surroundings:
                 raise RuntimeError(
                     "Expected modules to keep their parameters, buffers and modules between forward and backward; "
                     f"got a removal of {min(gone)!r}. Call backward first"
+                )
+        for table, was in self.children:
+            if new := table.keys() - was.keys():
+                raise RuntimeError(
+                    "Expected modules to have no new modules inside between forward and backward; "
+                    f"got an addition of {min(new)!r}. Call backward first"
                 )
         stale = [name for name, x, version in self.shards if version_of(x) != version]
         now = stamps(self.tensors)
@@ -213,7 +245,7 @@ class Surroundings:
         for generator in self.generators:
             generator.set(generator.state)
         for table, name, was in self.replaced:
-            table[name] = was.clone()
+            table[name] = copy_of(was)
         self.observers.arm()
 
     def intact(self) -> bool:
@@ -225,6 +257,8 @@ class Surroundings:
         for table, was in (*self.tables, *self.children):
             if not all(map(is_, map(table.get, was), was.values())):
                 return False
+        if any(len(table) != len(was) for table, was in self.children) or any(map(holds_loose, self.modules)):
+            return False
         return not self.observers.present() and not elsewhere(self.streams)
 
     @contextlib.contextmanager
@@ -234,12 +268,17 @@ class Surroundings:
         entries = self._entries()
         moved = [e for e in entries if e.table[e.name] is not e.tensor]
         sharded = [e for e in moved if is_distributed(e.table[e.name])]
-        put = [(e.table, e.name, e.tensor) for e in moved if not is_distributed(e.table[e.name])]
+        put: list[tuple[dict[str, Any], str, Any]] = [
+            (e.table, e.name, e.tensor) for e in moved if not is_distributed(e.table[e.name])
+        ]
         put += [(t, name, m) for t, was in self.children for name, m in was.items() if t[name] is not m]
+        put += [(t, name, x) for t, was in self.tables for name, x in was.items() if x is None and t[name] is not None]
         toggled = [(e.tensor, e.stamp[2]) for e in entries if e.tensor.requires_grad != e.stamp[2]]
         flags = [(m, was, m.training) for m, was in zip(self.modules, self.flags, strict=True) if m.training != was]
         states = [(g.set, g.get()) for g in self.generators]
         old = [(table, name, table.get(name)) for table, name, _ in (*put, *self.replaced)]
+        # What the function leaves in its modules is that of the forward; that of a replay leads back to the replay.
+        old += [(vars(m), name, x) for m in self.modules for name, x in loose_tensors(m).items()]
         with on_streams(self.streams), self._autocast(), self.observers.silenced(), _gathered(sharded):
             try:
                 for table, name, tensor in put:
@@ -272,18 +311,11 @@ class Surroundings:
         return stack
 
 
-def _buffers(m: nn.Module) -> list[_Buffer]:
-    counted = not (m.training and isinstance(m, _NormBase))  # F.batch_norm moves its statistics without counting
-    buffers = [(name, b) for name, b in m._buffers.items() if b is not None]
-    return [_Buffer(m._buffers, name, b, version_of(b), b.detach().clone(), counted) for name, b in buffers]
-
-
 def _without_graphs(table: dict[str, Any]) -> dict[str, Any]:
     """Return what stays of parameters: those of a functional_call may lead back to the call, shards are put in place
     by whoever shards them.
     """
-    kept = {name: x for name, x in table.items() if x is not None and not is_distributed(x)}
-    return {name: x if x.is_leaf else x.detach().requires_grad_() for name, x in kept.items()}
+    return {name: without_graph(x) for name, x in table.items() if x is not None and not is_distributed(x)}
 
 
 @contextlib.contextmanager

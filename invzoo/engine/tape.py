@@ -9,7 +9,16 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from ._torch import is_distributed, is_fake, keeps_graph, set_grad_enabled, storage_owners, transparent, version_of
+from ._torch import (
+    between_processes,
+    is_distributed,
+    is_fake,
+    keeps_graph,
+    set_grad_enabled,
+    storage_owners,
+    transparent,
+    version_of,
+)
 from .state import state
 
 if TYPE_CHECKING:
@@ -107,7 +116,7 @@ class Tape:
             return False  # a wrapper (DTensor, say) shares tensors that its own storage knows nothing of
         nbytes = output.numel() * output.element_size()
         alone = storage_owners(output) == 1 and output.untyped_storage().nbytes() == nbytes
-        return alone and not keeps_graph() and not self._call.shares(output)
+        return alone and not keeps_graph() and not self._call.shares(output) and not between_processes(output)
 
     def run(self, function: Callable[..., Any], *args: Any, **side: Any) -> Any:
         """Evaluate a piece of the function; what autograd saves meanwhile goes to the graph of the forward."""
@@ -150,6 +159,7 @@ class Tape:
         for ref, saved in zip(self._call.handles, self._captured, strict=True):
             if saved is not None and (handle := ref()) is not None:
                 handle.value, handle.version = saved
+        self._captured.clear()  # a tensor that the function left somewhere holds the hooks that saw it, and so the tape
 
 
 def _same(value: Any) -> Any:

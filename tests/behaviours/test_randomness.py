@@ -84,6 +84,46 @@ class VectorQuantizer(nn.Module):
         return h
 
 
+class Silent(nn.Module):
+    """Buffers that are changed without their versions' moving."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__()
+        self.net = mlp(*sizes)
+        self.register_buffer("mean", torch.zeros(sizes[0]))
+        self.register_buffer("var", torch.ones(sizes[0]))
+        self.register_buffer("shift", torch.ones(sizes[0]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.shift.data.mul_(0.9)
+        return self.net(F.batch_norm(x, self.mean, self.var, training=self.training) + self.shift)
+
+
+class Attributes(nn.Module):
+    """Tensors that are no buffers: changed in place, replaced, read, and left behind with a graph."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__()
+        self.net = mlp(*sizes)
+        self.calls, self.mean, self.fixed = torch.ones(()), torch.zeros(sizes[0]), torch.ones(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.mean = 0.9 * self.mean + 0.1 * x.detach().mean(0)
+        self.last = self.net((x - self.mean) * self.calls) * self.fixed[0]
+        return self.last
+
+
+class OwnGenerator(nn.Module):
+    def __init__(self, *sizes: int) -> None:
+        super().__init__()
+        self.net = mlp(*sizes)
+        self.generator = torch.Generator().manual_seed(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x) * torch.rand(len(x), 1, generator=self.generator)
+
+
 STATEFUL = [
     dropout,
     batch_norm,
@@ -93,6 +133,9 @@ STATEFUL = [
     Noise,
     Counts,
     VectorQuantizer,
+    Silent,
+    Attributes,
+    OwnGenerator,
 ]
 
 
