@@ -9,7 +9,16 @@ import torch
 from torch import nn
 
 from . import contestants
-from .measure import GIVE_BACK, alternate, bytes_of_process, in_fresh_process, one_thread, peak_of_process, seconds_of
+from .measure import (
+    GIVE_BACK,
+    PYTHON_IN_MALLOC,
+    alternate,
+    bytes_of_process,
+    in_fresh_process,
+    one_thread,
+    peak_of_process,
+    seconds_of,
+)
 from .timing import compare, step_of
 from .workloads import SMOKE, WORKLOADS, Workload
 
@@ -29,7 +38,7 @@ def _measure(name: str, smoke: bool) -> list[dict[str, Any]]:
     with TemporaryDirectory() as cache:
         environment = {"TORCHINDUCTOR_CACHE_DIR": cache}
         times = in_fresh_process(environment, measure_times, name, smoke)
-        sizes = in_fresh_process(environment | GIVE_BACK, measure_sizes, name, smoke)
+        sizes = in_fresh_process(environment | GIVE_BACK | PYTHON_IN_MALLOC, measure_sizes, name, smoke)
     depth = _workload(name, smoke).depth
     return [{"workload": name, "depth": depth, "contestant": n, **times[n], **sizes[n]} for n in NAMES]
 

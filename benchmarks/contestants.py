@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache, partial
-from importlib.util import find_spec
+from importlib import import_module
 
 import torch
 from torch import Tensor, nn
@@ -117,11 +117,13 @@ BUILDERS: dict[str, Callable[[Subnets], nn.Module]] = {
 
 @cache
 def installed(peer: str) -> bool:
-    """Say whether a peer is installed, and print once that it is left out if not."""
-    if found := find_spec(peer) is not None:
-        return found
-    print(f"{peer} is not installed and left out")
-    return found
+    """Say whether a peer can be imported, and print once why it is left out if not."""
+    try:
+        import_module(peer)
+    except Exception as error:  # noqa: BLE001 - a peer may be as broken as it likes
+        print(f"{peer} is left out: {type(error).__name__}: {error}")
+        return False
+    return True
 
 
 def names() -> list[str]:

@@ -53,12 +53,12 @@ def measure(name: str, setting: Setting) -> list[dict[str, Any]]:
     torch.manual_seed(0)
     x, grad = torch.randn(2, setting.batch, setting.width)
     x.requires_grad_()
-    rows = []
+    rows, common = [], {"contestant": name, "threads": torch.get_num_threads()}
     for depth in setting.depths:
         net = contestants.build(name, [setting.subnet() for _ in range(depth)])
         for _ in range(2):
             net(x).backward(grad)  # from now on the gradients exist
         process = bytes_of_process(lambda net=net: net(x))
         memory = peak_of_tensors(lambda net=net: net(x), grad)
-        rows.append({"contestant": name, "depth": depth, "process": process, **memory})
+        rows.append({**common, "depth": depth, "process": process, **memory})
     return rows

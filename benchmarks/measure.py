@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from invzoo.engine.memory import track_memory
+from invzoo.testing import track_memory
 
 __all__ = [
     "GIVE_BACK",
@@ -32,8 +32,9 @@ __all__ = [
 ]
 
 
-def alternate(steps: Mapping[str, Callable[[], float]], rounds: int, warm_up: int) -> dict[str, dict[str, list[float]]]:
-    """Let the contestants take turns, and return quartiles of their seconds and of their ratios to each round's first.
+def alternate(steps: Mapping[str, Callable[[], float]], rounds: int, warm_up: int) -> dict[str, dict[str, Any]]:
+    """Let the contestants take turns, and return quartiles of their seconds and of their ratios to each round's first,
+    with the number of threads that they had.
 
     A step returns the seconds that count. In a round all contestants see the same machine, whatever else runs on it.
     """
@@ -42,14 +43,9 @@ def alternate(steps: Mapping[str, Callable[[], float]], rounds: int, warm_up: in
             step()
     seconds = np.array([[step() for step in steps.values()] for _ in range(rounds)])
     ratios = seconds / seconds[:, :1]
-    return {
-        name: {"seconds": _quartiles(seconds[:, i]), "ratio": _quartiles(ratios[:, i])} for i, name in enumerate(steps)
-    }
-
-
-def _quartiles(values: np.ndarray) -> list[float]:
-    """Return the quartiles with the median between them, to four digits."""
-    return [float(f"{q:.4g}") for q in np.quantile(values, (0.25, 0.5, 0.75))]
+    times, ratios = (np.quantile(values, (0.25, 0.5, 0.75), axis=0).T.tolist() for values in (seconds, ratios))
+    threads = torch.get_num_threads()
+    return {n: {"seconds": s, "ratio": r, "threads": threads} for n, s, r in zip(steps, times, ratios, strict=True)}
 
 
 def seconds_of(forward: Callable[[], Tensor], grad: Tensor | None = None) -> float:

@@ -30,6 +30,7 @@ def measure(case: str, name: str, smoke: bool) -> dict[str, Any]:
     return {
         "workload": case,
         "contestant": name,
+        "threads": torch.get_num_threads(),
         "activation": x.nbytes,
         "resident": resident,
         **peak_of_tensors(lambda: net(x), grad),

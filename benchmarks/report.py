@@ -5,11 +5,11 @@ import json
 import os
 import platform
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib import pyplot as plt
 
 from . import tables, targets
 
@@ -20,7 +20,7 @@ README = HERE.parent / "README.md"
 
 
 def machine() -> dict[str, Any]:
-    """Describe the machine that the numbers are from."""
+    """Describe the machine and the code that the numbers are from; `threads` is what torch takes if nobody asks."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
@@ -30,8 +30,18 @@ def machine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "commit": commit(),
         "date": dt.datetime.now(dt.UTC).date().isoformat(),
     }
+
+
+def commit() -> str | None:
+    """Return the commit of the code, None outside of git."""
+    command = ("git", "rev-parse", "--short", "HEAD")
+    try:
+        return subprocess.run(command, cwd=HERE, capture_output=True, text=True, check=True).stdout.strip()  # noqa: S603
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def save(case: str, result: dict[str, Any]) -> None:
@@ -41,8 +51,8 @@ def save(case: str, result: dict[str, Any]) -> None:
     path.write_text(json.dumps({"machine": machine(), **result}, indent=1) + "\n")
 
 
-def write() -> None:
-    """Make RESULTS.md, the README's figures and the picture from the JSON files that are there."""
+def write(*, picture: bool) -> None:
+    """Make RESULTS.md, the README's figures and, if asked, the picture from the JSON files that are there."""
     results = {path.stem: json.loads(path.read_text()) for path in (HERE / "results").glob("*.json")}
     parts = ["# What is measured, and what came out\n\nMade by `python -m benchmarks report` from `results/*.json`."]
     parts += [f"## Targets\n\n{targets.table(results)}"]
@@ -54,12 +64,14 @@ def write() -> None:
         figures = f"{tables.summary(results['time'], results['peaks'])}\n\n{_where(results['time'])}"
         marks = r"(<!-- figures -->\n).*?(<!-- end of figures -->)"
         README.write_text(re.sub(marks, lambda m: m[1] + figures + "\n" + m[2], README.read_text(), flags=re.DOTALL))
-    if "depth" in results:
+    if picture and "depth" in results:
         draw(results["depth"])
 
 
 def draw(result: dict[str, Any]) -> None:
     """Draw `memory.svg`: peak memory against depth."""
+    from matplotlib import pyplot as plt  # noqa: PLC0415 - what does not draw does without
+
     with plt.rc_context({"svg.hashsalt": "invzoo", "font.size": 11}):
         figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
         styles = {"plain": "C7", "torch checkpoint": "C0", "invzoo invert": "C3"}
@@ -79,6 +91,9 @@ def draw(result: dict[str, Any]) -> None:
 
 
 def _where(result: dict[str, Any]) -> str:
-    m = result["machine"]
-    threads = f"{m['threads']} thread{'s' * (m['threads'] > 1)}"
-    return f"*{m['cpu']}, {m['cores']} cores, {threads}, torch {m['torch']}, Python {m['python']}, {m['date']}.*"
+    m, rows = result["machine"], [*result.get("rows", ()), *result.get("times", ()), result.get("deep", {})]
+    used = sorted({row["threads"] for row in rows if "threads" in row}) or [m["threads"]]
+    threads = f"{' and '.join(map(str, used))} thread{'s' * (used[-1] > 1)}"
+    code = [f"commit {m['commit']}"] if m.get("commit") else []
+    machine = f"{m['cpu']}, {m['cores']} cores", threads, f"torch {m['torch']}", f"Python {m['python']}"
+    return f"*{', '.join([*machine, *code, m['date']])}.*"

@@ -53,6 +53,7 @@ def train(depth: int, steps: int, batch: int = 64, width: int = 64) -> dict[str,
     parameters = sum(p.numel() for p in net.parameters())
     return {
         "depth": depth,
+        "threads": torch.get_num_threads(),
         "parameters": parameters,
         "activation": x.nbytes,
         "losses": losses,

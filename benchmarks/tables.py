@@ -89,10 +89,10 @@ def depth(result: Result) -> str:
         slopes.append([name, *("-" if value is None else f"{value:,.0f}" for value in values)])
     header = ["", "tensors held", "tensors at the peak", "all that the process holds"]
     return (
-        f"## Memory against the number of couplings\n\nHeld after forward, in activations of {unit:,} bytes:\n\n{held}"
-        f"\n\nAt the peak, likewise:\n\n{peak}\n\n"
-        f"Bytes per added coupling; the process also holds graphs, random states and Python's objects:\n\n"
-        f"{markdown(header, slopes)}"
+        "## Memory against the number of couplings\n\nA coupling has one subnet here: `AdditiveCoupling(f, g)` is two."
+        f"\n\nHeld after forward, in activations of {unit:,} bytes:\n\n{held}\n\nAt the peak, likewise:\n\n{peak}\n\n"
+        "Bytes per added coupling of one subnet; the process also holds graphs, random states and Python's objects:"
+        f"\n\n{markdown(header, slopes)}"
     )
 
 
@@ -134,10 +134,15 @@ def scale(result: Result) -> str:
     )
 
 
+def grown(row: Result) -> str:
+    """Format a peak, but not that of small tensors, which reuse the pages of the steps before."""
+    return "-" if row["workload"] == "overhead" else mib(row["peak"])
+
+
 def compiled(result: Result) -> str:
     """Show what the compiler makes of the stack."""
     header = ["", "step / plain", "step, ms", "first step, s", "held after forward, MiB", "peak of a step, MiB"]
-    columns = (ratio, milliseconds, lambda r: f"{r['first']:.3g}", lambda r: mib(r["held"]), lambda r: mib(r["peak"]))
+    columns = (ratio, milliseconds, lambda r: f"{r['first']:.3g}", lambda r: mib(r["held"]), grown)
     parts = []
     for name in dict.fromkeys(row["workload"] for row in result["rows"]):
         rows = [row for row in result["rows"] if row["workload"] == name]
@@ -146,9 +151,9 @@ def compiled(result: Result) -> str:
     error = max(row["error"] for row in result["rows"])
     text = (
         "Stacks under `torch.compile(fullgraph=True)`. What is held is all that the process allocates and keeps, the "
-        "peak that of its resident set over its start; a compiled backward holds the gradients of all weights until it "
-        f"is done. Outputs and gradients agree with plain PyTorch's, in float32, with a relative error of {error:.0e} "
-        "at most."
+        "peak that of its resident set over its start (not of the small tensors of *overhead*, which reuse pages); a "
+        "compiled backward holds the gradients of all weights until it is done. *overhead* is timed with one thread. "
+        f"Outputs and gradients agree with plain PyTorch's, in float32, with a relative error of {error:.0e} at most."
     )
     return "\n\n".join([f"## Under the compiler\n\n{text}", *parts])
 
