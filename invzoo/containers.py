@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from . import engine
-from .engine import Operation, Policy, SideNames
+from .engine import Policy, SideNames
 from .errors import refuse
-from .layers.split import Partition, SplitSpec, cut, join
+from .layers.split import Partition, SplitSpec, cut, join, merging, splitting
 from .log_dets import LogDets
 from .module import InvertibleModule
 from .shapes import output_shapes
@@ -24,6 +24,11 @@ class _Composite(InvertibleModule):
     """A module made of layers that are calls of their own. Abstract: a subclass says how values pass through them."""
 
     composite = True
+    free_input = property(
+        lambda self: self._policy.free_input,
+        lambda self, value: setattr(self._policy, "free_input", bool(value)),
+        doc="Whether a call frees the memory of its input until backward, as it does if the first layer says so.",
+    )
 
     @abstractmethod
     def _layers(self) -> Iterable[tuple[str, InvertibleModule]]:
@@ -62,6 +67,9 @@ class _Composite(InvertibleModule):
     def compile(self, *args: Any, **options: Any) -> None:
         """Compile all layers as one function in place, with the arguments of `torch.compile`."""
         nn.Module.compile(self, *args, **options)
+
+    def _frees_input(self) -> bool:
+        return self._policy.free_input or any(layer._frees_input() for _, layer in [*self._layers()][:1])
 
     def side_names(self) -> SideNames:
         return SideNames.union(layer.side_names() for _, layer in self._layers())
@@ -103,12 +111,12 @@ def _pass(
         with engine.place(partial(_place, "layer", name, layer)):
             wanted = _streams(layer, values, streams)
             if streams is not None and wanted != streams:
-                values, streams = (join(streams, values, layer._policy),), None
+                values, streams = (join(streams, values, layer),), None
             if streams is None and wanted is not None:
-                values, streams = cut(wanted, values[0], layer._policy), wanted
+                values, streams = cut(wanted, values[0], layer), wanted
             values = _step(layer, values, side, log_dets)
     if streams is not None:
-        values = (join(streams, values, layer._policy),)
+        values = (join(streams, values, layer),)
     return _one_or_all(values)
 
 
@@ -251,14 +259,14 @@ class Parallel(_Composite):
         log_dets: LogDets | None,
     ) -> Any:
         if len(values) == 1 != len(layers):
-            parts = engine.call(Operation("Split", self._cut, self._join, None, (), self._policy), values, {})
+            parts = engine.call(splitting(self, self._cut, self._join), values, {})
             outputs = self._run(layers, parts, side, log_dets)
             sizes = [y.shape[self.dim] for y in outputs]
 
             def cut_back(y: Tensor) -> tuple[Tensor, ...]:
                 return y.split(sizes, self.dim)
 
-            return engine.call(Operation("Merge", self._join, cut_back, None, (), self._policy), outputs, {})
+            return engine.call(merging(self, self._join, cut_back), outputs, {})
         if len(values) != len(layers):
             refuse(self, "inputs", f"be 1 or {len(layers)} tensors", len(values))
         outputs = []
@@ -337,7 +345,7 @@ class MultiScale(_Composite):
         latents = self._descend([*self._layers()], values, side, log_dets)
         if self.latent_shapes is None:
             return _one_or_all(latents)
-        return engine.call(Operation("Concatenate", self._join, self._cut, None, (), self._policy), latents, {})
+        return engine.call(merging(self, self._join, self._cut), latents, {})
 
     def _descend(
         self,
@@ -350,7 +358,7 @@ class MultiScale(_Composite):
         for i, (name, stage) in enumerate(stages):
             with engine.place(partial(_place, "stage", name, stage)):
                 if i:
-                    operation = Operation("Split", self._let_go, self.partition.join, None, (), stage._policy)
+                    operation = splitting(stage, self._let_go, self.partition.join)
                     going, latent = engine.call(operation, values, {})
                     values, latents = (going,), [*latents, latent]
                 values = _step(stage, values, side, log_dets)
@@ -362,7 +370,7 @@ class MultiScale(_Composite):
 
     def _back(self, values: tuple[Any, ...], side: dict[str, Any], log_dets: LogDets | None) -> Any:
         if self.latent_shapes is not None:
-            values = engine.call(Operation("Cut", self._cut, self._join, None, (), self._policy), values, {})
+            values = engine.call(splitting(self, self._cut, self._join), values, {})
         if len(values) != len(self.stages):
             refuse(self, "latents", f"be {len(self.stages)} tensors, one for each stage", len(values))
         *latents, x = values
@@ -370,7 +378,7 @@ class MultiScale(_Composite):
             with engine.place(partial(_place, "stage", name, stage)):
                 (x,) = _step(stage.inv, (x,), side, log_dets)
                 if i:
-                    x = join(self.partition, (x, latents.pop()), stage._policy)
+                    x = join(self.partition, (x, latents.pop()), stage)
         return x
 
     def _join(self, *latents: Tensor) -> Tensor:

@@ -173,7 +173,13 @@ class InvertibleModule(nn.Module):
         refuse(self, "layer", "be given to torch.export or torch.jit.trace", "torch.jit.script", TypeError)
 
     def _freeing(self, inputs: tuple[Any, ...]) -> AbstractContextManager[Any]:
-        return engine.freeing(self._name(), inputs) if self._policy.free_input else nullcontext()
+        if not inputs:
+            refuse(self, "inputs", "be one tensor or several", "none", TypeError)
+        frees = self._frees_input() and not engine.inside_container()
+        return engine.freeing(self._name(), inputs) if frees else nullcontext()
+
+    def _frees_input(self) -> bool:
+        return self._policy.free_input
 
     def check_function(self, *inputs: Any, **side: Any) -> Finding:
         """Say whether :meth:`function` keeps its contract on these inputs; true or false, and printed, why.
@@ -211,7 +217,8 @@ class InvertibleModule(nn.Module):
 
     def _roots(self) -> tuple[nn.Module, ...]:
         """Return the modules that :meth:`function` sees: this one, and those behind functions that it was given."""
-        functions = [value for value in vars(self).values() if isinstance(value, FunctionType | MethodType | partial)]
+        values = [value for name, value in vars(self).items() if name != "_compiled_call_impl"]
+        functions = [value for value in values if isinstance(value, FunctionType | MethodType | partial)]
         return (self, *engine.modules_of(*functions)) if functions else (self,)
 
     def _policies(self) -> list[Policy]:

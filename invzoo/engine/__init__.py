@@ -7,7 +7,7 @@ from .checkpoint import checkpoint
 from .fingerprint import tolerance
 from .freeing import freeing
 from .mode import Mode, Policy, check_of
-from .state import place, steps_aside
+from .state import inside_container, place, steps_aside
 from .surroundings import map_tensors
 from .tape import Tape, tuple_of
 
@@ -22,6 +22,7 @@ __all__ = [
     "check_of",
     "checkpoint",
     "freeing",
+    "inside_container",
     "map_tensors",
     "modules_of",
     "place",

@@ -19,6 +19,7 @@ __all__ = [
     "backward_id",
     "between_processes",
     "cpu_generator",
+    "default_device",
     "deny_data",
     "digest",
     "forward_ad_active",
@@ -76,8 +77,19 @@ tracing: Callable[[], Any] = _private("_get_tracing_state", lambda: None)
 # Missing: autocast counts as active, and its state is looked up for each call.
 any_autocast: Callable[[], bool] = _private("_is_any_autocast_enabled", lambda: True)
 
+# Missing: the default device is looked up for each call.
+_function_modes: Callable[[], int] = _private("_len_torch_function_stack", lambda: 1)
+
 # `torch.no_grad()` without the context manager, which costs more than a small layer. Missing: the public class.
 set_grad_enabled: Callable[[bool], Any] = _private("_set_grad_enabled", torch.set_grad_enabled)
+
+
+def default_device() -> torch.device:
+    """Return where tensors are made that are given no device: a context or `torch.set_default_device` may say."""
+    return torch.get_default_device() if _function_modes() else _CPU
+
+
+_CPU = torch.device("cpu")
 
 
 def forward_ad_active() -> bool:

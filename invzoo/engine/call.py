@@ -220,7 +220,7 @@ class Call:
                 if slot is not None:
                     slot.passers.append(weakref.ref(self))
             else:
-                slot.consume(self)
+                slot.consume(self, inputs[i])
                 self.sources.append(weakref.ref(slot))
         for y, key in zip(outputs, keys_out, strict=True):
             if key is None:
@@ -349,7 +349,7 @@ class Call:
         stack, filled = [self], []
         while stack:
             call = stack[-1]
-            missing = next((s for s in call.slots if s.value is None), None)
+            missing = next((s for s in call.slots if s.value is None and not s.recall()), None)
             if missing is not None:
                 stack.append(missing.consumer)  # type: ignore[arg-type]  # what is not here, somebody rebuilds
                 continue

@@ -26,18 +26,30 @@ def modules_of(*callables: Callable[..., Any] | None) -> list[nn.Module]:
         seen.add(id(value))
         if isinstance(value, nn.Module):
             found[id(value)] = value
-        elif isinstance(value, functools.partial):
-            todo += [value.func, *value.args, *value.keywords.values()]
-        elif inspect.ismethod(value):
-            todo += [value.__self__, value.__func__]
-        elif inspect.isfunction(value):
-            todo += [*inspect.getclosurevars(value).nonlocals.values(), *(value.__defaults__ or ())]
-            todo += [v for v in inspect.getclosurevars(value).globals.values() if isinstance(v, nn.Module)]
-        elif isinstance(value, list | tuple):
-            todo += value
-        elif isinstance(value, dict):
-            todo += value.values()
+        else:
+            todo += _behind(value)
     return list(found.values())
+
+
+def _behind(value: Any) -> list[Any]:
+    """Return what a function or a collection leads to."""
+    if isinstance(value, functools.partial):
+        return [value.func, *value.args, *value.keywords.values()]
+    if inspect.ismethod(value):
+        return [value.__self__, value.__func__, *_attributes(value.__self__)]
+    if inspect.isfunction(value):
+        around = inspect.getclosurevars(value)
+        globals_ = [v for v in around.globals.values() if isinstance(v, nn.Module)]
+        return [*around.nonlocals.values(), *(value.__defaults__ or ()), *globals_]
+    if isinstance(value, list | tuple | dict):
+        return [*value.values()] if isinstance(value, dict) else [*value]
+    return _attributes(value) if callable(value) else []
+
+
+def _attributes(value: Any) -> list[Any]:
+    """Return the modules, and the lists and dicts of them perhaps, that a plain object has."""
+    attributes = {} if isinstance(value, type) else getattr(value, "__dict__", {})
+    return [v for v in attributes.values() if isinstance(v, nn.Module | list | tuple | dict)]
 
 
 class SideNames(NamedTuple):

@@ -42,6 +42,7 @@ class Slot:
         "head",
         "key",
         "lock",
+        "origin",
         "passers",
         "stream",
         "value",
@@ -51,6 +52,7 @@ class Slot:
     def __init__(self, tensor: Tensor, key: tuple[Any, ...], lock: threading.RLock):
         self.key, self.lock = key, lock
         self.consumer: Call | None = None
+        self.origin: Callable[[], Tensor | None] = _none  # the caller's tensor, once this value is consumed
         self.passers: list[weakref.ref[Call]] = []  # calls whose output it is, too, since they pass it on
         self.freed: Freed | None = None  # the caller's tensor, where this value is to come back to it too
         self.head: Callable[[], Slot | None] = _none  # the freed input of the chain, for slots that lead back to it
@@ -69,9 +71,9 @@ class Slot:
             hand_over(self.value, self.stream)
         return self.value
 
-    def consume(self, call: "Call") -> None:
-        """Let ``call`` rebuild the value from now on."""
-        self.consumer, self.value = call, None
+    def consume(self, call: "Call", tensor: Tensor) -> None:
+        """Let ``call`` rebuild the value from now on, unless ``tensor``, which shows it, outlives the need for that."""
+        self.consumer, self.value, self.origin = call, None, weakref.ref(tensor)
         if _live.slots.get(self.key) is self:
             del _live.slots[self.key]
 
@@ -79,6 +81,14 @@ class Slot:
         """Forget a rebuilt value; one that nobody can rebuild stays."""
         if self.consumer is not None:
             self.value = None
+
+    def recall(self) -> bool:
+        """Take the value from the caller's tensor, if that lives on as it was; it is nearer than a rebuilt one."""
+        tensor = self.origin()
+        if tensor is None or self.freed is not None or version_of(tensor) != self.version or key_of(tensor) != self.key:
+            return False
+        self.value, self.dtypes = tensor.detach(), frozenset()
+        return True
 
     @property
     def awaited(self) -> bool:

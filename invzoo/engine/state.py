@@ -22,7 +22,7 @@ from .slots import Slot
 if TYPE_CHECKING:
     from .call import Call
 
-__all__ = ["Place", "note", "place", "state", "steps_aside"]
+__all__ = ["Place", "inside_container", "note", "place", "state", "steps_aside"]
 
 Place = tuple[Any, ...]  # what describes the innermost place, and the place around it
 
@@ -68,6 +68,11 @@ class _State(threading.local):
 
 
 state = _State()
+
+
+def inside_container() -> bool:
+    """Whether a container runs its layers right now."""
+    return bool(state.place)
 
 
 class place:  # noqa: N801 - reads as the word that it is, like torch.no_grad

@@ -17,6 +17,7 @@ from ._torch import (
     Stamp,
     any_autocast,
     cpu_generator,
+    default_device,
     digest,
     is_distributed,
     same_state,
@@ -32,11 +33,15 @@ __all__ = ["Surroundings", "map_tensors", "walk"]
 
 
 def walk(roots: Iterable[nn.Module]) -> list[nn.Module]:
-    """List the modules below ``roots``; a shared one comes as often as it is shared (cheaper than finding out)."""
+    """List the modules below ``roots``, each once."""
     modules = [*roots]
+    seen = {*modules}
     for module in modules:
         if module._modules:
-            modules += [child for child in module._modules.values() if child is not None]
+            for child in module._modules.values():
+                if child is not None and child not in seen:
+                    seen.add(child)
+                    modules.append(child)
     return modules
 
 
@@ -104,7 +109,8 @@ class Surroundings:
     """Everything but the inputs that decides what a function computes, as it was when the call began.
 
     That is the state of the random number generators (kept if the call consumed any, or if ``seed``), autocast, the
-    devices' streams, the train and eval flags, the modules inside, parameters, and the buffers that the call changed.
+    default device, the devices' streams, the train and eval flags, the modules inside, parameters, and the buffers
+    that the call changed.
     """
 
     __slots__ = (
@@ -112,6 +118,7 @@ class Surroundings:
         "buffers",
         "cast",
         "children",
+        "device",
         "flags",
         "generators",
         "known",
@@ -149,6 +156,7 @@ class Surroundings:
         devices = accelerators(tensors, self.tensors, (b.tensor for b in self.buffers))
         self.generators = _generator_states(devices, generators)
         self.streams = streams_of(devices) if devices else []
+        self.device = default_device()
         self.cast = any_autocast()
         self.autocast = _autocast_state({"cpu", *(d.type for d in devices)}) if self.cast or devices else _NO_AUTOCAST
         self.replaced: list[tuple[dict[str, Any], str, Tensor]] = []
@@ -259,6 +267,8 @@ class Surroundings:
                 return False
         if any(len(table) != len(was) for table, was in self.children) or any(map(holds_loose, self.modules)):
             return False
+        if self.device != default_device() or torch.is_inference_mode_enabled():
+            return False
         return not self.observers.present() and not elsewhere(self.streams)
 
     @contextlib.contextmanager
@@ -279,7 +289,7 @@ class Surroundings:
         old = [(table, name, table.get(name)) for table, name, _ in (*put, *self.replaced)]
         # What the function leaves in its modules is that of the forward; that of a replay leads back to the replay.
         old += [(vars(m), name, x) for m in self.modules for name, x in loose_tensors(m).items()]
-        with on_streams(self.streams), self._autocast(), self.observers.silenced(), _gathered(sharded):
+        with on_streams(self.streams), self._making(), self._autocast(), self.observers.silenced(), _gathered(sharded):
             try:
                 for table, name, tensor in put:
                     table[name] = tensor
@@ -298,6 +308,17 @@ class Surroundings:
                     tensor.requires_grad_(not was)
                 for table, name, now in reversed(old):
                     table[name] = now
+
+    @contextlib.contextmanager
+    def _making(self) -> Iterator[None]:
+        """Make tensors where the call made them, and such that a replay can record them."""
+        with contextlib.ExitStack() as stack:
+            if self.device != default_device():
+                stack.enter_context(self.device)
+            if torch.is_inference_mode_enabled():
+                stack.enter_context(torch.inference_mode(False))
+                stack.enter_context(torch.no_grad())  # which the above has ended
+            yield
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Set autocast as it was, on every device type."""

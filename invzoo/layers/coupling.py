@@ -94,8 +94,8 @@ class Coupling(InvertibleModule):
         if self.streams is None and len(tensors) != 1:
             refuse(self, "input", "be one Tensor, for a checkerboard", "two", TypeError)
         if self.streams is not None and len(tensors) == 1:
-            streams = cut(self.streams, tensors[0], self._policy)
-            return join(self.streams, self._run(streams, side, updates, log_dets), self._policy)
+            streams = cut(self.streams, tensors[0], self)
+            return join(self.streams, self._run(streams, side, updates, log_dets), self)
         moving = list(tensors)
         for update in updates:
             order = slice(None, None, -1 if update.target else 1)  # what moves comes first

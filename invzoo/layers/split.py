@@ -1,5 +1,6 @@
 """Splitting a tensor into two streams, and merging two streams into a tensor."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,11 +8,11 @@ import torch
 from torch import Tensor
 
 from .. import engine
-from ..engine import Operation, Policy
+from ..engine import Operation
 from ..module import InvertibleModule
 from ._checks import refuse
 
-__all__ = ["Merge", "Partition", "Split", "SplitSpec", "checkerboard", "cut", "join"]
+__all__ = ["Merge", "Partition", "Split", "SplitSpec", "checkerboard", "cut", "join", "merging", "splitting"]
 
 SplitSpec = str | float | tuple[int, int]
 
@@ -84,14 +85,24 @@ def checkerboard(x: Tensor, dim: int, parity: int) -> Tensor:
     return torch.stack(coordinates).sum(0) % 2 == parity
 
 
-def cut(partition: Partition, x: Tensor, policy: Policy) -> tuple[Tensor, Tensor]:
-    """Split a tensor in a call of its own, so that backward can merge the streams again."""
-    return engine.call(Operation("Split", partition.part, partition.join, None, (), policy), (x,), {})
+def splitting(owner: InvertibleModule, there: Callable[..., Any], back: Callable[..., Any]) -> Operation:
+    """Make the call that splits what a layer gets."""
+    return Operation(f"{owner._name()} (split)", there, back, None, (), owner._policy)
 
 
-def join(partition: Partition, streams: tuple[Tensor, Tensor], policy: Policy) -> Tensor:
-    """Merge two streams in a call of its own, so that one activation is held and not two."""
-    return engine.call(Operation("Merge", partition.join, partition.part, None, (), policy), streams, {})
+def merging(owner: InvertibleModule, there: Callable[..., Any], back: Callable[..., Any]) -> Operation:
+    """Make the call that merges what a layer returns."""
+    return Operation(f"{owner._name()} (merge)", there, back, None, (), owner._policy)
+
+
+def cut(partition: Partition, x: Tensor, owner: InvertibleModule) -> tuple[Tensor, Tensor]:
+    """Split a tensor for a layer in a call of its own, so that backward can merge the streams again."""
+    return engine.call(splitting(owner, partition.part, partition.join), (x,), {})
+
+
+def join(partition: Partition, streams: tuple[Tensor, Tensor], owner: InvertibleModule) -> Tensor:
+    """Merge the two streams of a layer in a call of its own, so that one activation is held and not two."""
+    return engine.call(merging(owner, partition.join, partition.part), streams, {})
 
 
 class Split(InvertibleModule):
