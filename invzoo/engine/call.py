@@ -220,7 +220,7 @@ class Call:
                 if slot is not None:
                     slot.passers.append(weakref.ref(self))
             else:
-                slot.consume(self, inputs[i])
+                slot.consume(self)
                 self.sources.append(weakref.ref(slot))
         for y, key in zip(outputs, keys_out, strict=True):
             if key is None:
@@ -302,7 +302,8 @@ class Call:
         if keep:
             self._drop()
         else:
-            self.outputs, self.slots, self.produced = [], [], []
+            self.outputs, self.slots, self.produced, self.given = [], [], [], []
+            self.kept = None if self.kept is None else ()
 
     def _rebuild(self, tape: Tape, done: bool) -> None:
         if self.kept is not None:
@@ -313,6 +314,7 @@ class Call:
         tape.fill()
         self.surroundings.check_generators()
         self._put(tape.inputs, done=done)
+        tape.forget()
 
     def _recompute(self, tape: Tape, kept: tuple[Any, ...]) -> None:
         inputs = [tape.input(i, x) for i, x in enumerate(kept)]

@@ -52,7 +52,7 @@ class Slot:
     def __init__(self, tensor: Tensor, key: tuple[Any, ...], lock: threading.RLock):
         self.key, self.lock = key, lock
         self.consumer: Call | None = None
-        self.origin: Callable[[], Tensor | None] = _none  # the caller's tensor, once this value is consumed
+        self.origin = weakref.ref(tensor)  # that of the caller
         self.passers: list[weakref.ref[Call]] = []  # calls whose output it is, too, since they pass it on
         self.freed: Freed | None = None  # the caller's tensor, where this value is to come back to it too
         self.head: Callable[[], Slot | None] = _none  # the freed input of the chain, for slots that lead back to it
@@ -71,9 +71,9 @@ class Slot:
             hand_over(self.value, self.stream)
         return self.value
 
-    def consume(self, call: "Call", tensor: Tensor) -> None:
-        """Let ``call`` rebuild the value from now on, unless ``tensor``, which shows it, outlives the need for that."""
-        self.consumer, self.value, self.origin = call, None, weakref.ref(tensor)
+    def consume(self, call: "Call") -> None:
+        """Let ``call`` rebuild the value from now on."""
+        self.consumer, self.value = call, None
         if _live.slots.get(self.key) is self:
             del _live.slots[self.key]
 

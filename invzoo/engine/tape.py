@@ -148,6 +148,11 @@ class Tape:
             raise _AllSaved
         return value
 
+    def forget(self) -> None:
+        """Let go of all: a tensor that the function left somewhere holds the hooks that saw it, and so the tape."""
+        self._captured.clear()
+        self.inputs.clear()
+
     def fill(self) -> None:
         """Give the forward's graph what it saved."""
         if self._metas != self._call.metas:
@@ -159,7 +164,6 @@ class Tape:
         for ref, saved in zip(self._call.handles, self._captured, strict=True):
             if saved is not None and (handle := ref()) is not None:
                 handle.value, handle.version = saved
-        self._captured.clear()  # a tensor that the function left somewhere holds the hooks that saw it, and so the tape
 
 
 def _same(value: Any) -> Any:

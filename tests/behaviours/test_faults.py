@@ -182,6 +182,52 @@ def test_weights_that_no_module_owns_stepped_between(warm):
                 loss.backward()
 
 
+@pytest.mark.parametrize("mode", ["recompute", "invert"])
+def test_the_data_of_a_weight_that_no_module_owns_replaced_between(mode):
+    w = torch.randn(HALF, HALF, requires_grad=True)
+    net = iz.AdditiveCoupling(lambda x: (x @ w).tanh(), mode=mode, check="never")
+    loss = some_loss(net(torch.randn(5, FEATURES, requires_grad=True)))
+    w.data = w.data * 2
+    with pytest.raises(RuntimeError, match="got a change of one of shape"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("mode", ["recompute", "invert"])
+def test_a_block_that_replaces_the_data_of_its_weight(mode):
+    class Constrained(nn.Linear):
+        def forward(self, x):
+            self.weight.data = self.weight.data.renorm(2, 0, 0.5)
+            return super().forward(x)
+
+    with pytest.raises(RuntimeError, match="not to change parameters in place; got a change of 'weight'"):
+        iz.AdditiveCoupling(Constrained(HALF, HALF), mode=mode)(torch.randn(5, FEATURES))
+
+
+class Overwrites(nn.Module):
+    """Changes in place what autograd saved, which plain PyTorch refuses."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__()
+        self.net = nn.Linear(*sizes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.net(x)
+        k = h.sin()
+        h.relu_()
+        return k + h
+
+
+@pytest.mark.parametrize("warm", [False, True], ids=["first", "later"])
+def test_a_block_that_changes_in_place_what_autograd_saved(saving, x, warm):
+    plain, ours = saving.pair(Overwrites)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        some_loss(plain(x)).backward()
+    for _ in range(1 + warm):
+        with pytest.raises(RuntimeError, match="leave what autograd saved for its backward as it is") as caught:
+            some_loss(ours(x)).backward()
+    assert_names_a_layer(caught)
+
+
 @pytest.mark.parametrize("warm", [False, True], ids=["first", "later"])
 def test_a_buffer_changed_between_forward_and_backward(saving, x, warm):
     class Scaled(nn.Module):

@@ -6,6 +6,10 @@ import io
 import pickle
 import threading
 import warnings
+from collections import OrderedDict, defaultdict
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -549,7 +553,18 @@ def test_the_condition_is_the_input_itself(subject, x):
     subject.holds(program, Whole)
 
 
-def test_conditions_in_structures(subject, x):
+@dataclass
+class Info:
+    context: list[Tensor | None]
+    mask: Tensor
+    scale: float
+
+    def __getitem__(self, name: str) -> Any:
+        return getattr(self, name)
+
+
+@pytest.mark.parametrize("structure", [dict, partial(defaultdict, list), OrderedDict, Info])
+def test_conditions_in_structures(subject, x, structure):
     class Nested(nn.Module):
         def __init__(self, *sizes):
             super().__init__()
@@ -561,7 +576,7 @@ def test_conditions_in_structures(subject, x):
     leaf = torch.randn(5, 2, requires_grad=True)
 
     def program(net):
-        info = {"context": [leaf.exp(), None], "mask": torch.ones(5, 1) > 2, "scale": 0.5}
+        info = structure(context=[leaf.exp(), None], mask=torch.ones(5, 1) > 2, scale=0.5)
         return grad(some_loss(net(x, info=info)), [x, leaf, *net.parameters()])
 
     subject.holds(program, Nested)

@@ -34,6 +34,25 @@ def test_on_a_second_device():
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
 
 
+# ---- the default device ---------------------------------------------------------------------------------------------
+
+
+class Positions(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x * torch.arange(x.shape[1]))
+
+
+def test_a_replay_makes_tensors_where_its_forward_did(mode: str):
+    """Threads of autograd have no default device, and a context around the forward has ended."""
+    net = iz.InvertibleSequential(*[iz.AdditiveCoupling(Positions(2, 2)) for _ in range(3)], mode=mode)
+    x = torch.randn(5, 4, requires_grad=True)
+    expected = torch.autograd.grad(net(x).square().sum(), x)
+    loss = net(x).square().sum()
+    with torch.device("meta"):
+        loss.backward()
+    assert_same([x.grad], [*expected])
+
+
 # ---- tensors without values -----------------------------------------------------------------------------------------
 
 
@@ -76,6 +95,7 @@ NAMES = {
     ("demo.py", "cpu"): "needs no synchronisation",
     ("engine/devices.py", "cpu"): "is no accelerator",
     ("engine/devices.py", "meta"): "is none either",
+    ("engine/_torch.py", "cpu"): "where tensors are made if nobody says otherwise",
     ("engine/surroundings.py", "cpu"): "its autocast may rule over subnets that go there",
     ("shapes.py", "meta"): "shapes alone are asked for",
     ("layers/made.py", "cpu"): "indices from Python go through it, so that meta buffers can be filled",

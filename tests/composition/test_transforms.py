@@ -180,6 +180,27 @@ def test_vmap_inside_subnets(mode: str):
         assert_same_step(case)
 
 
+def test_torch_func_inside_subnets_says_what_to_do(mode: str):
+    def f(x: Tensor) -> Tensor:
+        return torch.func.grad(lambda x: x.sin().sum())(x)
+
+    net = iz.AdditiveCoupling(f, mode=mode)
+    if mode == "store":
+        net(torch.randn(3, 4, requires_grad=True)).sum().backward()
+        return
+    with pytest.raises(RuntimeError, match="Use torch.autograd.grad in AdditiveCoupling"):
+        net(torch.randn(3, 4, requires_grad=True))
+
+
+def test_backward_in_inference_mode(case: Case):
+    x, z = (case.x.clone().requires_grad_() for _ in range(2))
+    loss, expected = case.net(x).square().sum(), case.plain(z).square().sum()
+    with torch.inference_mode():
+        loss.backward()
+        expected.backward()
+    assert_same([x.grad], [z.grad])
+
+
 def test_forward_mode_by_hand(case: Case):
     def tangent(net: nn.Module) -> list[Tensor]:
         with forward_ad.dual_level():

@@ -130,6 +130,8 @@ def test_nothing_is_freed_where_nothing_is_rebuilt(setting):
 REFUSED = {
     "a leaf that needs its gradient": lambda: torch.randn(3, 4, dtype=torch.float64, requires_grad=True),
     "a view": lambda: torch.randn(6, 4, dtype=torch.float64)[:3],
+    "memory that is numpy's": lambda: torch.from_numpy(np.ones((3, 4))),
+    "other processes' too": lambda: torch.randn(3, 4, dtype=torch.float64).share_memory_(),
     "memory is in use elsewhere": lambda: torch.randn(3, 4, dtype=torch.float64, requires_grad=True).exp(),
 }
 
@@ -141,6 +143,32 @@ def test_refused_where_it_is_not_safe(reason):
     with pytest.raises(ValueError, match=f"InvertibleSequential: Expected free_input=True for a tensor .*{reason}"):
         stack(free_input=True)(x)
     assert_close(x.detach(), was)
+
+
+@pytest.mark.parametrize("where", ["first layer", "first layer, nested", "container", "container, set later"])
+def test_a_container_frees_its_input_for_its_first_layer(where):
+    net = stack(free_input=where == "container")
+    if where.startswith("first layer"):
+        net[0].free_input = True
+        net = iz.InvertibleSequential(net) if where.endswith("nested") else net
+    elif where.endswith("later"):
+        net.free_input = True
+    x = torch.randn(3, 4, dtype=torch.float64)
+    was = x.clone()
+    y = net(x)
+    assert x.untyped_storage().size() == 0
+    y.sum().backward()
+    assert_close(x, was)
+
+
+def test_a_stream_that_is_passed_on_is_not_freed():
+    x1, x2 = (torch.randn(3, 2, dtype=torch.float64) for _ in range(2))
+    was = x1.clone()
+    y = iz.AdditiveCoupling(nn.Linear(2, 2, dtype=torch.float64), free_input=True)(x1, x2)
+    assert x1.untyped_storage().size() == 0
+    assert x2.untyped_storage().size() == x2.nbytes
+    sum(t.sum() for t in y).backward()
+    assert_close(x1, was)
 
 
 def test_refused_while_a_view_of_it_is_held():

@@ -1,0 +1,288 @@
+"""What modules keep besides parameters: buffers, mere attributes, generators, and hooks that change them."""
+
+import gc
+import warnings
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import invzoo as iz
+from invzoo.testing import track_memory
+from tests.reference import FEATURES, HALF, PlainAdditive, assert_near, assert_same_run, mlp
+
+grad = torch.autograd.grad
+
+
+def some_loss(y: Tensor) -> Tensor:
+    return (y * torch.linspace(-1, 2, y.numel()).view(y.shape)).square().sum()
+
+
+def blocks(net: nn.Module, kind: type[nn.Module]) -> list[nn.Module]:
+    return [m for m in net.modules() if isinstance(m, kind)]
+
+
+# ---- tensors that are mere attributes -------------------------------------------------------------------------------
+
+
+class Styled(nn.Module):
+    """A subnet that looks at a tensor which others set."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__()
+        self.net, self.style = mlp(*sizes), torch.ones(())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x * self.style)
+
+
+def set_style(net: nn.Module, style: Tensor) -> None:
+    for block in blocks(net, Styled):
+        block.style = style
+
+
+def test_an_attribute_set_before_each_of_two_forwards(subject, x):
+    def program(net):
+        set_style(net, torch.tensor(0.5))
+        first = net(x)
+        set_style(net, torch.tensor(2.0))
+        (some_loss(first) + some_loss(net(x))).backward()
+        return [block.style for block in blocks(net, Styled)]
+
+    subject.holds(program, Styled)
+
+
+def test_an_attribute_with_a_graph(subject, x):
+    """A hypernet: gradients reach what made the attribute."""
+    made_of = torch.randn((), requires_grad=True)
+
+    def program(net):
+        set_style(net, made_of.exp())
+        return grad(some_loss(net(x)), [x, made_of])
+
+    subject.holds(program, Styled)
+
+
+@pytest.mark.parametrize("warm", [False, True], ids=["first", "later"])
+def test_an_attribute_changed_in_place_between_forward_and_backward(saving, x, warm):
+    _, ours = saving.pair(Styled)
+    for _ in range(2 * warm):
+        some_loss(ours(x)).backward()
+    loss = some_loss(ours(x))
+    for block in blocks(ours, Styled):
+        block.style.mul_(2)
+    with pytest.raises(RuntimeError, match="got a change of 'style'"):
+        loss.backward()
+
+
+class Auxiliary(nn.Module):
+    """A subnet that leaves a part of the loss behind, as mixtures of experts do."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__()
+        self.net = mlp(*sizes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.net(x)
+        self.auxiliary = h.square().mean()
+        return h
+
+
+def test_an_auxiliary_loss(subject, x):
+    def program(net):
+        y = net(x)
+        return grad(some_loss(y) + sum(b.auxiliary for b in blocks(net, Auxiliary)), [x, *net.parameters()])
+
+    subject.holds(program, Auxiliary)
+
+
+def test_an_auxiliary_loss_after_a_backward(subject, x):
+    """What the forward left behind is there, not what a replay did."""
+
+    def program(net):
+        some_loss(net(x)).backward(retain_graph=True)
+        return grad(sum(b.auxiliary for b in blocks(net, Auxiliary)), x)
+
+    subject.holds(program, Auxiliary)
+
+
+class Logs(nn.Module):
+    """A subnet that leaves something in a list, in its replays too."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__()
+        self.net, self.log = mlp(*sizes), []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.log.append(self.net[0].weight.norm())
+        return self.net(x)
+
+
+@pytest.mark.parametrize("mode", ["recompute", "invert"])
+def test_what_is_left_in_a_list_holds_no_more_than_itself(mode):
+    net = iz.InvertibleSequential(*[iz.AdditiveCoupling(Logs(32, 32), mode=mode) for _ in range(8)])
+    for p in net.parameters():
+        p.grad = torch.zeros_like(p)
+    x = torch.randn(64, 64)
+    net(x).sum().backward()
+    with track_memory() as memory:
+        net(x).sum().backward()
+    assert memory.current == 8 * 2 * 8  # one number from each forward, and one from each replay
+
+
+@pytest.mark.parametrize("mode", ["recompute", "invert"])
+def test_what_is_left_behind_holds_no_more_than_itself(mode):
+    def held(depth: int) -> int:
+        net = iz.InvertibleSequential(*[iz.AdditiveCoupling(Auxiliary(32, 32)) for _ in range(depth)], mode=mode)
+        for p in net.parameters():
+            p.grad = torch.zeros_like(p)
+        x = torch.randn(64, 64)
+        with track_memory() as memory:
+            (net(x).sum() + sum(block.auxiliary for block in blocks(net, Auxiliary))).backward()
+        return memory.current
+
+    gc.collect()
+    gc.disable()
+    try:
+        assert held(8) - held(4) == 4 * 8  # one number each
+    finally:
+        gc.enable()
+
+
+# ---- buffers --------------------------------------------------------------------------------------------------------
+
+
+class Waits(nn.Module):
+    """Buffers that keep still until they are told to move."""
+
+    moves = False
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__()
+        self.net = mlp(*sizes)
+        self.register_buffer("count", torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.moves:
+            self.count += 1
+        return self.net(x * self.count)
+
+
+def test_a_buffer_that_moves_from_the_third_step_on(subject, x):
+    plain, ours = subject.pair(Waits)
+    for step in range(5):
+        for block in blocks(plain, Waits) + blocks(ours, Waits):
+            block.moves = step > 1
+        assert_same_run(lambda net: grad(some_loss(net(x)), [x, *net.parameters()]), plain, ours)
+
+
+def test_buffers_that_keep_still_are_not_copied():
+    """Masks and tables may be larger than all else."""
+    net = iz.InvertibleSequential(*[iz.AdditiveCoupling(nn.Linear(2, 2)) for _ in range(4)])
+    for layer in net:
+        layer.f.register_buffer("mask", torch.ones(10_000))
+    x = torch.randn(3, 4)
+    net(x).sum().backward()
+    with track_memory() as memory:
+        net(x).sum().backward()
+    assert memory.peak < 10_000
+
+
+# ---- hooks ----------------------------------------------------------------------------------------------------------
+
+
+def drop_weights(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    module.dropped = F.dropout(module.scale, 0.5)
+
+
+class Dropped(nn.Module):
+    def __init__(self, *sizes: int) -> None:
+        super().__init__()
+        self.net, self.scale = mlp(*sizes), nn.Parameter(torch.ones(sizes[0]))
+        self.register_forward_pre_hook(drop_weights)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x * self.dropped)
+
+
+def test_a_hook_that_sets_what_the_function_computes_with(subject, x):
+    def program(net):
+        first, second = net(x), net(x.detach() * 2)
+        (some_loss(first) + some_loss(second)).backward()
+
+    subject.holds(program, Dropped)
+
+
+def test_hooks_that_switch_the_mode(subject, x):
+    def block(*sizes: int) -> nn.Module:
+        net = nn.Sequential(nn.Dropout(), mlp(*sizes))
+        net.register_forward_pre_hook(lambda m, i: m.eval() and None)
+        net.register_forward_hook(lambda m, i, o: m.train() and None)
+        return net
+
+    subject.holds(lambda net: some_loss(net(x)).backward(), block)
+
+
+# ---- modules --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("warm", [False, True], ids=["first", "later"])
+def test_a_module_added_between_forward_and_backward(saving, x, warm):
+    _, ours = saving.pair()
+    for _ in range(2 * warm):
+        some_loss(ours(x)).backward()
+    loss = some_loss(ours(x))
+    next(m for m in blocks(ours, nn.Sequential) if isinstance(m[0], nn.Linear)).append(nn.Tanh())
+    with pytest.raises(RuntimeError, match="got an addition of '3'"):
+        loss.backward()
+
+
+class Nameless:
+    """No module, but it has one."""
+
+    def __init__(self) -> None:
+        self.net = nn.Sequential(nn.BatchNorm1d(HALF), nn.Linear(HALF, HALF))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+    def method(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+@pytest.mark.parametrize("mode", ["recompute", "invert"])
+@pytest.mark.parametrize("name", ["__call__", "method", "itself"])
+def test_modules_behind_plain_objects(mode, name):
+    plain, ours = Nameless(), Nameless()
+    ours.net.load_state_dict(plain.net.state_dict())
+    f = ours if name == "itself" else getattr(ours, name)
+    layer, x = iz.AdditiveCoupling(f, mode=mode), torch.randn(5, FEATURES)
+    some_loss(layer(x)).backward()
+    some_loss(PlainAdditive(plain.net)(x)).backward()
+    assert_near(dict(ours.net.named_buffers()), dict(plain.net.named_buffers()))
+
+
+def traced(net: nn.Module) -> nn.Module:
+    return torch.jit.trace(net, torch.randn(5, net[0].in_features))
+
+
+@pytest.mark.parametrize("how", [torch.jit.script, traced])
+def test_scripts_as_subnets(subject, x, how):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore", FutureWarning)
+        subject.holds(lambda net: grad(some_loss(net(x)), [x, *net.parameters()]), lambda *sizes: how(mlp(*sizes)))
+
+
+def test_an_output_that_is_held_is_not_rebuilt(x):
+    """Nobody needs the layers behind it, so they may change."""
+    f, g = iz.AdditiveCoupling(mlp(HALF, HALF)), iz.InvertibleLinear(FEATURES)
+    y = f(x)
+    z = g(y.detach())
+    with torch.no_grad():
+        for p in g.parameters():
+            p.add_(1)
+    actual = grad(some_loss(y), x)
+    assert_near(actual, grad(some_loss(f(x)), x))
+    del z
