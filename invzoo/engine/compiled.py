@@ -237,11 +237,6 @@ class Record:
             f"else as {what}. Use mode 'store' for the whole chain"
         )
 
-    def tensors_to_save(self) -> list[Tensor]:
-        """Return what backward starts with; the compiler wants it to share no memory with other values."""
-        theirs = {*self.inputs, *self.outputs}
-        return [self.values[i] if i in theirs else self.values[i].clone() for i in self.saved]
-
     def _unknown(self) -> list[int]:
         """Return the positions of the values that backward needs and does not rebuild."""
         known: set[int] = set()
@@ -302,7 +297,10 @@ class _Chain(torch.autograd.Function):
         ctx.record = record
         n = len(record.positions)
         prints = [fingerprints([record.values[i] for i in record.checked], record.number)] if record.checked else []
-        ctx.save_for_backward(*prints, *tensors[:n], *tensors[n + record.width :], *record.tensors_to_save())
+        # Copies, since nobody looks at versions inside a graph, and who changes these in place later must not change
+        # what backward gets. Inductor takes that of an output back where nobody does.
+        copies = [t.clone() for t in (*tensors[n + record.width :], *[record.values[i] for i in record.saved])]
+        ctx.save_for_backward(*prints, *tensors[:n], *copies)
         return outputs
 
     @staticmethod

@@ -157,7 +157,34 @@ def test_side_inputs():
     net, graphs = iz.InvertibleSequential(*(iz.AdditiveCoupling(Conditioned()) for _ in range(2))), Graphs()
     side = {"context": torch.randn(4, 2), "scale": 0.5, "shift": torch.arange(HALF)}
     assert_same_gradients(net, x(), backend=graphs, **side)
-    assert graphs.saved() == [(4, WIDTH)]
+    assert graphs.saved() == [(4, WIDTH), (4, 2), (HALF,)]  # a copy of each for the whole chain
+
+
+class Joined(nn.Linear):
+    """Sees its input beside a context, and saves neither."""
+
+    def __init__(self) -> None:
+        super().__init__(HALF + 2, HALF)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        return super().forward(torch.cat((x, context), 1))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "min-cut"])
+@pytest.mark.parametrize("changed", ["kept input", "side input", "output"])
+def test_changed_in_place_in_the_same_graph(changed: str, backend: str):
+    """Backward gets what was, not what the compiler makes of it."""
+    net = iz.InvertibleSequential(iz.InvertibleTanh(), *(iz.AdditiveCoupling(Joined()) for _ in range(2)))
+
+    def step(x: Tensor, context: Tensor) -> Tensor:
+        tensors = {"kept input": x / 9, "side input": context.sin()}
+        tensors["output"] = net(tensors["kept input"], context=tensors["side input"])
+        tensors[changed] *= 2
+        return torch.cat([*tensors.values()], 1)
+
+    assert_same_gradients(
+        net, x(), context=torch.randn(4, 2), function=step, backend=Graphs() if backend == "min-cut" else backend
+    )
 
 
 class Double(iz.InvertibleModule):
