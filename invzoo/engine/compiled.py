@@ -318,6 +318,7 @@ class _Replay:
     """A backward through a record: what is known of its values, and the gradients so far."""
 
     def __init__(self, record: Record, saved: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+        gradients[0].stride()  # a compiler that learns in a backward of strides starts anew, and cannot inside a vjp
         n, m = len(record.positions), len(record.side_names)
         self.record = record
         if record.checked:
@@ -342,6 +343,8 @@ class _Replay:
         if not step.keeps:
             known = [self.values[i] for i in step.outputs[: len(step.outputs) - step.operation.log_det]]
             self.values.update(zip(step.inputs, step.invert(known, side), strict=True))
+        if not step.floats:
+            return
         inputs = [self.values[i] for i in step.inputs]
         moving = [j for j, x in enumerate(inputs) if _is_float(x)]
         names = [name for name, s in side.items() if _is_float(s)]

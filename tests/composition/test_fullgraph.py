@@ -359,6 +359,19 @@ def test_layers_that_keep_their_input():
     assert graphs.saved() == [(4, WIDTH)] * 2
 
 
+def test_streams_of_integers():
+    net = iz.Parallel(iz.Permute([1, 0, 2]), iz.AdditiveCoupling(subnet(HALF)))
+
+    def step(x: Tensor) -> Tensor:
+        return net(torch.arange(12).view(4, 3), x)[1]
+
+    assert_same_gradients(net, x(), function=step)
+
+
+def test_layers_that_ask_for_strides():
+    assert_same_gradients(iz.InvertibleSequential(iz.EmergingConv(2, 3)), torch.randn(3, 2, 5, 5))
+
+
 def test_mode_recompute():
     net = iz.InvertibleSequential(*stack(2), mode="recompute")
     graphs = Graphs()
