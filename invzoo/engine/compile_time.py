@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx
 from torch._dynamo.comptime import ComptimeContext, comptime
 from torch._guards import detect_fake_mode
+from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -37,6 +38,7 @@ __all__ = [
 
 _versions: list[int] = []  # of the tensors noted last; the compiler works for one thread at a time
 _changed: list[int] = []
+_read: list[Node] = []  # nodes that take what was changed, and do not change it
 _used: list[int] = []
 _aside: list[bool] = []
 _dtypes: set[torch.dtype] = set()  # of all that the chain computes
@@ -97,6 +99,9 @@ def _note(context: ComptimeContext) -> None:
     _versions[:] = [fake._version for fake in _fakes(context, "tensors")]
 
 
+_MOVING = frozenset(("add_", "batch_norm", "instance_norm"))  # they move statistics, and training reads none
+
+
 def examine(tensors: Sequence[Tensor], where: str) -> None:  # noqa: ARG001 - comptime reads them
     """Look at what was traced since :func:`note_tensors`: find what it changed, and stop if it cannot be done again."""
     comptime(_examine)
@@ -105,10 +110,11 @@ def examine(tensors: Sequence[Tensor], where: str) -> None:  # noqa: ARG001 - co
 def _examine(context: ComptimeContext) -> None:
     fakes, changed = _fakes(context, "tensors"), set()
     modules = context._i_will_not_complain_if_bc_breaks_InstructionTranslator().output.nn_modules
-    for node in _fresh(context.graph(), modules):
+    nodes = [*_fresh(context.graph(), modules)]
+    for node in nodes:
         values = tree_leaves(node.meta.get("example_value"))
         _dtypes.update(value.dtype for value in values if isinstance(value, Tensor))
-        name = str(getattr(node.target, "__name__", node.target))
+        name = _name(node)
         if name == "item" and not any(map(free_unbacked_symbols, values)):
             continue  # a number that the compiler made a tensor of, for other numbers to come
         expected = _UNFIT.get(name)
@@ -123,12 +129,30 @@ def _examine(context: ComptimeContext) -> None:
                 f"again; got {where}, which uses {name!r}. Use mode 'store' for the whole chain"
             )
     _changed[:] = [i for i, x in enumerate(fakes) if x._version != _versions[i] or storage_key(x) in changed]
+    moved = {storage_key(fakes[i]) for i in _changed}
+    _read[:] = [node for node in nodes if _name(node) not in _MOVING and not moved.isdisjoint(_memory(node))]
+
+
+def _name(node: Node) -> str:
+    return str(getattr(node.target, "__name__", node.target))
+
+
+def _memory(node: Node) -> list[int | None]:
+    """Return the storages that a node takes."""
+    values = [source.meta.get("example_value") for source in node.all_input_nodes]
+    return [storage_key(x) for x in values if isinstance(x, Tensor)]
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def changed_tensors() -> tuple[int, ...]:
     """Return the positions of those that :func:`examine` found changed."""
     return tuple(_changed)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def reads_changed() -> bool:
+    """Whether :func:`examine` found that something changed is read by more than the operators that change it."""
+    return bool(_read)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

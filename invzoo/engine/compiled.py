@@ -39,6 +39,7 @@ from .compile_time import (
     find_used,
     note_tensors,
     number,
+    reads_changed,
     stop,
     used_tensors,
 )
@@ -188,10 +189,11 @@ class Record:
         state.chain = self
         examine(watched, where)
         moved = [buffers[i] if i < len(buffers) else None for i in changed_tensors()]
-        if any(at is None or not _is_statistic(operation.roots[at[0]], at[1]) for at in moved):
+        if reads_changed() or any(at is None or not _is_statistic(operation.roots[at[0]], at[1]) for at in moved):
             stop(
                 "Expected layers that leave their parameters and buffers as they are in a chain under torch.compile; "
-                f"got {where}, which changes some. Use mode 'store' for the whole chain, or eval mode"
+                f"got {where}, which changes some, or reads statistics that it moves. Use mode 'store' for the whole "
+                "chain, or eval mode"
             )
         outputs = tuple_of(result)
         self.steps.append(

@@ -469,6 +469,15 @@ def spectral(outputs: int) -> nn.Module:
 WEIGHT = torch.ones(HALF, requires_grad=True)
 
 
+class ReadsStatistics(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(HALF)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x) * self.norm.running_var.sqrt()
+
+
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "dropout": (
         lambda: iz.InvertibleSequential(iz.Reverse(), *stack(1, dropout)),
@@ -501,6 +510,10 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "power iteration": (
         lambda: iz.InvertibleSequential(*stack(1, spectral)),
         r"leave their parameters and buffers as they are.*AffineCoupling \(f\) in layer 0",
+    ),
+    "statistics": (
+        lambda: iz.InvertibleSequential(iz.AdditiveCoupling(ReadsStatistics())),
+        r"leave their parameters and buffers as they are.*or reads statistics",
     ),
     "closure": (
         lambda: iz.InvertibleSequential(iz.AdditiveCoupling(lambda x: WEIGHT * x)),
