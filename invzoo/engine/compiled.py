@@ -14,9 +14,10 @@ NOTE [How a compiled chain forgets and remembers]
    there: of side inputs alone, or around a batch norm, it would save something for each layer. So backward begins with
    an opaque copy of what was saved that has to wait for a gradient.
 5. A replay must be what the forward was. Both are traced together, so flags and modules are the same; autocast is set
-   again. Random numbers would differ, buffers would have moved: both are refused while the compiler traces, but for the
-   statistics of batch norms, which training does not read. So is a tensor that needs a gradient and is no parameter,
-   since the function would not know of it.
+   again. Parameters and buffers are saved, and put into the modules again: torch refuses them if they changed. Random
+   numbers would differ, and so would buffers that a call moves: both are refused while the compiler traces, but for
+   the statistics of batch norms, which training does not read. So is a tensor that needs a gradient and is no
+   parameter, since the function would not know of it.
 6. It is checked, once or always as the layers' policies say: backward takes fingerprints of what it rebuilds last,
    which any wrong inverse spoils, and returns no gradient if they are not those of the forward.
 """
@@ -55,8 +56,10 @@ def run(owner: nn.Module, through: Through, values: tuple[Any, ...], side: dict[
     """Return ``through(values, side, log_dets)``, as one function."""
     parameters = [p for p in owner.parameters() if p.requires_grad]
     names = [k for k, v in side.items() if isinstance(v, Tensor)]
-    positions = {p: k for k, p in enumerate(parameters)}
-    record = Record(type(owner).__name__, through, len(values), names, side, positions, log_dets is not None)
+    positions: dict[Tensor, int] = {p: k for k, p in enumerate(parameters)}
+    record = Record(
+        type(owner).__name__, through, len(values), names, side, positions, log_dets is not None, parameters
+    )
     outputs = _Chain.apply(record, *parameters, *_distinct([*values, *[side[k] for k in names]], positions))
     if record.has_log_det:
         log_dets.add(outputs[-1])
@@ -64,7 +67,7 @@ def run(owner: nn.Module, through: Through, values: tuple[Any, ...], side: dict[
     return outputs[0] if record.single else outputs
 
 
-def _distinct(tensors: list[Any], known: dict[nn.Parameter, int]) -> list[Any]:
+def _distinct(tensors: list[Any], known: dict[Tensor, int]) -> list[Any]:
     """Copy tensors that are given twice, or are parameters: `apply` takes each only once."""
     return [t.clone() if t in known or any(t is other for other in tensors[:i]) else t for i, t in enumerate(tensors)]
 
@@ -80,34 +83,30 @@ class _Step:
     floats: list[int]  # which outputs have gradients
     side: list[str]
     constants: dict[str, Any]  # other side inputs
-    weights: list[tuple[int, str, int]]  # root, name, and position among the parameters
+    held: list[tuple[int, str, int]]  # root and name of parameters and buffers, and positions in what the record holds
     moved: list[tuple[int, str]]  # root and name of the buffers that it changes
     keeps: bool  # its inputs
 
-    def invert(self, outputs: Sequence[Tensor], side: dict[str, Tensor]) -> list[Tensor]:
-        """Rebuild the inputs."""
-        tensors = self._stand_ins()
-        roots = self.operation.roots if self.moved else ()
-        inputs = _with(roots, tensors, lambda: self.operation.inverse(*outputs, **side, **self.constants))
+    def invert(self, held: Sequence[Tensor], outputs: Sequence[Tensor], side: dict[str, Tensor]) -> list[Tensor]:
+        """Rebuild the inputs, with these for parameters and buffers."""
+        inputs = self._with(held, lambda: self.operation.inverse(*outputs, **side, **self.constants))
         return [x.to(dtype) for x, dtype in zip(tuple_of(inputs), self.dtypes, strict=True)]
 
-    def run(self, weights: dict[int, Tensor], inputs: Sequence[Tensor], side: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        """Compute the outputs that have gradients, with these for parameters."""
-        tensors = self._stand_ins()
-        for i, name, k in self.weights:
-            tensors[i][name] = weights[k]
-        operation = self.operation
-        outputs = _with(operation.roots, tensors, lambda: operation.function(*inputs, **side, **self.constants))
-        outputs = tuple_of(outputs)
+    def run(self, held: Sequence[Tensor], inputs: Sequence[Tensor], side: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        """Compute the outputs that have gradients, with these for parameters and buffers."""
+        outputs = tuple_of(self._with(held, lambda: self.operation.function(*inputs, **side, **self.constants)))
         return tuple([outputs[j] for j in self.floats])
 
-    def _stand_ins(self) -> list[dict[str, Tensor]]:
-        """Make tensors that may be changed instead of the buffers that were, for each root."""
-        tensors: list[dict[str, Tensor]] = [{} for _ in self.operation.roots]
+    def _with(self, held: Sequence[Tensor], function: Callable[[], Any]) -> Any:
+        """Call a function while the modules have these parameters and buffers, and others that it may change."""
+        roots = self.operation.roots
+        tensors: list[dict[str, Tensor]] = [{} for _ in roots]
+        for i, name, k in self.held:
+            tensors[i][name] = held[k]
         for i, name in self.moved:
-            buffer = self.operation.roots[i].get_buffer(name)
+            buffer = roots[i].get_buffer(name)
             tensors[i][name] = torch.zeros(buffer.shape, dtype=buffer.dtype, device=buffer.device)
-        return tensors
+        return _with(roots, tensors, function)
 
 
 @dataclass(slots=True)
@@ -119,8 +118,10 @@ class Record:
     width: int  # how many inputs
     side_names: list[str]  # of the tensors among the side inputs
     side: dict[str, Any]
-    positions: dict[nn.Parameter, int]  # of the parameters
+    positions: dict[Tensor, int]  # of the parameters that get gradients, and of the other tensors held
     asked: bool  # for log-determinants
+    parameters: list[nn.Parameter]  # those that get gradients
+    others: list[Tensor] = field(default_factory=list)  # that are held: other parameters, and buffers
     steps: list[_Step] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
     places: dict[Tensor, int] = field(default_factory=dict)  # positions in values
@@ -137,7 +138,7 @@ class Record:
 
     def run(self, tensors: tuple[Any, ...]) -> tuple[Tensor, ...]:
         """Run the forward, and note what it does (rule 2)."""
-        n = len(self.positions)
+        n = len(self.parameters)
         inputs, rest = tensors[n : n + self.width], tensors[n + self.width :]
         for x in inputs:
             if not isinstance(x, Tensor):
@@ -182,14 +183,14 @@ class Record:
         keeps = operation.keeps_input or operation.policy.mode is Mode.recompute
         if operation.inverse is None and not keeps:
             stop(f"Expected a layer with an inverse for mode 'invert'; got {where}. Use mode 'recompute' or 'store'")
-        weights, buffers, watched = self._belongings(operation.roots)
-        note_tensors(watched)
+        places, tensors = _belongings(operation.roots)
+        note_tensors(tensors)
         state.chain = None  # the function is one piece, whatever it is made of
         result = operation.function(*inputs, **side)
         state.chain = self
-        examine(watched, where)
-        moved = [buffers[i] if i < len(buffers) else None for i in changed_tensors()]
-        if reads_changed() or any(at is None or not _is_statistic(operation.roots[at[0]], at[1]) for at in moved):
+        examine(tensors, where)
+        moved = [places[k] for k in changed_tensors()]
+        if reads_changed() or not all(_is_statistic(operation.roots[i], name) for i, name in moved):
             stop(
                 "Expected layers that leave their parameters and buffers as they are in a chain under torch.compile; "
                 f"got {where}, which changes some, or reads statistics that it moves. Use mode 'store' for the whole "
@@ -205,33 +206,19 @@ class Record:
                 [j for j, y in enumerate(outputs) if _is_float(y)],
                 [k for k in side if k in self.side_names],
                 {k: v for k, v in side.items() if k not in self.side_names},
-                weights,
-                moved,  # type: ignore[arg-type]  # none is None
+                [(*at, self._hold(t)) for at, t in zip(places, tensors, strict=True) if at not in moved],
+                moved,
                 keeps,
             )
         )
         return result
 
-    def _belongings(
-        self, roots: Sequence[nn.Module]
-    ) -> tuple[list[tuple[int, str, int]], list[tuple[int, str]], list[Tensor]]:
-        """Return where modules have which parameters, tied ones as often as they do; their buffers; and all tensors."""
-        weights, buffers = [], []
-        tensors: list[Tensor] = []
-        others: list[Tensor] = []
-        for i, root in enumerate(roots):
-            for prefix, module in root.named_modules():  # each once, whatever names it has
-                dot = f"{prefix}." if prefix else ""
-                for name, parameter in module._parameters.items():
-                    if parameter is not None:
-                        others.append(parameter)
-                        if parameter in self.positions:
-                            weights.append((i, dot + name, self.positions[parameter]))
-                for name, buffer in module._buffers.items():
-                    if buffer is not None:
-                        tensors.append(buffer)
-                        buffers.append((i, dot + name))
-        return weights, buffers, tensors + others
+    def _hold(self, tensor: Tensor) -> int:
+        """Return the position of a parameter or buffer among those that backward gets."""
+        if tensor not in self.positions:
+            self.positions[tensor] = len(self.positions)
+            self.others.append(tensor)
+        return self.positions[tensor]
 
     def _refuse_foreign(self, what: str) -> None:
         stop(
@@ -284,10 +271,24 @@ def _places() -> list[str]:
     return parts
 
 
+def _belongings(roots: Sequence[nn.Module]) -> tuple[list[tuple[int, str]], list[Tensor]]:
+    """Return where modules have parameters and buffers (root and name), tied ones as often as they do, and these."""
+    places, tensors = [], []
+    for i, root in enumerate(roots):
+        for prefix, module in root.named_modules():  # each once, whatever names it has
+            dot = f"{prefix}." if prefix else ""
+            for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
+                if tensor is not None:
+                    places.append((i, dot + name))
+                    tensors.append(tensor)
+    return places, tensors
+
+
 def _is_statistic(root: nn.Module, name: str) -> bool:
-    """Whether a buffer is a statistic of a batch norm, which training writes and does not read."""
-    module = root.get_submodule(name.rpartition(".")[0])
-    return isinstance(module, _NormBase) and module.training
+    """Whether this is a statistic of a batch norm, which training writes and does not read."""
+    path, _, name = name.rpartition(".")
+    module = root.get_submodule(path)
+    return isinstance(module, _NormBase) and module.training and name in module._buffers
 
 
 class _Chain(torch.autograd.Function):
@@ -297,11 +298,12 @@ class _Chain(torch.autograd.Function):
     def forward(ctx: Any, record: Record, *tensors: Any) -> tuple[Tensor, ...]:
         outputs = record.run(tensors)
         ctx.record = record
-        n = len(record.positions)
+        n = len(record.parameters)
         prints = [fingerprints([record.values[i] for i in record.checked], record.number)] if record.checked else []
         # Copies, since nobody looks at versions inside a graph, and who changes these in place later must not change
         # what backward gets. Inductor takes that of an output back where nobody does.
-        copies = [t.clone() for t in (*tensors[n + record.width :], *[record.values[i] for i in record.saved])]
+        others = [*record.others, *tensors[n + record.width :], *[record.values[i] for i in record.saved]]
+        copies = [t.clone() for t in others]
         ctx.save_for_backward(*prints, *tensors[:n], *copies)
         return outputs
 
@@ -325,7 +327,7 @@ class _Replay:
         self.record = record
         if record.checked:
             self.prints, *saved = saved
-        self.weights = saved[:n]
+        self.held = saved[:n]
         copies = [again(t, gradients[0]) for t in saved[n:]]
         self.side = dict(zip(record.side_names, copies[:m], strict=True))
         self.values = dict(zip(record.saved, copies[m:], strict=True))
@@ -344,27 +346,28 @@ class _Replay:
         side = {name: self.side[name] for name in step.side}
         if not step.keeps:
             known = [self.values[i] for i in step.outputs[: len(step.outputs) - step.operation.log_det]]
-            self.values.update(zip(step.inputs, step.invert(known, side), strict=True))
+            self.values.update(zip(step.inputs, step.invert(self.held, known, side), strict=True))
         if not step.floats:
             return
         inputs = [self.values[i] for i in step.inputs]
         moving = [j for j, x in enumerate(inputs) if _is_float(x)]
         names = [name for name, s in side.items() if _is_float(s)]
-        held = [*{k: None for _, _, k in step.weights}]
-        n, m = len(held), len(held) + len(moving)
+        weights = [*{k: None for _, _, k in step.held if k < len(self.record.parameters)}]
+        n, m = len(weights), len(weights) + len(moving)
 
         def function(*tensors: Tensor) -> tuple[Tensor, ...]:
             new = dict(zip(moving, tensors[n:m], strict=True))
             xs = [new.get(j, x) for j, x in enumerate(inputs)]
-            weights = dict(zip(held, tensors[:n], strict=True))
-            outputs = step.run(weights, xs, {**side, **dict(zip(names, tensors[m:], strict=True))})
+            now = dict(zip(weights, tensors[:n], strict=True))
+            held = [now.get(k, t) for k, t in enumerate(self.held)]
+            outputs = step.run(held, xs, {**side, **dict(zip(names, tensors[m:], strict=True))})
             find_used(tensors, outputs)
             return outputs
 
-        primals = [self.weights[k] for k in held] + [inputs[j] for j in moving] + [side[name] for name in names]
+        primals = [self.held[k] for k in weights] + [inputs[j] for j in moving] + [side[name] for name in names]
         outputs, pull = torch.func.vjp(function, *primals)  # type: ignore[misc]
         gradients = pull(tuple([self._gradient(step, j, y) for j, y in zip(step.floats, outputs, strict=True)]))
-        keys: list[tuple[str, Any]] = [("weight", k) for k in held]
+        keys: list[tuple[str, Any]] = [("weight", k) for k in weights]
         keys += [("value", step.inputs[j]) for j in moving] + [("side", name) for name in names]
         for i in used_tensors():  # the others have none, where vjp returns zeros
             self._add(keys[i], gradients[i])
@@ -379,7 +382,7 @@ class _Replay:
     def results(self) -> list[Tensor | None]:
         """Return the gradients of parameters, inputs and side inputs."""
         record = self.record
-        keys: list[tuple[str, Any]] = [("weight", k) for k in range(len(record.positions))]
+        keys: list[tuple[str, Any]] = [("weight", k) for k in range(len(record.parameters))]
         keys += [("value", i) for i in record.inputs] + [("side", name) for name in record.side_names]
         gradients = [self.gradients.get(key) for key in keys]
         return self._verified(gradients) if record.checked else gradients
@@ -389,7 +392,7 @@ class _Replay:
         record = self.record
         now = fingerprints([self.values[i] for i in record.checked], record.number)
         found = [i for i, gradient in enumerate(gradients) if gradient is not None]
-        weights = [i for i in found if i < len(record.positions)]
+        weights = [i for i in found if i < len(record.parameters)]
         for i in weights[-1:] or found:
             gradients[i] = verified(gradients[i], self.prints, now, record.allowed, record.number, record.name)
         return gradients

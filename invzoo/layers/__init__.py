@@ -9,3 +9,10 @@ Foundations that several families share:
 - `norm`: normalisation of each sample
 - `_checks`: errors of one form
 """
+
+from einops import rearrange
+from torch import empty, nn
+
+# einops notes a backend for each class of tensor when it first sees one, which torch.export calls a side effect.
+for _tensor in (empty(0, device="cpu"), nn.Parameter(empty(0, device="cpu"))):
+    rearrange(_tensor, "a -> a")

@@ -187,6 +187,46 @@ def test_changed_in_place_in_the_same_graph(changed: str, backend: str):
     )
 
 
+class Shifted(nn.Linear):
+    """Adds a buffer to what it sees, and a parameter without a gradient."""
+
+    def __init__(self) -> None:
+        super().__init__(HALF, HALF)
+        self.register_buffer("shift", torch.zeros(HALF))
+        self.frozen = nn.Parameter(torch.zeros(HALF), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward((x + self.shift + self.frozen).sin())
+
+
+@pytest.mark.parametrize("mode", ["invert", "recompute"])
+@pytest.mark.parametrize("changed", ["shift", "frozen", "weight"])
+def test_changed_between_forward_and_backward(changed: str, mode: str):
+    net = iz.InvertibleSequential(
+        iz.AdditiveCoupling(Shifted()), iz.AdditiveCoupling(Shifted(), swap=True), mode=mode, check="never"
+    )
+    loss = loss_of(compiled(net)(x()))
+    with torch.no_grad():
+        getattr(net[1].f, changed).fill_(2.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("mode", ["invert", "recompute"])
+def test_buffers_changed_in_the_same_graph(mode: str):
+    net = iz.InvertibleSequential(*(iz.AdditiveCoupling(Shifted()) for _ in range(2)), mode=mode, check="never")
+
+    def step(x: Tensor) -> Tensor:
+        for layer, shift in zip(net, (1.0, 2.0), strict=True):
+            layer.f.shift.fill_(shift)
+        y = net(x)
+        for layer in net:
+            layer.f.shift.zero_()
+        return y
+
+    assert_same_gradients(net, x(), function=step)
+
+
 class Double(iz.InvertibleModule):
     """An inverse that is wrong by ``error``, by a factor or by a constant."""
 
