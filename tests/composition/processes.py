@@ -1,6 +1,7 @@
 """Runs checks in several processes, all checks of a suite in the same ones, and brings back what went wrong."""
 
 import datetime as dt
+import faulthandler
 import os
 import queue
 import traceback
@@ -71,6 +72,7 @@ def _context() -> BaseContext:
 
 def serve(rank: int, world: int, store: str, suite: str, args: tuple[Any, ...], answers: Any) -> None:
     """Run all checks of a suite in one of the processes, and send what went wrong to the parent."""
+    faulthandler.enable()
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
@@ -98,5 +100,7 @@ def serve(rank: int, world: int, store: str, suite: str, args: tuple[Any, ...], 
         if world > 1:
             dist.barrier()  # as in notebooks/distributed.py
     answers.put((rank, failures))
+    answers.close()
+    answers.join_thread()  # whatever happens to the process while it takes leave of the others
     if world > 1:
         dist.destroy_process_group()

@@ -1,5 +1,7 @@
 """`torch.export` of every layer of the catalogue, there and back."""
 
+import subprocess
+import sys
 from functools import partial
 
 import pytest
@@ -110,3 +112,11 @@ def test_an_exported_net_trains_as_it_did():
     found = [p.grad for p in exported.parameters()]
     net(x).square().sum().backward()
     assert_same(found, [p.grad for p in net.parameters()])
+
+
+def test_strict_export_first_in_a_process():  # where einops has not seen a parameter yet
+    script = """if True:
+        import torch, invzoo as iz
+        torch.export.export(iz.MaskedAutoregressive(2).inv, (torch.zeros(1, 2),), strict=True)
+    """
+    subprocess.run([sys.executable, "-W", "error:While compiling:UserWarning", "-c", script], check=True)  # noqa: S603
