@@ -50,8 +50,8 @@ class ActNorm(ElementwiseMap):
 
     Until it is initialised the layer takes the data as standardised. The first forward in training mode whose batch has
     two values or more for each feature, all of them finite, initialises it, with or without gradients; the eval mode,
-    the inverse and backward never do. To initialise it again, ``reset_parameters()``. Initialise it before you compile
-    it with ``fullgraph=True``. If `torch.distributed` is initialised, the statistics are those of all ranks' batches
+    the inverse and backward never do. To initialise it again, ``reset_parameters()``. Initialise it, or load its state,
+    before you compile it. If `torch.distributed` is initialised, the statistics are those of all ranks' batches
     together, so every rank of the default group has to run the layer.
 
     Shapes: ``(B, ...) -> (B, ...)`` with ``features`` in ``dim``.
@@ -147,13 +147,22 @@ class ActNorm(ElementwiseMap):
             return
         if not self.initialized:
             self._initialize(*inputs)
-        if self.initialized:
-            self._seen = self.initialized, version_of(self.initialized)
+        self._read_flag()
+
+    def _read_flag(self) -> None:
+        flag = self.initialized
+        self._seen = (flag, version_of(flag)) if not is_fake(flag) and flag else None
 
     def _known_to_be_initialized(self) -> bool:
-        """Whether this very flag was read before; reading it again would wait for a GPU."""
-        flag, version = self._seen or (None, 0)
-        return flag is self.initialized and (torch.compiler.is_compiling() or version == version_of(flag))
+        """Whether this very flag was read before; reading it again would wait for a GPU, and break a graph."""
+        if self._seen is None or torch.compiler.is_compiling():
+            return self._seen is not None
+        flag, version = self._seen
+        return flag is self.initialized and version == version_of(flag)
+
+    def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
+        super()._load_from_state_dict(*args, **options)
+        self._read_flag()
 
     @torch.no_grad()
     def _initialize(self, x: Tensor) -> None:

@@ -187,6 +187,18 @@ def test_changed_in_place_in_the_same_graph(changed: str, backend: str):
     )
 
 
+@pytest.mark.parametrize("how", ["loaded", "moved"])
+def test_knows_an_initialised_act_norm(how: str):
+    net, other = (iz.InvertibleSequential(linear(), iz.ActNorm(WIDTH), linear()) for _ in range(2))
+    net(x())
+    if how == "loaded":
+        other.load_state_dict(net.state_dict())
+        net = other
+    else:  # to another device
+        net[1].initialized = net[1].initialized.clone()
+    compiled(net)(x()).sum().backward()
+
+
 class Shifted(nn.Linear):
     """Adds a buffer to what it sees, and a parameter without a gradient."""
 
