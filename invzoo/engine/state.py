@@ -90,7 +90,7 @@ class place:  # noqa: N801 - reads as the word that it is, like torch.no_grad
             state.place = (self._describe, self._before)
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, Exception):
+        if isinstance(error, Exception) and not torch.compiler.is_compiling():
             note(error, state.place)
         if self._entered:
             state.place = self._before

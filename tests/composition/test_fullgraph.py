@@ -187,6 +187,12 @@ def test_changed_in_place_in_the_same_graph(changed: str, backend: str):
     )
 
 
+def test_error_of_a_layer_is_in_the_compilers():
+    net = iz.InvertibleSequential(linear(), iz.InvertibleLinear(3))
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"raised exception .*InvertibleLinear: Expected x to have size 3"):
+        compiled(net)(x())
+
+
 @pytest.mark.parametrize("how", ["loaded", "moved"])
 def test_knows_an_initialised_act_norm(how: str):
     net, other = (iz.InvertibleSequential(linear(), iz.ActNorm(WIDTH), linear()) for _ in range(2))
