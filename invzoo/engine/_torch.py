@@ -182,14 +182,24 @@ def top_hook() -> Any:
     return hooks[0] if hooks else None
 
 
+@functools.cache
+def _uncompiled_call() -> Callable[..., Any]:
+    uncompiled: Callable[..., Any] = torch.compiler.disable(lambda function, *args: function(*args))
+    return uncompiled
+
+
 def transparent(pack: Callable[[Any], Any]) -> Any:
     """Return a pack hook that selective checkpoints look past: what they cache is not the engine's to forget.
 
     From torch 2.14 on they hand it to the hook on top, or warn that they are going to. Missing: no attribute is read.
+
+    Nor does the compiler look at it when a compiled subnet saves something: it takes versions for constants.
     """
     if torch.compiler.is_compiling():
         return pack
-    hook: Any = functools.partial(pack)
+    hook: Any = (
+        functools.partial(_uncompiled_call(), pack) if "torch._dynamo" in sys.modules else functools.partial(pack)
+    )
     hook._checkpoint_internal, hook._user_hooks = True, _top_hooks(True)
     return hook
 

@@ -97,12 +97,16 @@ def call(operation: Operation, inputs: tuple[Any, ...], side: dict[str, Any]) ->
 
 
 class Handle:
-    """Stands in the graph for a tensor that autograd saved; its value comes when the call is rebuilt."""
+    """Stands in the graph for a tensor that autograd saved; its value comes when the call is rebuilt.
 
-    __slots__ = ("__weakref__", "value")
+    It knows the value's version when it was saved, since autograd does not compare that of what hooks return.
+    """
+
+    __slots__ = ("__weakref__", "value", "version")
 
     def __init__(self, value: Tensor):
         self.value: Tensor | None = value
+        self.version = version_of(value)
 
 
 class Call:
@@ -270,7 +274,17 @@ class Call:
                 value = handle.value
             if backward_id() == -1:  # somebody looks at the graph
                 state.kept.end()
+        if version_of(value) != handle.version:  # type: ignore[arg-type]  # it is rebuilt
+            raise self._changed(value)  # type: ignore[arg-type]
         return value  # type: ignore[return-value]
+
+    def _changed(self, value: Tensor) -> RuntimeError:
+        error = RuntimeError(
+            f"Expected the function of {self.operation.name} to leave what autograd saved for its backward as it is; "
+            f"got a tensor of shape {tuple(value.shape)} that was changed in place later. Use an out-of-place operation"
+        )
+        note(error, self.place)
+        return error
 
     def release(self) -> None:
         """Forget what the handles hold."""

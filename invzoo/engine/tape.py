@@ -92,7 +92,7 @@ class Tape:
 
     def __init__(self, call: "Call"):
         self._call = call
-        self._captured: list[Tensor | None] = []
+        self._captured: list[tuple[Tensor, int] | None] = []  # with their versions
         self._metas: list[Meta] = []
         self._short = self._started = False
         self.inputs: list[Any] = [None if isinstance(i, Input) else i for i in call.inputs]
@@ -143,7 +143,7 @@ class Tape:
         index = len(self._metas)
         self._metas.append((tensor.shape, tensor.dtype))
         awaited = index < len(handles) and handles[index]() is not None
-        self._captured.append(value if awaited else None)
+        self._captured.append((value, version_of(value)) if awaited else None)
         if self._short and self._metas == self._call.metas:
             raise _AllSaved
         return value
@@ -161,9 +161,9 @@ class Tape:
                 f"{_summary(self._metas)} where forward saved {_summary(self._call.metas)}. Is it deterministic, and "
                 "does it depend on its inputs, parameters and buffers alone?"
             )
-        for ref, value in zip(self._call.handles, self._captured, strict=True):
-            if value is not None and (handle := ref()) is not None:
-                handle.value = value
+        for ref, saved in zip(self._call.handles, self._captured, strict=True):
+            if saved is not None and (handle := ref()) is not None:
+                handle.value, handle.version = saved
 
 
 def _same(value: Any) -> Any:

@@ -203,6 +203,31 @@ def test_a_block_that_replaces_the_data_of_its_weight(mode):
         iz.AdditiveCoupling(Constrained(HALF, HALF), mode=mode)(torch.randn(5, FEATURES))
 
 
+class Overwrites(nn.Module):
+    """Changes in place what autograd saved, which plain PyTorch refuses."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__()
+        self.net = nn.Linear(*sizes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.net(x)
+        k = h.sin()
+        h.relu_()
+        return k + h
+
+
+@pytest.mark.parametrize("warm", [False, True], ids=["first", "later"])
+def test_a_block_that_changes_in_place_what_autograd_saved(saving, x, warm):
+    plain, ours = saving.pair(Overwrites)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        some_loss(plain(x)).backward()
+    for _ in range(1 + warm):
+        with pytest.raises(RuntimeError, match="leave what autograd saved for its backward as it is") as caught:
+            some_loss(ours(x)).backward()
+    assert_names_a_layer(caught)
+
+
 @pytest.mark.parametrize("warm", [False, True], ids=["first", "later"])
 def test_a_buffer_changed_between_forward_and_backward(saving, x, warm):
     class Scaled(nn.Module):

@@ -189,7 +189,9 @@ def test_changed_in_place_in_the_same_graph(changed: str, backend: str):
 
 def test_error_of_a_layer_is_in_the_compilers():
     net = iz.InvertibleSequential(linear(), iz.InvertibleLinear(3))
-    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"raised exception .*InvertibleLinear: Expected x to have size 3"):
+    with pytest.raises(
+        torch._dynamo.exc.Unsupported, match=r"raised exception .*InvertibleLinear: Expected x to have size 3"
+    ):
         compiled(net)(x())
 
 
