@@ -27,6 +27,7 @@ __all__ = [
     "hooks_enabled",
     "is_distributed",
     "is_fake",
+    "is_hollow",
     "keeps_graph",
     "plainly",
     "preserve_version",
@@ -214,6 +215,11 @@ def is_fake(tensor: Tensor) -> bool:
     """Whether a tensor has no data to look at."""
     module = sys.modules.get("torch._subclasses.fake_tensor")
     return tensor.is_meta or (module is not None and isinstance(tensor, module.FakeTensor))
+
+
+def is_hollow(tensor: Tensor) -> bool:
+    """Whether a tensor's memory was taken away, as FSDP1 does between calls; who reads it crashes."""
+    return tensor.layout is torch.strided and tensor.numel() > 0 and tensor.untyped_storage().nbytes() == 0
 
 
 def same_state(a: Tensor, b: Tensor) -> bool:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from ._torch import version_of, without_modes
+from ._torch import is_hollow, version_of, without_modes
 
 __all__ = ["Buffer", "attributes_of", "buffers_of", "copy_of", "holds_loose", "loose_tensors", "without_graph"]
 
@@ -67,7 +67,7 @@ def copy_of(tensor: Tensor) -> Tensor:
 
 def _differ(a: Tensor, b: Tensor) -> bool:
     """Whether plain tensors differ; nobody else's (fake, sharded or sparse ones, say) are looked into."""
-    if type(a) is not Tensor or a.layout is not torch.strided or a.is_meta or a.is_nested:
+    if type(a) is not Tensor or a.layout is not torch.strided or a.is_meta or a.is_nested or is_hollow(a):
         return False
     with without_modes():
         return not torch.equal(a.detach(), b.detach())
@@ -83,7 +83,7 @@ def holds_loose(module: nn.Module) -> bool:
 
 def loose_tensors(module: nn.Module) -> dict[str, Tensor]:
     """Return the tensors that are mere attributes of a module."""
-    return {name: x for name, x in module.__dict__.items() if type(x) is Tensor}
+    return {name: x for name, x in module.__dict__.items() if type(x) is Tensor and not is_hollow(x)}
 
 
 def buffers_of(modules: list[nn.Module]) -> list[Buffer]:

@@ -220,9 +220,11 @@ class Surroundings:
     def _check(self) -> None:
         for table, was in (*self.tables, *self.children):
             if gone := was.keys() - table.keys():
+                views = any(type(was[name]) is Tensor for name in gone)
+                advice = "Use fully_shard for FullyShardedDataParallel" if views else "Call backward first"
                 raise RuntimeError(
                     "Expected modules to keep their parameters, buffers and modules between forward and backward; "
-                    f"got a removal of {min(gone)!r}. Call backward first"
+                    f"got a removal of {min(gone)!r}. {advice}"
                 )
         for table, was in self.children:
             if new := table.keys() - was.keys():

@@ -14,5 +14,5 @@ from einops import rearrange
 from torch import empty, nn
 
 # einops notes a backend for each class of tensor when it first sees one, which torch.export calls a side effect.
-for _tensor in (empty(0, device="cpu"), nn.Parameter(empty(0, device="cpu"))):
+for _tensor in (empty(0, device="meta"), nn.Parameter(empty(0, device="meta"))):
     rearrange(_tensor, "a -> a")

@@ -286,3 +286,26 @@ def test_an_output_that_is_held_is_not_rebuilt(x):
     actual = grad(some_loss(y), x)
     assert_near(actual, grad(some_loss(f(x)), x))
     del z
+
+
+class Hollow(nn.Linear):
+    """Has an attribute whose memory comes and goes, as those of FSDP1's modules."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes)
+        self.view = torch.ones(2)
+        self.view.untyped_storage().resize_(0)
+        self.gathers = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.view.untyped_storage().resize_(8 * self.gathers)
+        self.gathers = not self.gathers
+        return super().forward(x)
+
+
+def test_attributes_without_memory_are_not_read(subject, x):
+    def program(net):
+        for _ in range(3):
+            some_loss(net(x)).backward()
+
+    subject.holds(program, Hollow)

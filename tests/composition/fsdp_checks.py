@@ -11,7 +11,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    FullyShardedDataParallel,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import Shard, distribute_module, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -319,6 +324,28 @@ def distributed_tensors(case: Case, rank: int) -> None:
         loss.backward()
 
 
+def fsdp1(net: nn.Module, original: bool = False) -> nn.Module:
+    return FullyShardedDataParallel(net, device_id=torch.device("cpu"), use_orig_params=original)
+
+
+@each(names=("sequential",))
+def fsdp1_on_the_root(case: Case, rank: int) -> None:
+    x, net = batches(case)[rank].requires_grad_(), fsdp1(case.net)
+    for _ in range(2):
+        assert_same(*(torch.autograd.grad(f(x).square().sum(), x) for f in (net, case.plain)))
+
+
+@each(modes=("invert", "recompute"), names=("sequential",))
+def fsdp1_otherwise_is_refused(case: Case, rank: int) -> None:
+    x = batches(case)[rank]
+    with pytest.raises(RuntimeError, match="Use fully_shard for FullyShardedDataParallel"):
+        fsdp1(copy.deepcopy(case.net), original=True)(x).square().sum().backward()
+    for layer in layers_of(case.net):
+        layer.f = fsdp1(layer.f)
+    with pytest.raises(RuntimeError, match="got a change of '_flat_param'"):
+        fsdp1(case.net)(x).square().sum().backward()
+
+
 CHECKS: dict[str, Callable[[int], None]] = {}
 for _where in ("root", "layers", "subnets", "linears"):
     for _reshard in (True, False):
@@ -342,4 +369,6 @@ CHECKS |= {
     "fsdp_output_dtype_of_each_layer_parts_them": fsdp_output_dtype_of_each_layer_parts_them,
     **fsdp_under_no_grad_between,
     **fsdp_optimizer_step_before_backward_is_an_error,
+    **fsdp1_on_the_root,
+    **fsdp1_otherwise_is_refused,
 }
