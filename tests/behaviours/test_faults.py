@@ -203,6 +203,20 @@ def test_a_block_that_replaces_the_data_of_its_weight(mode):
         iz.AdditiveCoupling(Constrained(HALF, HALF), mode=mode)(torch.randn(5, FEATURES))
 
 
+class Jagged(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        rows = torch.nested.as_nested_tensor([row[None] for row in x], layout=torch.jagged)
+        return super().forward(rows).values()
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors:UserWarning")
+def test_a_block_that_makes_jagged_tensors(saving, x):
+    _, ours = saving.pair(Jagged)
+    with pytest.raises(RuntimeError, match="save the tensors that its forward saved") as caught:
+        some_loss(ours(x)).backward()
+    assert_names_a_layer(caught)
+
+
 class Overwrites(nn.Module):
     """Changes in place what autograd saved, which plain PyTorch refuses."""
 
