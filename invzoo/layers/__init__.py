@@ -13,6 +13,8 @@ Foundations that several families share:
 from einops import rearrange
 from torch import empty, nn
 
+__all__ = ()  # each layer is in its own file
+
 # einops notes a backend for each class of tensor when it first sees one, which torch.export calls a side effect.
 for _tensor in (empty(0, device="meta"), nn.Parameter(empty(0, device="meta"))):
     rearrange(_tensor, "a -> a")
