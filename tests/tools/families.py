@@ -33,8 +33,8 @@ REFUSED = {
 def take_few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let inverses that search take as few steps as find anything: tools unroll loops."""
     monkeypatch.setattr(roots.bracket.__wrapped__, "__defaults__", (6,))
-    monkeypatch.setattr(roots.newton.__wrapped__, "__defaults__", (2,))
-    monkeypatch.setattr(mixture, "_STEPS", 2)
+    monkeypatch.setattr(roots.newton.__wrapped__, "__defaults__", (1,))
+    monkeypatch.setattr(mixture, "_STEPS", 1)
 
 
 def given(
