@@ -381,7 +381,10 @@ class FuzzNet(nn.Module):
             target = index ^ leaf.swap
             factor = 2 if leaf.kind == "affine" else 1
             make = Conditioned if kind == "condition" else Subnet
-            nets.append(kind and make(kind, sizes[1 - target], factor * sizes[target], self.spec.rank))
+            net = kind and make(kind, sizes[1 - target], factor * sizes[target], self.spec.rank)
+            if net and leaf.scale == "exp":  # exponentials of exponentials lose all digits, whoever inverts them
+                net.last = nn.Sequential(net.last, nn.Tanh())
+            nets.append(net)
         more = {"scale": leaf.scale} if leaf.kind == "affine" else {}
         layer = iz.AffineCoupling if leaf.kind == "affine" else iz.AdditiveCoupling
         return layer(*nets, split=leaf.split, swap=leaf.swap, **more, **options)
