@@ -184,23 +184,22 @@ def top_hook() -> Any:
 
 
 @functools.cache
-def _uncompiled_call() -> Callable[..., Any]:
-    uncompiled: Callable[..., Any] = torch.compiler.disable(lambda function, *args: function(*args))
-    return uncompiled
+def _uncompiled_call() -> Any:
+    return torch.compiler.disable(lambda function, *args: function(*args))
 
 
 def transparent(pack: Callable[[Any], Any]) -> Any:
-    """Return a pack hook that selective checkpoints look past: what they cache is not the engine's to forget.
+    """Return a pack hook that selective checkpoints and the compiler look past.
 
-    From torch 2.14 on they hand it to the hook on top, or warn that they are going to. Missing: no attribute is read.
+    What checkpoints cache is not the engine's to forget. From torch 2.14 on they hand it to the hook on top, or warn
+    that they are going to. Missing: no attribute is read.
 
-    Nor does the compiler look at it when a compiled subnet saves something: it takes versions for constants.
+    The compiler would compile the hook when a compiled subnet saves something, and take versions for constants.
     """
     if torch.compiler.is_compiling():
         return pack
-    hook: Any = (
-        functools.partial(_uncompiled_call(), pack) if "torch._dynamo" in sys.modules else functools.partial(pack)
-    )
+    call = _uncompiled_call() if "torch._dynamo" in sys.modules else None
+    hook: Any = functools.partial(call, pack) if call else functools.partial(pack)
     hook._checkpoint_internal, hook._user_hooks = True, _top_hooks(True)
     return hook
 
@@ -218,8 +217,9 @@ def is_fake(tensor: Tensor) -> bool:
 
 
 def is_hollow(tensor: Tensor) -> bool:
-    """Whether a tensor's memory was taken away, as FSDP1 does between calls; who reads it crashes."""
-    return tensor.layout is torch.strided and tensor.numel() > 0 and tensor.untyped_storage().nbytes() == 0
+    """Whether a plain tensor's memory was taken away, as FSDP1 does between calls; who reads it crashes."""
+    plain = type(tensor) is Tensor and tensor.layout is torch.strided  # what wraps others has no memory of its own
+    return plain and tensor.numel() > 0 and tensor.untyped_storage().nbytes() == 0
 
 
 def same_state(a: Tensor, b: Tensor) -> bool:

@@ -10,6 +10,7 @@ first copy.
 """
 
 import weakref
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -83,19 +84,22 @@ def holds_loose(module: nn.Module) -> bool:
 
 def loose_tensors(module: nn.Module) -> dict[str, Tensor]:
     """Return the tensors that are mere attributes of a module."""
-    return {name: x for name, x in module.__dict__.items() if type(x) is Tensor and not is_hollow(x)}
+    return {name: x for name, x in module.__dict__.items() if type(x) is Tensor}
 
 
 def buffers_of(modules: list[nn.Module]) -> list[Buffer]:
     """Return the buffers of modules, as they are now."""
-    tables = [(m, m._buffers) for m in modules if m._buffers]
-    return [Buffer.of(m, table, name, x) for m, table in tables for name, x in table.items() if x is not None]
+    return _found((m, m._buffers, name, x) for m in modules if m._buffers for name, x in m._buffers.items())
 
 
 def attributes_of(modules: list[nn.Module]) -> tuple[list[Buffer], list[torch.Generator]]:
     """Return the tensors that are mere attributes of modules, as they are now, and the generators."""
-    tensors = [Buffer.of(m, vars(m), name, x) for m in modules for name, x in loose_tensors(m).items()]
+    tensors = _found((m, vars(m), name, x) for m in modules for name, x in loose_tensors(m).items())
     return tensors, [x for m in modules for x in vars(m).values() if type(x) is torch.Generator]
+
+
+def _found(places: Iterable[tuple[nn.Module, dict[str, Any], str, Tensor | None]]) -> list[Buffer]:
+    return [Buffer.of(m, table, name, x) for m, table, name, x in places if x is not None and not is_hollow(x)]
 
 
 def without_graph(tensor: Tensor) -> Tensor:

@@ -58,7 +58,7 @@ def run(owner: nn.Module, through: Through, values: tuple[Any, ...], side: dict[
     names = [k for k, v in side.items() if isinstance(v, Tensor)]
     positions: dict[Tensor, int] = {p: k for k, p in enumerate(parameters)}
     record = Record(
-        type(owner).__name__, through, len(values), names, side, positions, log_dets is not None, parameters
+        type(owner).__name__, through, len(values), names, side, positions, len(parameters), log_dets is not None
     )
     outputs = _Chain.apply(record, *parameters, *_distinct([*values, *[side[k] for k in names]], positions))
     if record.has_log_det:
@@ -89,15 +89,15 @@ class _Step:
 
     def invert(self, held: Sequence[Tensor], outputs: Sequence[Tensor], side: dict[str, Tensor]) -> list[Tensor]:
         """Rebuild the inputs, with these for parameters and buffers."""
-        inputs = self._with(held, lambda: self.operation.inverse(*outputs, **side, **self.constants))
+        inputs = self._with_held(held, lambda: self.operation.inverse(*outputs, **side, **self.constants))
         return [x.to(dtype) for x, dtype in zip(tuple_of(inputs), self.dtypes, strict=True)]
 
     def run(self, held: Sequence[Tensor], inputs: Sequence[Tensor], side: dict[str, Tensor]) -> tuple[Tensor, ...]:
         """Compute the outputs that have gradients, with these for parameters and buffers."""
-        outputs = tuple_of(self._with(held, lambda: self.operation.function(*inputs, **side, **self.constants)))
+        outputs = tuple_of(self._with_held(held, lambda: self.operation.function(*inputs, **side, **self.constants)))
         return tuple([outputs[j] for j in self.floats])
 
-    def _with(self, held: Sequence[Tensor], function: Callable[[], Any]) -> Any:
+    def _with_held(self, held: Sequence[Tensor], function: Callable[[], Any]) -> Any:
         """Call a function while the modules have these parameters and buffers, and others that it may change."""
         roots = self.operation.roots
         tensors: list[dict[str, Tensor]] = [{} for _ in roots]
@@ -119,8 +119,8 @@ class Record:
     side_names: list[str]  # of the tensors among the side inputs
     side: dict[str, Any]
     positions: dict[Tensor, int]  # of the parameters that get gradients, and of the other tensors held
+    weights: int  # how many get gradients: the first ones
     asked: bool  # for log-determinants
-    parameters: list[nn.Parameter]  # those that get gradients
     others: list[Tensor] = field(default_factory=list)  # that are held: other parameters, and buffers
     steps: list[_Step] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
@@ -138,7 +138,7 @@ class Record:
 
     def run(self, tensors: tuple[Any, ...]) -> tuple[Tensor, ...]:
         """Run the forward, and note what it does (rule 2)."""
-        n = len(self.parameters)
+        n = self.weights
         inputs, rest = tensors[n : n + self.width], tensors[n + self.width :]
         for x in inputs:
             if not isinstance(x, Tensor):
@@ -298,7 +298,7 @@ class _Chain(torch.autograd.Function):
     def forward(ctx: Any, record: Record, *tensors: Any) -> tuple[Tensor, ...]:
         outputs = record.run(tensors)
         ctx.record = record
-        n = len(record.parameters)
+        n = record.weights
         prints = [fingerprints([record.values[i] for i in record.checked], record.number)] if record.checked else []
         # Copies, since nobody looks at versions inside a graph, and who changes these in place later must not change
         # what backward gets. Inductor takes that of an output back where nobody does.
@@ -352,7 +352,7 @@ class _Replay:
         inputs = [self.values[i] for i in step.inputs]
         moving = [j for j, x in enumerate(inputs) if _is_float(x)]
         names = [name for name, s in side.items() if _is_float(s)]
-        weights = [*{k: None for _, _, k in step.held if k < len(self.record.parameters)}]
+        weights = [*{k: None for _, _, k in step.held if k < self.record.weights}]
         n, m = len(weights), len(weights) + len(moving)
 
         def function(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -382,7 +382,7 @@ class _Replay:
     def results(self) -> list[Tensor | None]:
         """Return the gradients of parameters, inputs and side inputs."""
         record = self.record
-        keys: list[tuple[str, Any]] = [("weight", k) for k in range(len(record.parameters))]
+        keys: list[tuple[str, Any]] = [("weight", k) for k in range(record.weights)]
         keys += [("value", i) for i in record.inputs] + [("side", name) for name in record.side_names]
         gradients = [self.gradients.get(key) for key in keys]
         return self._verified(gradients) if record.checked else gradients
@@ -392,7 +392,7 @@ class _Replay:
         record = self.record
         now = fingerprints([self.values[i] for i in record.checked], record.number)
         found = [i for i, gradient in enumerate(gradients) if gradient is not None]
-        weights = [i for i in found if i < len(record.parameters)]
+        weights = [i for i in found if i < record.weights]
         for i in weights[-1:] or found:
             gradients[i] = verified(gradients[i], self.prints, now, record.allowed, record.number, record.name)
         return gradients

@@ -303,6 +303,16 @@ class Hollow(nn.Linear):
         return super().forward(x)
 
 
+@pytest.mark.parametrize("mode", ["recompute", "invert"])
+def test_buffers_without_memory_are_not_read(mode):
+    f, x = nn.Linear(2, 2), torch.randn(3, 4, requires_grad=True)
+    f.register_buffer("table", torch.ones(2))
+    f.table.untyped_storage().resize_(0)
+    net = iz.AdditiveCoupling(f, mode=mode)
+    x1, x2 = x.chunk(2, 1)
+    assert_near(grad(some_loss(net(x)), x), grad(some_loss(torch.cat((x1 + f(x2), x2), 1)), x))
+
+
 def test_attributes_without_memory_are_not_read(subject, x):
     def program(net):
         for _ in range(3):

@@ -328,11 +328,19 @@ def fsdp1(net: nn.Module, original: bool = False) -> nn.Module:
     return FullyShardedDataParallel(net, device_id=torch.device("cpu"), use_orig_params=original)
 
 
-@each(names=("sequential",))
-def fsdp1_on_the_root(case: Case, rank: int) -> None:
-    x, net = batches(case)[rank].requires_grad_(), fsdp1(case.net)
+@each(names=("invertible_sequential",))
+def fsdp1_of_layers_and_the_root(case: Case, rank: int) -> None:
+    """The second step's gradients of the inputs show what the first made of the weights."""
+    net = fsdp1(nn.Sequential(*map(fsdp1, case.net)))
+    optimizers = [torch.optim.SGD(n.parameters(), 0.1) for n in (net, case.plain)]
     for _ in range(2):
-        assert_same(*(torch.autograd.grad(f(x).square().sum(), x) for f in (net, case.plain)))
+        x, inputs = batches(case)[rank].requires_grad_(), [b.requires_grad_() for b in batches(case)]
+        net(x).square().sum().backward()
+        (sum(case.plain(b).square().sum() for b in inputs) / WORLD).backward()
+        assert_same((x.grad / WORLD,), (inputs[rank].grad,))
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
 
 
 @each(modes=("invert", "recompute"), names=("sequential",))
@@ -369,6 +377,6 @@ CHECKS |= {
     "fsdp_output_dtype_of_each_layer_parts_them": fsdp_output_dtype_of_each_layer_parts_them,
     **fsdp_under_no_grad_between,
     **fsdp_optimizer_step_before_backward_is_an_error,
-    **fsdp1_on_the_root,
+    **fsdp1_of_layers_and_the_root,
     **fsdp1_otherwise_is_refused,
 }
