@@ -12,7 +12,7 @@ from torch.distributions import constraints
 
 from . import engine
 from .contract import Finding, check_function, check_inverse
-from .engine import Mode, Operation, Policy, SideNames, Tape
+from .engine import CompiledMethods, Mode, Operation, Policy, SideNames, Tape
 from .errors import refuse
 from .log_dets import zero_log_det
 
@@ -69,6 +69,7 @@ class InvertibleModule(nn.Module):
     exact: ClassVar[bool] = False  # the inverse is exact in floating point
     composite: ClassVar[bool] = False  # made of layers that are calls of their own
     streams: Any = None  # how the layer splits one tensor into two streams, if it takes either
+    _compiled: CompiledMethods | None = None  # what compiles the layer's methods
 
     def __init__(
         self,
@@ -147,7 +148,7 @@ class InvertibleModule(nn.Module):
         with self._freeing(inputs):
             if self.composite:
                 return self.function_and_log_det(*inputs, **side)
-            *outputs, log_det = engine.call(self._operation_with_log_det(), inputs, side)
+            *outputs, log_det = engine.call(self._operation(log_det=True), inputs, side)
             return (outputs[0] if len(outputs) == 1 else tuple(outputs)), log_det
 
     def inverse_and_log_det(self, *outputs: Any, **side: Any) -> tuple[Any, Tensor]:
@@ -155,18 +156,25 @@ class InvertibleModule(nn.Module):
         return self.inv.forward_and_log_det(*outputs, **side)
 
     def compile(self, *args: Any, **options: Any) -> None:
-        """Compile in place, as `torch.nn.Module.compile` does, with its arguments.
+        """Compile in place, with the arguments of `torch.compile`; memory is saved as before.
 
-        Memory is still saved, since the subnets are compiled and not the layer: its replay then runs the same code as
-        its forward. A container is compiled as one function instead. A layer without subnets is compiled like any
-        module, and holds what the compiler keeps.
+        What the engine calls is compiled, in forward and in replay: the subnets, or the function, the inverse and the
+        log-determinant of a layer that has none. Layers of one structure share their compilations. A container is
+        compiled as one function instead.
         """
+
+        def compile_function(function: Callable[..., Any]) -> Callable[..., Any]:
+            return torch.compile(function, *args, **options)
+
         subnets = [*_callable(self.children())]
         for subnet in subnets:
             # As nn.Module.compile does, which by itself does nothing for torch's own modules.
-            subnet._compiled_call_impl = torch.compile(partial(_call, subnet), *args, **options)
-        if not subnets:
-            super().compile(*args, **options)
+            subnet._compiled_call_impl = CompiledMethods(subnet, compile_function)(MethodType(_call, subnet))
+        self._compiled = None if subnets else CompiledMethods(self, compile_function)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state: dict[str, Any] = super().__getstate__()
+        return {name: value for name, value in state.items() if name != "_compiled"}  # a copy is compiled anew
 
     def __prepare_scriptable__(self) -> NoReturn:
         """Refuse `torch.jit.script`, which asks every module inside what it scripts."""
@@ -193,27 +201,23 @@ class InvertibleModule(nn.Module):
         """Say whether :meth:`inverse` rebuilds these inputs from their outputs; true or false, and printed, why."""
         return check_inverse(self, inputs, side)
 
-    def _operation(self) -> Operation:
+    def _operation(self, *, log_det: bool = False) -> Operation:
+        compiled = self._compiled or _as_it_is
         return Operation(
-            name=self._name(),
-            function=self.function,
-            inverse=self.inverse if self._has_inverse() else None,
-            replay=self.replay,
+            name=self._name() + " (log_det)" * log_det,
+            function=compiled(self._outputs_and_log_det if log_det else self.function),
+            inverse=compiled(self.inverse) if self._has_inverse() else None,
+            replay=None if self._compiled else self.replay_with_log_det if log_det else self.replay,
             roots=self._roots(),
             policy=self._policy,
             keeps_input=self.saturating or self.slow_inverse,
             takes_saved="saved" in SideNames.of(self.inverse).names,
+            log_det=log_det,
         )
 
-    def _operation_with_log_det(self) -> Operation:
-        def function(*inputs: Any, **side: Any) -> tuple[Any, ...]:
-            outputs, log_det = self.function_and_log_det(*inputs, **side)
-            return *engine.tuple_of(outputs), log_det
-
-        operation = self._operation()
-        operation.name, operation.log_det = f"{operation.name} (log_det)", True
-        operation.function, operation.replay = function, self.replay_with_log_det
-        return operation
+    def _outputs_and_log_det(self, *inputs: Any, **side: Any) -> tuple[Any, ...]:
+        outputs, log_det = self.function_and_log_det(*inputs, **side)
+        return *engine.tuple_of(outputs), log_det
 
     def _roots(self) -> tuple[nn.Module, ...]:
         """Return the modules that :meth:`function` sees: this one, and those behind functions that it was given."""
@@ -255,10 +259,14 @@ def _call(module: nn.Module, *args: Any, **options: Any) -> Any:
     return module._call_impl(*args, **options)
 
 
+def _as_it_is(method: Callable[..., Any]) -> Callable[..., Any]:
+    return method
+
+
 def _callable(modules: Iterable[nn.Module]) -> Iterator[nn.Module]:
-    """Yield modules that can be called, instead of lists and dicts of modules what is in them."""
+    """Yield modules that can be called, and what is in others instead of them: lists of modules, or matrices."""
     for module in modules:
-        if isinstance(module, nn.ModuleList | nn.ModuleDict) and type(module).forward is nn.Module.forward:
+        if type(module).forward is nn.Module.forward:
             yield from _callable(module.children())
         else:
             yield module
@@ -301,6 +309,10 @@ class Inverse(InvertibleModule):
     composite = property(lambda self: self.layer.composite)
     streams = property(lambda self: self.layer.streams)
     inv = property(lambda self: self.layer)
+    _compiled = property(lambda self: self.layer._compiled)
+
+    def compile(self, *args: Any, **options: Any) -> None:
+        self.layer.compile(*args, **options)
 
     def log_det(self, *inputs: Any, **side: Any) -> Tensor:
         return self.function_and_log_det(*inputs, **side)[1]

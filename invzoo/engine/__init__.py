@@ -6,12 +6,14 @@ from .chain import chain, uncompiled
 from .checkpoint import checkpoint
 from .fingerprint import tolerance
 from .freeing import freeing
+from .methods import CompiledMethods
 from .mode import Mode, Policy, check_of
 from .state import inside_container, place, steps_aside
 from .surroundings import map_tensors
 from .tape import Tape, tuple_of
 
 __all__ = [
+    "CompiledMethods",
     "Mode",
     "Operation",
     "Policy",

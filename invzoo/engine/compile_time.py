@@ -7,6 +7,7 @@ of the caller's variables: tensors without values ("fakes"), and the graph so fa
 import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import FunctionType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -29,6 +30,8 @@ __all__ = [
     "eagerly",
     "examine",
     "find_used",
+    "frame_named",
+    "frames",
     "note_tensors",
     "number",
     "steps_aside",
@@ -42,6 +45,8 @@ _read: list[Node] = []  # nodes that take what was changed, and do not change it
 _used: list[int] = []
 _aside: list[bool] = []
 _dtypes: set[torch.dtype] = set()  # of all that the chain computes
+frames = SimpleNamespace()
+_frame_names: dict[str, str] = {}
 _numbers = itertools.count()
 _ENGINE = str(Path(__file__).parent)
 _UNFIT = {  # what the compiler's graph may hold, but `torch.func.vjp` of it not
@@ -88,6 +93,22 @@ def stop(problem: str) -> None:  # noqa: ARG001 - comptime reads them
 
 def _stop(context: ComptimeContext) -> None:
     context.graph_break(context.get_local("problem").as_python_constant())
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def frame_named(where: str) -> str:
+    """Return the name of one of the :data:`frames`, a function that calls a function in a frame of the name ``where``.
+
+    The compiler's errors list the frames that they come from, and nothing else that we could add to.
+    """
+    if where not in _frame_names:
+        _frame_names[where] = f"frame_{len(_frame_names)}"
+        setattr(frames, _frame_names[where], FunctionType(_call.__code__.replace(co_name=where), globals()))
+    return _frame_names[where]
+
+
+def _call(function: Callable[..., Any], args: tuple[Any, ...], side: dict[str, Any]) -> Any:
+    return function(*args, **side)
 
 
 def note_tensors(tensors: Sequence[Tensor]) -> None:  # noqa: ARG001 - comptime reads them

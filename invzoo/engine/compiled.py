@@ -38,6 +38,8 @@ from .compile_time import (
     check_closures,
     examine,
     find_used,
+    frame_named,
+    frames,
     note_tensors,
     number,
     reads_changed,
@@ -186,7 +188,7 @@ class Record:
         places, tensors = _belongings(operation.roots)
         note_tensors(tensors)
         state.chain = None  # the function is one piece, whatever it is made of
-        result = operation.function(*inputs, **side)
+        result = getattr(frames, frame_named(where))(operation.function, inputs, side)
         state.chain = self
         examine(tensors, where)
         moved = [places[k] for k in changed_tensors()]

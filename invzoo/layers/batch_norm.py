@@ -193,7 +193,11 @@ class _ByRunningStatistics(InvertibleModule):
 
     def __init__(self, norm: InvertibleBatchNorm) -> None:
         super().__init__()
-        self.norm, self.training, self._policy = norm, norm.training, norm._policy
+        self.norm, self.training, self._policy, self._compiled = norm, norm.training, norm._policy, norm._compiled
+
+    def compile(self, *args: Any, **options: Any) -> None:
+        self.norm.compile(*args, **options)
+        self._compiled = self.norm._compiled
 
     def function(self, x: Tensor) -> Tensor:
         return _AFFINE.forward(x, self._map_parameters(x), 1)
