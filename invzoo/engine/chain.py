@@ -52,7 +52,7 @@ def _traces(owner: nn.Module, policies: Callable[[], Iterable[Policy]]) -> bool:
         and not torch.compiler.is_exporting()
         and with_tensors is not None
         and not any(policy.mode is Mode.store for policy in policies())
-        and not any(_is_watched(module) for module in owner.modules())
+        and not any(_is_watched(module) for module in owner.modules() if module is not owner)  # its own see the whole
     )
 
 

@@ -1,4 +1,4 @@
-"""DDP, FSDP2, pipelines and distributed checkpoints in several processes; every check in them is a test."""
+"""DDP, FSDP2, the compiler with both, pipelines and checkpoints in several processes; every check in them is a test."""
 
 import os
 import subprocess
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.composition import ddp_checks, fsdp_checks, load_checks, pipeline_checks
+from tests.composition import compile_checks, ddp_checks, fsdp_checks, load_checks, pipeline_checks
 from tests.composition.processes import failures_of
 
 ROOT = Path(__file__).parents[2]
@@ -25,6 +25,12 @@ def test_ddp(check: str):
 @pytest.mark.parametrize("check", fsdp_checks.CHECKS)
 def test_fsdp2(check: str):
     failures = once("fsdp_checks")
+    assert check not in failures, failures[check]
+
+
+@pytest.mark.parametrize("check", compile_checks.CHECKS)
+def test_compiled(check: str):
+    failures = once("compile_checks")
     assert check not in failures, failures[check]
 
 

@@ -454,6 +454,14 @@ def test_steps_aside(why: str):
     assert len(graphs.saved()) > 3
 
 
+@pytest.mark.parametrize("hook", ["register_forward_hook", "register_forward_pre_hook"])
+def test_hooks_on_the_chain_itself_are_outside(hook: str):
+    net, graphs = iz.InvertibleSequential(*stack(2)), Graphs()
+    getattr(net, hook)(lambda module, *tensors: 2 * tensors[-1] if torch.is_tensor(tensors[-1]) else 2 * tensors[0][0])
+    assert_same_gradients(net, x(), backend=graphs)
+    assert graphs.saved() == [(4, WIDTH)]
+
+
 def test_frozen_and_tied_and_parametrized_weights():
     net = iz.InvertibleSequential(*stack(2))
     net[0].f[0].weight.requires_grad_(False)
