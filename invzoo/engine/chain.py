@@ -40,7 +40,7 @@ def chain(
     from .compile_time import begin, steps_aside  # noqa: PLC0415 - imports the compiler
     from .compiled import run  # noqa: PLC0415
 
-    begin()
+    begin(type(owner).__name__)
     return (through if steps_aside() else partial(run, owner, through))(values, side, log_dets)
 
 

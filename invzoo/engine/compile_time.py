@@ -5,6 +5,7 @@ of the caller's variables: tensors without values ("fakes"), and the graph so fa
 """
 
 import itertools
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FunctionType, SimpleNamespace
@@ -57,8 +58,8 @@ _UNFIT = {  # what the compiler's graph may hold, but `torch.func.vjp` of it not
 }
 
 
-def begin() -> None:
-    """Find out whether a chain has to step aside.
+def begin(name: str) -> None:  # noqa: ARG001 - comptime reads it
+    """Find out whether the chain of this name has to step aside.
 
     The compiler may be trying once more, after it could not trace what called the chain. Or hooks on saved tensors are
     active, with which `torch.func.vjp` cannot be traced.
@@ -71,7 +72,15 @@ def _begin(context: ComptimeContext) -> None:
     while translator.parent is not None:
         translator = translator.parent
     _dtypes.clear()
-    _aside[:] = [True] * (translator.f_code.co_filename.startswith(_ENGINE) or top_hook() is not None)
+    once_more = translator.f_code.co_filename.startswith(_ENGINE)
+    if once_more:
+        name = context.get_local("name").as_python_constant()
+        warnings.warn(
+            f"torch.compile could not trace {name} as one function; compiled in pieces, it stores what backward needs. "
+            "With fullgraph=True an error says why; mode 'store' says that this is meant",
+            stacklevel=2,
+        )
+    _aside[:] = [True] * (once_more or top_hook() is not None)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
