@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from . import engine
-from .engine import Policy, SideNames
+from .engine import CompiledMethods, Policy, SideNames
 from .errors import refuse
 from .layers.split import Partition, SplitSpec, cut, join, merging, splitting
 from .log_dets import LogDets
@@ -43,30 +43,38 @@ class _Composite(InvertibleModule):
         """Undo :meth:`_there`."""
 
     def function(self, *inputs: Any, **side: Any) -> Any:
-        if side:
-            self.side_names().check(self, side)
-        return engine.chain(self, self._policies, self._there, inputs, side, None)
+        return self._run(self._there, inputs, side)
 
     def inverse(self, *outputs: Any, **side: Any) -> Any:
-        if side:
-            self.side_names().check(self, side)
-        return engine.chain(self, self._policies, self._back, outputs, side, None)
+        return self._run(self._back, outputs, side)
 
     def function_and_log_det(self, *inputs: Any, **side: Any) -> tuple[Any, Tensor]:
-        if side:
-            self.side_names().check(self, side)
-        outputs = engine.chain(self, self._policies, self._there, inputs, side, log_dets := LogDets())
-        return outputs, log_dets.total(self, inputs)
+        return self._run(self._there, inputs, side, log_det=True)
 
     def inverse_and_log_det(self, *outputs: Any, **side: Any) -> tuple[Any, Tensor]:
-        if side:
-            self.side_names().check(self, side)
-        inputs = engine.chain(self, self._policies, self._back, outputs, side, log_dets := LogDets())
-        return inputs, log_dets.total(self, outputs)
+        return self._run(self._back, outputs, side, log_det=True)
 
     def compile(self, *args: Any, **options: Any) -> None:
-        """Compile all layers as one function in place, with the arguments of `torch.compile`."""
-        nn.Module.compile(self, *args, **options)
+        """Compile all layers as one function in place, with the arguments of `torch.compile`.
+
+        Both directions are, with and without log-determinants. Hooks on the container itself run outside.
+        """
+        self._compiled = CompiledMethods(self, partial(torch.compile, *args, **options))
+
+    def _run(
+        self, through: engine.Through, values: tuple[Any, ...], side: dict[str, Any], log_det: bool = False
+    ) -> Any:
+        compiled = self._compiled
+        if compiled and self._frees_input():
+            refuse(self, "free_input", "be False for a container that is compiled", True)
+        return (compiled(self._chain) if compiled else self._chain)(through, values, side, log_det)
+
+    def _chain(self, through: engine.Through, values: tuple[Any, ...], side: dict[str, Any], log_det: bool) -> Any:
+        if side:
+            self.side_names().check(self, side)
+        log_dets = LogDets() if log_det else None
+        outputs = engine.chain(self, self._policies, through, values, side, log_dets)
+        return outputs if log_dets is None else (outputs, log_dets.total(self, values))
 
     def _frees_input(self) -> bool:
         return self._policy.free_input or any(layer._frees_input() for _, layer in [*self._layers()][:1])
@@ -246,12 +254,12 @@ class Parallel(_Composite):
         return self.layers.named_children()  # type: ignore[return-value]
 
     def _there(self, values: tuple[Any, ...], side: dict[str, Any], log_dets: LogDets | None) -> Any:
-        return self._run([*self._layers()], values, side, log_dets)
+        return self._each([*self._layers()], values, side, log_dets)
 
     def _back(self, values: tuple[Any, ...], side: dict[str, Any], log_dets: LogDets | None) -> Any:
-        return self._run([(name, layer.inv) for name, layer in self._layers()], values, side, log_dets)
+        return self._each([(name, layer.inv) for name, layer in self._layers()], values, side, log_dets)
 
-    def _run(
+    def _each(
         self,
         layers: list[tuple[str, InvertibleModule]],
         values: tuple[Any, ...],
@@ -260,7 +268,7 @@ class Parallel(_Composite):
     ) -> Any:
         if len(values) == 1 != len(layers):
             parts = engine.call(splitting(self, self._cut, self._join), values, {})
-            outputs = self._run(layers, parts, side, log_dets)
+            outputs = self._each(layers, parts, side, log_dets)
             sizes = [y.shape[self.dim] for y in outputs]
 
             def cut_back(y: Tensor) -> tuple[Tensor, ...]:

@@ -2,7 +2,7 @@
 
 from .call import Operation, call
 from .callables import SideNames, modules_of
-from .chain import chain, uncompiled
+from .chain import Through, chain, uncompiled
 from .checkpoint import checkpoint
 from .fingerprint import tolerance
 from .freeing import freeing
@@ -19,6 +19,7 @@ __all__ = [
     "Policy",
     "SideNames",
     "Tape",
+    "Through",
     "call",
     "chain",
     "check_of",

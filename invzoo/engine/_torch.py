@@ -129,18 +129,20 @@ def between_processes(tensor: Tensor) -> bool:
     return tensor.is_cpu and tensor.is_shared()
 
 
+_allow: Callable[[int], None] | None = _private("_clear_storage_data_ptr_access_error_msg", None)
+
+
 def deny_data(tensor: Tensor, message: str) -> None:
-    """Make C++ reads of this storage raise too, where the build can (the CUDA builds); Python reads raise anyway."""
+    """Make C++ reads of this storage raise too, where that can be undone (CUDA builds); Python reads raise anyway."""
     deny = _private("_set_storage_data_ptr_access_error_msg", None)
-    if deny is not None:
+    if deny is not None and _allow is not None:
         deny(tensor.untyped_storage()._cdata, message)
 
 
 def allow_data(tensor: Tensor) -> None:
     """Undo :func:`deny_data`."""
-    allow = _private("_clear_storage_data_ptr_access_error_msg", None)
-    if allow is not None:
-        allow(tensor.untyped_storage()._cdata)
+    if _allow is not None:
+        _allow(tensor.untyped_storage()._cdata)
 
 
 def preserve_version(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:

@@ -32,7 +32,7 @@ WAYS: dict[str, tuple[Callable[[nn.Module], Any], int]] = {  # and how many acti
     "ddp_of_a_compiled_container": (lambda net: DistributedDataParallel(in_place(net)), 1),
     "ddp_of_compiled_layers": (lambda net: DistributedDataParallel(layers_in_place(net)), 0),
     "compiled_ddp": (lambda net: torch.compile(DistributedDataParallel(net), **EAGER), 1),
-    "fsdp_of_a_compiled_container": (lambda net: shard(net.compile(**EAGER) or net, "root"), 1),
+    "fsdp_of_a_compiled_container": (lambda net: shard(in_place(net), "root"), 1),
     "fsdp_of_compiled_layers": (lambda net: shard(layers_in_place(net), "layers"), 0),
     "fsdp_of_compiled_subnets": (lambda net: shard(layers_in_place(net), "subnets"), 0),
     "compiled_fsdp": (lambda net: torch.compile(shard(net, "root"), **EAGER), 1),

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 import invzoo as iz
 from invzoo.engine.state import state
-from tests.composition.cases import WIDTH, assert_same, assert_same_step, gradients, make, subnet
+from tests.composition.cases import WIDTH, assert_same, gradients, subnet
 
 pytestmark = [  # torch's own business, with any net
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
@@ -650,11 +650,41 @@ def saved_between(net: Callable[..., Any], *inputs: Tensor, **side: Any) -> tupl
     return outputs, sum(packed)
 
 
-def test_a_container_compiled_in_place_is_one_function():
-    counter, case = count_compilations(), make("invertible_sequential")
-    case.net.compile(backend=counter, fullgraph=True)
-    assert_same_step(case)
-    assert counter.frame_count == 1
+ENTRIES: dict[str, Callable[[Any], Callable[..., Any]]] = {
+    "forward": lambda net: net,
+    "forward_and_log_det": lambda net: net.forward_and_log_det,
+    "inverse": lambda net: net.inverse,
+    "inverse_and_log_det": lambda net: net.inverse_and_log_det,
+    "inv": lambda net: net.inv,
+    "a density": lambda net: iz.as_transform(net).inv,
+}
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_a_container_compiled_in_place_is_one_function(name: str):
+    counter, given = count_compilations(), torch.randn(64, WIDTH, requires_grad=True)
+    packed: list[Tensor] = []
+    for depth in (2, 5):
+        results, net = [], iz.InvertibleSequential(*stack(depth))
+        entry = ENTRIES[name](net)
+        for compiles in (False, True):
+            if compiles:
+                net.compile(backend=counter, fullgraph=True)
+                entry(given)
+            packed.clear()
+            with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t) or t, lambda t: t):
+                outputs = entry(given)
+            results.append([*iz.engine.tuple_of(outputs), *torch.autograd.grad(loss_of(outputs), given)])
+        assert [t.shape for t in packed if len(t) == 64] == [(64, WIDTH)]
+        assert_same(*results)
+    assert counter.frame_count == 2
+
+
+def test_a_container_compiled_in_place_cannot_free_its_input():
+    net = iz.InvertibleSequential(*stack(2), free_input=True)
+    net.compile(backend="aot_eager")
+    with pytest.raises(ValueError, match="InvertibleSequential: Expected free_input to be False for a container that"):
+        net(x())
 
 
 def test_layers_of_one_structure_compiled_in_place_share_their_compilations():
