@@ -39,7 +39,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_report_header() -> list[str]:
-    return [f"not collected: tests/tools/{file}, for want of {', '.join(tools)}" for file, tools in MISSING.items()]
+    missing = {f"tests/tools/{file}": ", ".join(tools) for file, tools in MISSING.items()}
+    if not torch.cuda.is_available():
+        missing["tests/composition/test_cuda.py"] = "a CUDA device"
+    return [f"not collected: {file}, for want of {what}" for file, what in missing.items()]
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -4,7 +4,7 @@ import argparse
 
 import torch
 
-from . import compiled, depth, flows, peaks, precision, report, scale, timing
+from . import accelerator, compiled, depth, flows, peaks, precision, report, scale, timing
 from .tables import TABLES
 
 __all__ = ["main"]
@@ -18,6 +18,7 @@ CASES = {
     "scale": scale.run,
     "compile": compiled.run,
     "precision": precision.run,
+    "accelerator": accelerator.run,
 }
 
 
@@ -26,10 +27,13 @@ def main() -> None:
     description = "Measure what memory and time invertible stacks take, by InvZoo and by everybody else; write tables."
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=description)
     choices = ", ".join(CASES)
-    parser.add_argument("cases", nargs="*", metavar="case", help=f"{choices} (default: all), or report: tables alone")
+    parser.add_argument(
+        "cases", nargs="*", metavar="case", help=f"{choices} (default: all that can run here), or report: tables alone"
+    )
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, about a minute, writes nothing")
     arguments = parser.parse_args()
-    cases = arguments.cases or [*CASES]
+    here = [case for case in CASES if arguments.smoke or case != "accelerator" or accelerator.available()]
+    cases = arguments.cases or here
     if unknown := set(cases) - {*CASES, "report"}:
         parser.error(f"Expected cases among {choices} and report; got {', '.join(sorted(unknown))}")
     if arguments.smoke:

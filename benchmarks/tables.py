@@ -169,6 +169,26 @@ def precision(result: Result) -> str:
     )
 
 
+def accelerator(result: Result) -> str:
+    """Show times and peaks on an accelerator."""
+    rows = [row | {"workload": f"{row['workload']}, {row['dtype']}"} for row in result["rows"]]
+    done, failed = [row for row in rows if "failed" not in row], [row for row in rows if "failed" in row]
+    error = max(row["error"] for row in done)
+    failures = [f"{row['contestant']} fails on *{row['workload']}*: {row['failed']}" for row in failed]
+    parts = (
+        f"## On an accelerator: {result['device']}",
+        "Time as a ratio to plain in the same round, median and quartiles (bfloat16 by autocast, inputs in float32):",
+        pivot(done, "workload", ratio),
+        "Milliseconds, median:",
+        pivot(done, "workload", milliseconds),
+        "Peak of the memory in use over its start, as the allocator counts it, MiB:",
+        pivot(done, "workload", lambda row: mib(row["peak"])),
+        f"Outputs and gradients agree with plain PyTorch's in float64, with a relative error of {error:.0e} at most.",
+        *failures,
+    )
+    return "\n\n".join(parts)
+
+
 TABLES: dict[str, Callable[[Result], str]] = {
     "time": time,
     "overhead": overhead,
@@ -178,6 +198,7 @@ TABLES: dict[str, Callable[[Result], str]] = {
     "scale": scale,
     "compile": compiled,
     "precision": precision,
+    "accelerator": accelerator,
 }
 
 

@@ -118,6 +118,7 @@ class Call:
     side: dict[str, Any] = {}  # noqa: RUF012 - nobody writes into it
     lock: threading.RLock  # shared along a chain: several threads may run one graph
     prints: Sequence[tuple[int, Fingerprint]] = ()
+    wanted = False  # whether a backward may replay it: its graph saved something, or a call before it needs its inputs
 
     def __init__(self, operation: Operation, inputs: tuple[Any, ...], side: dict[str, Any]):
         self.operation = operation
@@ -189,6 +190,7 @@ class Call:
         operation = self.operation
         if not self.surroundings.close(operation.policy.seed):
             return
+        self.wanted = any(ref() is not None for ref in self.handles)
         invert = operation.policy.mode is Mode.invert and not operation.keeps_input
         if invert:
             self._link(inputs, outputs[:-1] if operation.log_det else outputs)
@@ -197,7 +199,7 @@ class Call:
             kept = [(f"input {i}", x, version_of(x)) for i, x in enumerate(self.kept) if x is not None]
             self.given = [*self.given, *kept]
             self.lock = threading.RLock()
-        if self._unverified(operation.policy):
+        if self.wanted and self._unverified(operation.policy):
             tensors = [(i, x) for i, x in enumerate(inputs if invert else outputs) if isinstance(x, Tensor)]
             self.prints = [(i, fingerprint(x)) for i, x in tensors if not (invert and i in self.passed)]
         self.release()
@@ -214,11 +216,13 @@ class Call:
         slots_in = [None if k is None else slot_of(x, k) for x, k in zip(inputs, keys_in, strict=True)]
         self.lock = next((slot.lock for slot in slots_in if slot is not None), None) or threading.RLock()
         self.passed = {i: keys_out.index(k) for i, k in enumerate(keys_in) if k and k[0] and k in keys_out}
+        self.wanted |= any(slot.wanted for i, slot in enumerate(slots_in) if slot is not None and i not in self.passed)
         for i, slot in enumerate(slots_in):
             if slot is None or i in self.passed:
                 self.sources.append(_none)
                 if slot is not None:
                     slot.passers.append(weakref.ref(self))
+                    slot.wanted |= self.wanted
             else:
                 slot.consume(self)
                 self.sources.append(weakref.ref(slot))
@@ -229,6 +233,7 @@ class Call:
             slot = slot_of(y, key)
             if slot is None:
                 slot = Slot(y, key, self.lock)
+                slot.wanted = self.wanted
                 self.produced.append(slot)
             self.outputs.append(slot)
             self.slots.append(slot)

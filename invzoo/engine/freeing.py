@@ -130,7 +130,7 @@ def freeing(name: str, inputs: Sequence[Any]) -> Iterator[None]:
     for x in tensors:
         key = key_of(x)
         slot = slot_of(x, key) or Slot(x, key, threading.RLock())
-        slot.freed, slot.head = Freed(x), weakref.ref(slot)
+        slot.freed, slot.head, slot.wanted = Freed(x), weakref.ref(slot), True
         heads.append((x, slot, slot.freed))
     with marked():
         yield

@@ -47,6 +47,7 @@ class Slot:
         "stream",
         "value",
         "version",
+        "wanted",
     )
 
     def __init__(self, tensor: Tensor, key: tuple[Any, ...], lock: threading.RLock):
@@ -56,6 +57,7 @@ class Slot:
         self.passers: list[weakref.ref[Call]] = []  # calls whose output it is, too, since they pass it on
         self.freed: Freed | None = None  # the caller's tensor, where this value is to come back to it too
         self.head: Callable[[], Slot | None] = _none  # the freed input of the chain, for slots that lead back to it
+        self.wanted = False  # whether a replay may need the value
         self.put(tensor)
         if key[0] is not None:
             _live.slots[key] = self

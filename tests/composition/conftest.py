@@ -8,6 +8,8 @@ import torch
 import invzoo as iz
 from tests.composition.cases import BUILDERS, MODES, Case, make
 
+collect_ignore = [] if torch.cuda.is_available() else ["test_cuda.py"]
+
 
 @pytest.fixture(autouse=True)
 def float64() -> Iterator[None]:

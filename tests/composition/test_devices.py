@@ -1,4 +1,4 @@
-"""Devices besides the CPU: one that is simulated, one without values, and CUDA where there is any."""
+"""Devices besides the CPU: one that is simulated, and one without values."""
 
 import ast
 import os
@@ -12,13 +12,11 @@ import torch
 from torch import Tensor, nn
 
 import invzoo as iz
-from tests.composition.cases import MODES, assert_same, make, subnet, train_step
+from tests.composition.cases import assert_same
 
 ROOT = pathlib.Path(iz.__file__).parent
 HERE = pathlib.Path(__file__).parent
 CASES = {case.name: case for case in iz.testing.cases()}
-
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 # ---- a simulated device ---------------------------------------------------------------------------------------------
@@ -118,67 +116,3 @@ def test_no_device_is_assumed(path: pathlib.Path):
             assert node.func.attr not in {"cuda", "cpu", "numpy", "xpu"} or file in {"demo.py", "engine/_torch.py"}, (
                 f"{file}:{node.lineno} moves to a device of its own choice"
             )
-
-
-# ---- CUDA, where there is one ---------------------------------------------------------------------------------------
-
-
-@needs_cuda
-@pytest.mark.parametrize("mode", MODES)
-def test_cuda_with_dropout_and_autocast(mode: str):
-    torch.set_default_dtype(torch.float32)
-    case = make("streams", lambda n: subnet(n, middle=nn.Dropout(0.4)))
-    net, x = case.net.cuda(), case.x.cuda()
-
-    def call(net: nn.Module, x: Tensor) -> Tensor:
-        torch.manual_seed(3)
-        with torch.autocast("cuda", torch.bfloat16):
-            return net(x)
-
-    with iz.mode(net, "store"):
-        expected = train_step(net, x, call)
-    with iz.mode(net, mode):
-        for _ in range(2):
-            assert_same(train_step(net, x, call), expected, 8 * torch.finfo(torch.bfloat16).eps)
-
-
-@needs_cuda
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("middle", [False, True], ids=["one loss", "two losses"])
-def test_cuda_layers_on_streams_of_their_own(mode: str, middle: bool):
-    """Long kernels before each layer give races the time to show."""
-    torch.set_default_dtype(torch.float32)
-    torch.manual_seed(0)
-    streams = [torch.cuda.Stream() for _ in range(2)]
-    layers = [iz.AdditiveCoupling(nn.Linear(256, 256), nn.Linear(256, 256)).cuda() for _ in range(6)]
-    data = torch.randn(2, 4096, 256, device="cuda")
-
-    def step(mode: str, side: bool) -> list[Tensor]:
-        for layer in layers:
-            layer.mode = mode
-            layer.zero_grad()
-        inputs = data.clone().requires_grad_()
-        values, losses = tuple(inputs * 1.0), []
-        for i, layer in enumerate(layers):
-            outer = torch.cuda.current_stream()
-            stream = streams[i % 2] if side else outer
-            stream.wait_stream(outer)
-            with torch.cuda.stream(stream):
-                torch.cuda._sleep(10_000_000)
-                outputs = layer(*values)
-            outer.wait_stream(stream)
-            for tensor, user in (*((x, stream) for x in values), *((y, outer) for y in outputs)):
-                tensor.record_stream(user)
-            values = outputs
-            if i == 2 and middle:
-                losses.append(sum(v.square().mean() for v in values))
-        losses.append(sum(v.sin().mean() for v in values))
-        del values, outputs
-        for each in losses:
-            each.backward(retain_graph=each is not losses[-1])
-        torch.cuda.synchronize()
-        return [inputs.grad, *(p.grad.clone() for layer in layers for p in layer.parameters())]
-
-    expected = step("store", False)
-    for _ in range(5):
-        assert_same(step(mode, True), expected, 1e-4)

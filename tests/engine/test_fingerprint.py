@@ -1,8 +1,10 @@
 """Fingerprints see errors of every kind, at about their size."""
 
+import sys
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import invzoo as iz
 from invzoo.engine.fingerprint import distance, fingerprint
@@ -52,3 +54,27 @@ def test_an_inverse_that_is_wrong_by_a_constant():
     y = Sinh()(torch.randn(2048, 256, requires_grad=True))
     with pytest.raises(RuntimeError, match=r"Expected Sinh to be replayed within .*Its inverse is wrong"):
         y.sum().backward()
+
+
+NETS = {
+    "couplings": lambda: [iz.AdditiveCoupling(nn.Linear(4, 4)), iz.AdditiveCoupling(nn.Linear(4, 4), swap=True)],
+    "layers that save nothing first": lambda: [iz.Reverse(), iz.Reverse(), iz.AdditiveCoupling(nn.Linear(4, 4))],
+    "layers that save nothing last": lambda: [iz.AdditiveCoupling(nn.Linear(4, 4)), iz.Reverse(), iz.Reverse()],
+    "a glow": lambda: [iz.ActNorm(8), iz.InvertibleLinear(8), iz.AffineCoupling(nn.Linear(4, 8))],
+}
+
+
+@pytest.mark.parametrize("mode", ["recompute", "invert"])
+@pytest.mark.parametrize("name", NETS)
+def test_only_the_first_step_takes_them(monkeypatch: pytest.MonkeyPatch, name: str, mode: str):
+    """They are read on the CPU, which waits for a device; a call that no backward replays is never compared."""
+    taken: list[int] = []
+    monkeypatch.setattr(sys.modules["invzoo.engine.call"], "fingerprint", lambda t: taken.append(0) or fingerprint(t))
+    net, counts = iz.InvertibleSequential(*NETS[name](), mode=mode), []
+    x = torch.randn(5, 8, requires_grad=True)
+    for inputs in (lambda: x, lambda: x, lambda: x.sigmoid(), lambda: x):
+        taken.clear()
+        net(inputs()).square().sum().backward()
+        counts.append(len(taken))
+    assert counts[0] > 0
+    assert counts[1:] == [0, 0, 0]
