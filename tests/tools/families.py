@@ -59,11 +59,15 @@ class Together(nn.Module):
         return [y for layer, value, side in calls for y in tuple_of(layer(*value, **side))]
 
 
+def catalogued(family: str) -> tuple[iz.testing.Entry, ...]:
+    return getattr(iz.testing.catalogue, family)
+
+
 def together(
     family: str, direction: str, left_out: Callable[[str], bool], dtype: torch.dtype = torch.float64
 ) -> tuple[Together, tuple[Any, Any]]:
-    """Return the layers of a family, but for those whose name and direction, ``"Slice-inverse"``, are left out."""
-    cases = [case for entry in getattr(iz.testing.catalogue, family) for case in entry.cases]
-    found = [given(case, direction, dtype) for case in cases if not left_out(f"{case.name}-{direction}")]
+    """Return the layers of a family, each in its first form that is not left out by name, ``"Slice-inverse"``."""
+    forms = [[c for c in entry.cases if not left_out(f"{c.name}-{direction}")] for entry in catalogued(family)]
+    found = [given(cases[0], direction, dtype) for cases in forms if cases]
     layers, values, sides = zip(*found, strict=True)
     return Together(*layers), ([*values], [*sides])
