@@ -8,7 +8,7 @@ from .fingerprint import tolerance
 from .freeing import freeing
 from .methods import CompiledMethods
 from .mode import Mode, Policy, check_of
-from .state import inside_container, place, steps_aside
+from .state import inside_container, place, steps_aside, transformed
 from .surroundings import map_tensors
 from .tape import Tape, tuple_of
 
@@ -31,6 +31,7 @@ __all__ = [
     "place",
     "steps_aside",
     "tolerance",
+    "transformed",
     "tuple_of",
     "uncompiled",
 ]

@@ -28,9 +28,13 @@ __all__ = [
     "is_distributed",
     "is_fake",
     "is_hollow",
+    "is_wrapped",
     "keeps_graph",
+    "lasts",
+    "level_mark",
     "plainly",
     "preserve_version",
+    "records_below",
     "same_state",
     "set_grad_enabled",
     "stamps",
@@ -39,6 +43,7 @@ __all__ = [
     "top_hook",
     "tracing",
     "transparent",
+    "unwrapped",
     "version_of",
     "weights_cached",
     "whole",
@@ -62,6 +67,38 @@ backward_id: Callable[[], int] = _private("_current_graph_task_id", lambda: -1)
 
 # Missing: the engine does not notice a torch.func transform; torch then refuses the hooks itself.
 functorch_active: Callable[[], bool] = _private("_are_functorch_transforms_active", lambda: False)
+
+# Missing: calls inside a transform step aside.
+_levels: Callable[[], Any] = _private("_functorch.get_interpreter_stack", lambda: None)
+
+
+def records_below() -> bool | None:
+    """Whether gradients are recorded below the transform that is active, if that is one `grad` or `vjp` alone."""
+    levels = _levels()
+    if levels is None or len(levels) != 1 or levels[0].key() != torch._C._functorch.TransformType.Grad:
+        return None
+    return bool(torch._C._functorch.CGradInterpreterPtr(levels[0]).prevGradMode())
+
+
+def level_mark() -> Tensor:
+    """Make a tensor of the innermost transform."""
+    return torch.empty(0)
+
+
+def lasts(mark: Tensor) -> bool:
+    """Whether the transform that :func:`level_mark` marked is still active."""
+    return not _private("_functorch.is_dead_tensor_wrapper", lambda _: False)(mark)
+
+
+def is_wrapped(tensor: Tensor) -> bool:
+    """Whether a tensor belongs to a `grad` or `vjp`, even if that has ended."""
+    return bool(torch._C._functorch.is_gradtrackingtensor(tensor))
+
+
+def unwrapped(tensor: Tensor) -> Tensor:
+    """Return the tensor below."""
+    return torch._C._functorch.get_unwrapped(tensor) if is_wrapped(tensor) else tensor
+
 
 # Missing: hooks count as allowed, and entering them raises torch's own error where they are not.
 hooks_enabled: Callable[[], bool] = _private("_autograd._saved_tensors_hooks_is_enabled", lambda: True)

@@ -34,6 +34,7 @@ from ._torch import (
     Stamp,
     at_end_of_backward,
     backward_id,
+    functorch_active,
     keeps_graph,
     plainly,
     set_grad_enabled,
@@ -48,6 +49,7 @@ from .slots import Slot, anything_freed, key_of, slot_of
 from .state import note, state, steps_aside
 from .surroundings import Surroundings, map_tensors
 from .tape import Input, Meta, Tape, tuple_of
+from .transforms import run_below, runs_below
 
 __all__ = ["Operation", "call"]
 
@@ -86,7 +88,11 @@ def call(operation: Operation, inputs: tuple[Any, ...], side: dict[str, Any]) ->
     if state.chain is not None:
         return state.chain.call(operation, inputs, side)
     mode = operation.policy.mode
-    if mode is Mode.store or steps_aside():
+    if mode is Mode.store:
+        return operation.function(*inputs, **side)
+    if steps_aside():
+        if functorch_active() and runs_below(operation, inputs, side):
+            return run_below(call, operation, inputs, side)
         return operation.function(*inputs, **side)
     if mode is Mode.invert and operation.inverse is None:
         raise TypeError(

@@ -1,8 +1,9 @@
 """What one thread is doing: the calls that run, where they stand, and what kept graphs hold for a while."""
 
+import contextlib
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,7 +23,7 @@ from .slots import Slot
 if TYPE_CHECKING:
     from .call import Call
 
-__all__ = ["Place", "inside_container", "note", "place", "state", "steps_aside"]
+__all__ = ["Place", "inside_container", "note", "place", "state", "steps_aside", "transformed"]
 
 Place = tuple[Any, ...]  # what describes the innermost place, and the place around it
 
@@ -32,6 +33,7 @@ class _Kept:
 
     def __init__(self) -> None:
         self.task = -1
+        self.outer = -1  # the backward that others run inside, of calls below a transform
         self.last: Callable[[], Call | None] = lambda: None
         self.slots: list[Callable[[], Slot | None]] = []
 
@@ -41,10 +43,22 @@ class _Kept:
         if last is not None and last is not call and last.lock.acquire(blocking=False):
             last.release()
             last.lock.release()
-        task = backward_id()
+        task = backward_id() if self.outer == -1 else self.outer
         if task not in (-1, self.task):
             self.task = task
             at_end_of_backward(self.end)
+
+    @contextlib.contextmanager
+    def within(self, task: int) -> Iterator[None]:
+        """Count the backwards that run inside as one with this, which runs now."""
+        before, self.outer = self.outer, task
+        if task not in (-1, self.task):
+            self.task = task
+            at_end_of_backward(self.end)
+        try:
+            yield
+        finally:
+            self.outer = before
 
     def end(self) -> None:
         if (last := self.last()) is not None:
@@ -65,9 +79,15 @@ class _State(threading.local):
         self.place: Place = ()  # where in its containers the running layer stands, for errors
         self.kept = _Kept()
         self.chain: Any = None  # the record of the chain that the compiler traces
+        self.below = False  # whether a call runs below a transform
 
 
 state = _State()
+
+
+def transformed() -> bool:
+    """Whether `torch.func` transforms what runs now."""
+    return functorch_active() or state.below
 
 
 def inside_container() -> bool:

@@ -49,7 +49,7 @@ def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
     """Apply ``function`` to every tensor in nested lists, tuples, dicts and dataclasses, or classes derived of them."""
     if isinstance(value, Tensor):
         return function(value)
-    if isinstance(value, tuple):
+    if isinstance(value, tuple) and not isinstance(value, torch.Size):
         return tuple.__new__(type(value), [map_tensors(function, v) for v in value])
     if isinstance(value, dict | list):
         mapped: Any = copy.copy(value)

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
-from ..engine._torch import functorch_active, is_fake, tracing, version_of
+from .. import engine
+from ..engine._torch import is_fake, tracing, version_of
 from ._checks import check_positive, check_positive_int, refuse
 from .elementwise_map import ElementwiseMap, check_per_feature, per_feature
 from .maps import Affine
@@ -167,7 +168,7 @@ class ActNorm(ElementwiseMap):
     @torch.no_grad()
     def _initialize(self, x: Tensor) -> None:
         self.check_argument("x", x)
-        if functorch_active() or tracing() is not None:
+        if engine.transformed() or tracing() is not None:
             refuse(self, "layer", "have seen a training batch before it is transformed or traced", "one that has not")
         mean, std, count = moments_of_all_ranks(x, self.dim)
         if count < 2 or not torch.stack((mean, std)).isfinite().all():

@@ -12,6 +12,7 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stac
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import invzoo as iz
+from invzoo.testing import track_memory
 from tests.composition.cases import (
     WIDTH,
     Case,
@@ -149,6 +150,60 @@ def test_torch_func(case: Case, name: str):
     ]
     assert_same(*results)
     assert_same_step(case)
+
+
+def test_vjp_holds_one_activation(mode: str):
+    """And the peak of its backward does not grow with depth."""
+    held, peaks = [], []
+    x = torch.randn(64, WIDTH)
+    for depth in (6, 24):
+        layers = [iz.AdditiveCoupling(subnet(WIDTH // 2), swap=i % 2 == 1) for i in range(depth)]
+        net = iz.InvertibleSequential(*layers, mode=mode).requires_grad_(False)
+        with track_memory() as memory:
+            y, back = vjp(net, x)
+            held.append(memory.current)
+            back(y)
+            peaks.append(memory.peak)
+    if mode == "invert":
+        assert held == [x.nbytes] * 2
+        assert peaks[1] == peaks[0]
+    else:
+        assert held[1] > 2 * held[0]
+
+
+@pytest.mark.parametrize("mode", ["recompute", "invert"])
+def test_a_second_derivative_by_autograd_inside_a_transform_is_refused(mode: str):
+    net = iz.InvertibleSequential(*[iz.AdditiveCoupling(subnet(WIDTH // 2)) for _ in range(2)], mode=mode)
+    net.requires_grad_(False)
+
+    def penalty(x: Tensor) -> Tensor:
+        (g,) = torch.autograd.grad(net(x).sin().sum(), x, create_graph=True)
+        return g.square().sum()
+
+    with pytest.raises(RuntimeError, match="Expected one derivative of AdditiveCoupling"):
+        grad(penalty)(torch.randn(4, WIDTH))
+
+
+def test_a_closure_inside_a_transform(mode: str):
+    x, w = torch.randn(4, WIDTH), torch.rand(WIDTH) + 0.5
+
+    def loss(x: Tensor, w: Tensor) -> Tensor:
+        enabled = mode != "store"
+        inverse = None if mode == "recompute" else lambda y: y / w
+        return iz.checkpoint(lambda v: v * w, x.sin(), inverse=inverse, enabled=enabled).exp().sum()
+
+    found = grad(loss, argnums=(0, 1))(x, w)
+    assert_same(found, grad(lambda x, w: (x.sin() * w).exp().sum(), argnums=(0, 1))(x, w))
+
+
+def test_a_result_of_vjp_is_differentiated(case: Case):
+    def derivatives(net: nn.Module) -> list[Tensor]:
+        back = vjp(net.requires_grad_(False), case.x)[1]
+        v = case.x.clone().requires_grad_()
+        again = grad(lambda u: back(u)[0].sin().sum())(case.x)
+        return [*torch.autograd.grad(back(v)[0].sin().sum(), v), again, *vmap(back)(torch.stack([case.x, again]))]
+
+    assert_same(derivatives(case.net), derivatives(case.plain))
 
 
 def test_vmap_over_an_ensemble(case: Case):
