@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,17 +24,17 @@ __all__ = [
     "digest",
     "forward_ad_active",
     "functorch_active",
+    "has_ended",
     "hooks_enabled",
     "is_distributed",
     "is_fake",
     "is_hollow",
     "is_wrapped",
     "keeps_graph",
-    "lasts",
-    "level_mark",
     "plainly",
     "preserve_version",
     "records_below",
+    "reparametrized",
     "same_state",
     "set_grad_enabled",
     "stamps",
@@ -80,19 +80,11 @@ def records_below() -> bool | None:
     return bool(torch._C._functorch.CGradInterpreterPtr(levels[0]).prevGradMode())
 
 
-def level_mark() -> Tensor:
-    """Make a tensor of the innermost transform."""
-    return torch.empty(0)
+# Whether a tensor belongs to a `grad` or `vjp`, even if that has ended. Missing: no tensor does.
+is_wrapped: Callable[[Tensor], bool] = _private("_functorch.is_gradtrackingtensor", lambda _: False)
 
-
-def lasts(mark: Tensor) -> bool:
-    """Whether the transform that :func:`level_mark` marked is still active."""
-    return not _private("_functorch.is_dead_tensor_wrapper", lambda _: False)(mark)
-
-
-def is_wrapped(tensor: Tensor) -> bool:
-    """Whether a tensor belongs to a `grad` or `vjp`, even if that has ended."""
-    return bool(torch._C._functorch.is_gradtrackingtensor(tensor))
+# Whether that has ended. Missing: it has not.
+has_ended: Callable[[Tensor], bool] = _private("_functorch.is_dead_tensor_wrapper", lambda _: False)
 
 
 def unwrapped(tensor: Tensor) -> Tensor:
@@ -214,6 +206,14 @@ def weights_cached() -> bool:
 
 # Lets a module have other parameters and buffers for a while. Missing: chains step aside under the compiler.
 with_tensors: Callable[..., Any] | None = getattr(stateless, "_reparametrize_module", None)
+
+
+def reparametrized(modules: Sequence[Any], tensors: Sequence[dict[str, Tensor]], function: Callable[[], Any]) -> Any:
+    """Call a function while modules have other parameters and buffers."""
+    if not modules:
+        return function()
+    with with_tensors(modules[0], tensors[0]):  # type: ignore[misc]  # who comes here has looked for it
+        return reparametrized(modules[1:], tensors[1:], function)
 
 
 def top_hook() -> Any:

@@ -34,7 +34,6 @@ from ._torch import (
     Stamp,
     at_end_of_backward,
     backward_id,
-    functorch_active,
     keeps_graph,
     plainly,
     set_grad_enabled,
@@ -91,7 +90,7 @@ def call(operation: Operation, inputs: tuple[Any, ...], side: dict[str, Any]) ->
     if mode is Mode.store:
         return operation.function(*inputs, **side)
     if steps_aside():
-        if functorch_active() and runs_below(operation, inputs, side):
+        if runs_below(operation, inputs, side):
             return run_below(call, operation, inputs, side)
         return operation.function(*inputs, **side)
     if mode is Mode.invert and operation.inverse is None:

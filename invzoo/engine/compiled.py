@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from ._torch import with_tensors
+from ._torch import reparametrized
 from .chain import Through
 from .compile_time import (
     allowed_error,
@@ -108,7 +108,7 @@ class _Step:
         for i, name in self.moved:
             buffer = roots[i].get_buffer(name)
             tensors[i][name] = torch.zeros(buffer.shape, dtype=buffer.dtype, device=buffer.device)
-        return _with(roots, tensors, function)
+        return reparametrized(roots, tensors, function)
 
 
 @dataclass(slots=True)
@@ -402,11 +402,3 @@ class _Replay:
 
 def _is_float(tensor: Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
-
-
-def _with(roots: Sequence[nn.Module], tensors: Sequence[dict[str, Tensor]], function: Callable[[], Any]) -> Any:
-    """Call a function while modules have other parameters and buffers."""
-    if not roots:
-        return function()
-    with with_tensors(roots[0], tensors[0]):  # type: ignore[misc]  # a chain steps aside where it is missing
-        return _with(roots[1:], tensors[1:], function)

@@ -23,7 +23,7 @@ from .slots import Slot
 if TYPE_CHECKING:
     from .call import Call
 
-__all__ = ["Place", "inside_container", "note", "place", "state", "steps_aside", "transformed"]
+__all__ = ["Place", "inside_container", "note", "nothing_saved", "place", "state", "steps_aside", "transformed"]
 
 Place = tuple[Any, ...]  # what describes the innermost place, and the place around it
 
@@ -33,7 +33,7 @@ class _Kept:
 
     def __init__(self) -> None:
         self.task = -1
-        self.outer = -1  # the backward that others run inside, of calls below a transform
+        self.inside = False  # whether backwards run inside one that ends later, as those of calls below a transform
         self.last: Callable[[], Call | None] = lambda: None
         self.slots: list[Callable[[], Slot | None]] = []
 
@@ -43,22 +43,24 @@ class _Kept:
         if last is not None and last is not call and last.lock.acquire(blocking=False):
             last.release()
             last.lock.release()
-        task = backward_id() if self.outer == -1 else self.outer
-        if task not in (-1, self.task):
-            self.task = task
-            at_end_of_backward(self.end)
+        if not self.inside:
+            self._join()
 
     @contextlib.contextmanager
-    def within(self, task: int) -> Iterator[None]:
-        """Count the backwards that run inside as one with this, which runs now."""
-        before, self.outer = self.outer, task
-        if task not in (-1, self.task):
-            self.task = task
-            at_end_of_backward(self.end)
+    def one_backward(self) -> Iterator[None]:
+        """Count the backwards that run inside as parts of the one that runs now."""
+        self._join()
+        before, self.inside = self.inside, True
         try:
             yield
         finally:
-            self.outer = before
+            self.inside = before
+
+    def _join(self) -> None:
+        task = backward_id()
+        if task not in (-1, self.task):
+            self.task = task
+            at_end_of_backward(self.end)
 
     def end(self) -> None:
         if (last := self.last()) is not None:
@@ -129,13 +131,16 @@ def note(error: Exception, where: Place) -> None:
 
 def steps_aside() -> bool:
     """Whether calls made now run as plain functions: nothing to save, or somebody else decides what is saved."""
+    return nothing_saved() or functorch_active() or not hooks_enabled()  # the compiler traces the first alone
+
+
+def nothing_saved() -> bool:
+    """Whether they do so for another reason than that hooks are not allowed."""
     return (
         not torch.is_grad_enabled()
         or (bool(state.packing) and top_hook() == state.packing[-1])  # inside another call, and part of it
         or torch.compiler.is_compiling()
-        or functorch_active()
         or forward_ad_active()
-        or not hooks_enabled()
         or weights_cached()  # what one call computes, others would miss in their replays
         or tracing() is not None
     )

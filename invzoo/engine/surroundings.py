@@ -49,8 +49,12 @@ def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
     """Apply ``function`` to every tensor in nested lists, tuples, dicts and dataclasses, or classes derived of them."""
     if isinstance(value, Tensor):
         return function(value)
-    if isinstance(value, tuple) and not isinstance(value, torch.Size):
-        return tuple.__new__(type(value), [map_tensors(function, v) for v in value])
+    if isinstance(value, tuple):
+        parts = [map_tensors(function, v) for v in value]
+        if all(part is v for part, v in zip(parts, value, strict=True)):
+            return value
+        # What operators return that have several outputs takes no other constructor than its own.
+        return type(value)(parts) if hasattr(value, "n_sequence_fields") else tuple.__new__(type(value), parts)
     if isinstance(value, dict | list):
         mapped: Any = copy.copy(value)
         for k, v in value.items() if isinstance(value, dict) else enumerate(value):

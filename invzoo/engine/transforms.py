@@ -5,8 +5,9 @@ NOTE [Transforms]
 1. A transform differentiates at a level of its own, whose tensors wrap those of the level below. A call runs below, on
    what they wrap, where it works as ever. Its graph there is one node of the transform's graph (`_Below`), which saves
    nothing.
-2. The function may use more wrapped tensors than it is given: parameters of a `functional_call`, or of a closure.
-   A mode replaces each by what it wraps, in forward and in replays, and notes it as one more input (`_Lower`).
+2. The function may use more wrapped tensors than it is given. Parameters and buffers of a `functional_call` are
+   replaced in the modules; others that a function closes over by a mode (`_Lower`), in forward and in replays. All of
+   them are inputs of the node.
 3. Of the graph below only the edges are kept where gradients go in and come out. It begins at nodes that hold nothing
    (`_Enter`): what a leaf or an output would hold is the engine's to free.
 4. A transform records its backward. That of a call is linear in the gradients that it gets (`_Gradients`), and so is
@@ -14,17 +15,18 @@ NOTE [Transforms]
    refused. Where tensors below need gradients themselves, it could be asked for later: there calls step aside.
 """
 
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
-from ._torch import backward_id, is_wrapped, lasts, level_mark, plainly, records_below, unwrapped
-from .state import state
+from ._torch import has_ended, is_wrapped, plainly, records_below, reparametrized, unwrapped, with_tensors
+from .state import nothing_saved, state
 from .surroundings import map_tensors
 
 if TYPE_CHECKING:
@@ -35,8 +37,7 @@ __all__ = ["run_below", "runs_below"]
 
 def runs_below(operation: "Operation", inputs: tuple[Any, ...], side: dict[str, Any]) -> bool:
     """Whether a call that steps aside for a transform can run below it instead."""
-    records = records_below()
-    if records is None or not torch.is_grad_enabled() or torch.compiler.is_compiling() or state.packing:
+    if nothing_saved() or (records := records_below()) is None or state.packing or with_tensors is None:
         return False
     tensors: list[Tensor] = [p for root in operation.roots for p in root.parameters()] if records else []
     map_tensors(tensors.append, (inputs, side))
@@ -50,17 +51,19 @@ def run_below(
     side: dict[str, Any],
 ) -> Any:
     """Make a call of the engine below the transform that is active."""
-    below = Below(operation.name, level_mark())
+    mark, records = torch.empty(0), bool(records_below())
     state.below = True
     try:
         with plainly(), torch.enable_grad():
-            result = call(below.lowered(operation), *map_tensors(below.lower, (inputs, side)))
+            below = Below(operation.name, mark, records, _next_number())
+            arguments = map_tensors(below.lower, (inputs, side))
+            modules, tensors = below.lower_modules(operation.roots)
+            result = reparametrized(modules, tensors, lambda: call(below.lowered(operation), *arguments))
             below.note_ends(result)
     finally:
         state.below = False
-    if not below.ends or not below.starts:
-        return result
-    outputs = iter(_Below.apply(below, *below.release()))
+    recorded = below.ends and below.starts
+    outputs = iter(_Below.apply(below, *below.release()) if recorded else below.take())
     return map_tensors(lambda _: next(outputs), result)
 
 
@@ -69,38 +72,72 @@ class Below:
     """What a call did below a transform."""
 
     name: str
-    mark: Any  # says whether the transform lasts
+    mark: Tensor  # of the transform; it says whether that lasts
+    records: bool  # whether gradients are recorded below, too
+    begin: int  # above the numbers of all nodes that were there before
     given: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # by identity, and what stands for it below
     used: set[int] = field(default_factory=set)  # those of them that the function found itself
     starts: list[GradientEdge] = field(default_factory=list)  # where gradients of those that need one come out
     ends: list[tuple[int, GradientEdge]] = field(default_factory=list)  # and where those of outputs go in
     outputs: list[Tensor] = field(default_factory=list)
     differentiable: list[Tensor] = field(default_factory=list)  # those of the given that need a gradient
+    leaves: list[weakref.ref[Tensor]] = field(default_factory=list)  # that the function made
+    released: bool = False  # the forward is done
 
     def lower(self, tensor: Tensor) -> Tensor:
         """Return what stands for a tensor below."""
         if not is_wrapped(tensor):
             return tensor
-        if id(tensor) not in self.given:
-            value = unwrapped(tensor)
-            if tensor.requires_grad:
-                value = _Enter.apply(value.new_empty(0, requires_grad=True), [value.detach()])
-                self.starts.append(get_gradient_edge(value))
-                self.differentiable.append(tensor)
-            self.given[id(tensor)] = tensor, value
-        return self.given[id(tensor)][1]
+        if id(tensor) in self.given:
+            return self.given[id(tensor)][1]
+        value = unwrapped(tensor)
+        if self.released:  # an inverse uses it, which has no gradients
+            return value
+        if tensor.requires_grad:
+            value = _start(value.detach())
+            self.starts.append(get_gradient_edge(value))
+            self.differentiable.append(tensor)
+        self.given[id(tensor)] = tensor, value
+        return value
 
     def find(self, tensor: Tensor) -> Tensor:
         """Return what stands for a tensor that the function uses."""
         if is_wrapped(tensor):
             self.used.add(id(tensor))
+        elif self.records and not self.released and tensor.requires_grad and self._is_older(tensor):
+            raise RuntimeError(
+                f"Expected {self.name} inside a transform of torch.func to close over no tensor that needs a gradient "
+                f"outside of it; got one of shape {tuple(tensor.shape)}. Pass it as a side input, or use mode 'store'"
+            )
         return self.lower(tensor)
+
+    def _is_older(self, tensor: Tensor) -> bool:
+        """Whether a tensor was there before the call."""
+        if tensor.grad_fn is None:
+            return not any(ref() is tensor for ref in self.leaves)
+        return tensor.grad_fn._sequence_nr() < self.begin
+
+    def note(self, result: Any) -> None:
+        """Note a leaf that the function made, to differentiate by itself."""
+        if isinstance(result, Tensor) and result.requires_grad and result.grad_fn is None:
+            self.leaves.append(weakref.ref(result))
+
+    def lower_modules(self, roots: Sequence[nn.Module]) -> tuple[list[nn.Module], list[dict[str, Tensor]]]:
+        """Return the modules that have wrapped tensors, and what stands for those."""
+        found = []
+        for root in roots:
+            named = [*root.named_parameters(remove_duplicate=False), *root.named_buffers(remove_duplicate=False)]
+            if lowered := {name: self.lower(tensor) for name, tensor in named if is_wrapped(tensor)}:
+                found.append((root, lowered))
+        return [root for root, _ in found], [lowered for _, lowered in found]
 
     def lowered(self, operation: "Operation") -> "Operation":
         """Return the operation as it is below."""
 
         def lowered(function: Callable[..., Any]) -> Callable[..., Any]:
             def run(*args: Any, **options: Any) -> Any:
+                if self.released and not self.used:
+                    return function(*args, **options)
                 with _Lower(self):
                     result = function(*args, **options)
                 return map_tensors(self.find, result)
@@ -120,6 +157,7 @@ class Below:
     def release(self) -> list[Tensor]:
         """Forget the inputs, but for those that replays find themselves; return those that need gradients."""
         self.given = {key: pair for key, pair in self.given.items() if key in self.used}
+        self.released = True
         tensors, self.differentiable = self.differentiable, []
         return tensors
 
@@ -137,7 +175,20 @@ class _Lower(TorchFunctionMode):
         self.below = below
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return function(*map_tensors(self.below.find, args), **map_tensors(self.below.find, kwargs or {}))
+        result = function(*map_tensors(self.below.find, args), **map_tensors(self.below.find, kwargs or {}))
+        self.below.note(result)
+        return result
+
+
+def _start(tensor: Tensor) -> Tensor:
+    """Begin a graph at a tensor, whatever the surroundings are."""
+    with torch.enable_grad():
+        return _Enter.apply(tensor.new_empty(0, requires_grad=True), [tensor])
+
+
+def _next_number() -> int:
+    """Return a number above those of all nodes that are there."""
+    return get_gradient_edge(_start(torch.empty(0))).node._sequence_nr()
 
 
 class _Enter(torch.autograd.Function):
@@ -193,7 +244,7 @@ class _Request:
 
     def solve(self, grads: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Return them as they are."""
-        with state.kept.within(backward_id()):
+        with state.kept.one_backward():
             found = torch.autograd.grad(self.ends, self.below.starts, grads, retain_graph=True, allow_unused=True)
         self.known = [grad is not None for grad in found]
         return tuple(grad for grad in found if grad is not None)
@@ -201,7 +252,7 @@ class _Request:
     def tangents(self, grads: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Return what becomes of changes of the starts at the ends: the transpose of the linear map in `solve`."""
         starts = [start for start, known in zip(self.below.starts, self.known, strict=True) if known]
-        with plainly(), torch.enable_grad(), state.kept.within(backward_id()):
+        with plainly(), torch.enable_grad(), state.kept.one_backward():
             zeros = [torch.zeros(s, dtype=t, device=d, requires_grad=True) for s, t, d in self.kinds]
             found = torch.autograd.grad(self.ends, starts, zeros, create_graph=True)
             return torch.autograd.grad(found, zeros, grads, retain_graph=True, materialize_grads=True)
@@ -222,7 +273,7 @@ class _Gradients(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         below = ctx.request.below
-        if lasts(below.mark):
+        if not has_ended(below.mark):
             raise RuntimeError(
                 f"Expected one derivative of {below.name} for a transform of torch.func; got a second one by autograd "
                 "inside it. Nest transforms, or use mode 'store'"

@@ -71,6 +71,10 @@ def func_grad(net: nn.Module, x: Tensor) -> None:
     grad(lambda v: loss(lambda t: functional_call(net, v, (t,)), x))(values)
 
 
+def func_grad_of_grad(net: nn.Module, x: Tensor) -> None:
+    grad(lambda t: grad(lambda u: loss(net, u))(t).square().sum())(x)
+
+
 def mapped(net: nn.Module, x: Tensor) -> None:
     loss(vmap(net), x.unsqueeze(1)).backward()
 
@@ -91,12 +95,13 @@ SAVES: dict[str, Step] = {
     "hooks of others": within(lambda: saved_tensors_hooks(torch.clone, torch.clone)),
     "autocast": within(lambda: torch.autocast("cpu", torch.bfloat16)),
     "fake tensors": within(lambda: FakeTensorMode(allow_non_fake_inputs=True)),
+    "torch.func.grad": func_grad,
     "anomaly mode": within(lambda: torch.autograd.set_detect_anomaly(True)),
 }
 
 STORES: dict[str, Step] = {
     "a second derivative": second_derivative,
-    "torch.func.grad": func_grad,
+    "torch.func.grad of a gradient": func_grad_of_grad,
     "vmap": mapped,
     "forward mode": tangents,
     "hooks disabled": within(lambda: disable_saved_tensors_hooks("hooks are disabled here")),

@@ -2,6 +2,8 @@
 
 import copy
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +14,9 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stac
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import invzoo as iz
+from invzoo.engine import tuple_of
 from invzoo.testing import track_memory
+from invzoo.testing.running import flat, has_log_det
 from tests.composition.cases import (
     WIDTH,
     Case,
@@ -184,6 +188,125 @@ def test_a_second_derivative_by_autograd_inside_a_transform_is_refused(mode: str
         grad(penalty)(torch.randn(4, WIDTH))
 
 
+CASES = {case.name: case for case in iz.testing.cases()}
+
+
+@pytest.mark.parametrize("direction", ["forward", "log_det", "inverse"])
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_of_every_layer_by_a_transform(name: str, direction: str):
+    """They are those that autograd finds in mode store, for inputs, side inputs and parameters."""
+    case = CASES[name]
+    layer, values, side = (make_it(dtype=torch.float64) for make_it in (case.layer, case.inputs, case.side_inputs))
+    with torch.no_grad():
+        outputs = tuple_of(layer(*values, **side))
+    values = outputs if direction == "inverse" else values
+    log_det = direction == "log_det" and has_log_det(layer, values, outputs)
+    net = Called(layer.inv if direction == "inverse" else layer, log_det)
+    wanted = {n: v for n, v in {**dict(enumerate(values)), **side}.items() if v.is_floating_point()}
+
+    def loss(parameters: dict[str, Tensor], given: dict[int | str, Tensor]) -> Tensor:
+        torch.manual_seed(7)
+        inputs = tuple([given.get(i, value) for i, value in enumerate(values)])
+        outputs = functional_call(net, parameters, inputs, {name: given.get(name, x) for name, x in side.items()})
+        return sum(y.sin().sum() for y in outputs if y.is_floating_point())  # type: ignore[return-value]
+
+    parameters = {n: p.detach() for n, p in net.named_parameters()}
+    found = grad(loss, argnums=(0, 1))(parameters, wanted)
+    leaves = [{n: x.clone().requires_grad_() for n, x in group.items()} for group in (parameters, wanted)]
+    wrt = [x for group in leaves for x in group.values()]
+    with iz.mode(net, "store"):
+        total = loss(*leaves)
+    some = total.requires_grad  # integers have none
+    expected = torch.autograd.grad(total, wrt, materialize_grads=True) if some else [torch.zeros_like(x) for x in wrt]
+    assert_same([x for group in found for x in group.values()], expected, 1e-6)
+
+
+class Called(nn.Module):
+    """A layer, with its log-determinant or without, as a module that can be called functionally."""
+
+    def __init__(self, layer: iz.InvertibleModule, log_det: bool) -> None:
+        super().__init__()
+        self.layer, self.log_det = layer, log_det
+
+    def forward(self, *values: Tensor, **side: Tensor) -> tuple[Tensor, ...]:
+        if self.log_det:
+            return flat(*self.layer.forward_and_log_det(*values, **side))
+        return tuple_of(self.layer(*values, **side))
+
+
+def test_a_transform_evaluates_as_often_as_autograd(mode: str):
+    class Counted(nn.Linear):
+        calls = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            Counted.calls += 1
+            return super().forward(x)
+
+    net, x = (
+        iz.InvertibleSequential(*[iz.AdditiveCoupling(Counted(3, 3)) for _ in range(5)], mode=mode),
+        torch.randn(4, 6),
+    )
+    net.requires_grad_(False)
+    counts = []
+    for run in (
+        grad(lambda v: net(v).sum()),
+        grad(lambda v: net(v).sum()),
+        lambda v: net(v.requires_grad_()).sum().backward(),
+    ):
+        Counted.calls = 0
+        run(x)
+        counts.append(Counted.calls)
+    assert counts[1] == counts[2] == (5 if mode == "store" else 10)
+
+
+def test_dropout_inside_a_transform(mode: str):
+    case = make("invertible_sequential", lambda n: subnet(n, middle=nn.Dropout(0.5)))
+
+    def step(net: nn.Module) -> list[Tensor]:
+        torch.manual_seed(3)
+        return [grad(lambda v: net(v).sin().sum())(case.x), torch.rand(2)]
+
+    with iz.mode(case.net.requires_grad_(False), mode):
+        assert_same(step(case.net), step(case.plain.requires_grad_(False)))
+
+
+def test_without_gradients_below_nothing_is_recorded_there(mode: str):
+    net, x = make("invertible_sequential").net, torch.randn(4, WIDTH)
+    net.mode = mode
+    with torch.no_grad():
+        g, aux = grad(lambda v: (net(v).sin().sum(), net(x)), has_aux=True)(x)
+    v = x.clone().requires_grad_()
+    assert_same([g], torch.autograd.grad(net(v).sin().sum(), v))
+    assert not g.requires_grad
+    assert not aux.requires_grad
+
+
+@pytest.mark.parametrize("mode", ["recompute", "invert"])
+@pytest.mark.parametrize("leaf", [True, False])
+def test_a_closure_that_needs_a_gradient_outside_a_transform_is_refused(mode: str, leaf: bool):
+    w = torch.rand(WIDTH, requires_grad=True)
+    w = w if leaf else w.exp()
+    inverse = None if mode == "recompute" else lambda y: y / w
+    with pytest.raises(RuntimeError, match="to close over no tensor that needs a gradient outside of it"):
+        grad(lambda v: iz.checkpoint(lambda t: t * w, v, inverse=inverse).sum())(torch.randn(4, WIDTH))
+
+
+def test_forward_mode_through_a_transform(case: Case):
+    def tangent(net: nn.Module) -> list[Tensor]:
+        net.requires_grad_(False)
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(case.x, case.x.cos())
+            return [*forward_ad.unpack_dual(grad(lambda v: net(v).sin().sum())(dual))]
+
+    assert_same(tangent(case.net), tangent(case.plain))
+
+
+def test_a_transform_is_traced(case: Case):
+    net, other = case.net.requires_grad_(False), case.x.cos()
+    traced = make_fx(grad(lambda v: net(v).sin().sum()))(case.x)
+    assert_same([traced(other)], [grad(lambda v: case.plain(v).sin().sum())(other)])
+
+
 def test_a_closure_inside_a_transform(mode: str):
     x, w = torch.randn(4, WIDTH), torch.rand(WIDTH) + 0.5
 
@@ -194,6 +317,58 @@ def test_a_closure_inside_a_transform(mode: str):
 
     found = grad(loss, argnums=(0, 1))(x, w)
     assert_same(found, grad(lambda x, w: (x.sin() * w).exp().sum(), argnums=(0, 1))(x, w))
+
+
+def test_a_closure_used_first_without_gradients_inside_a_transform(mode: str):
+    x, w = torch.randn(4, WIDTH), torch.rand(WIDTH) + 0.5
+
+    def loss(call: Callable[..., Tensor], v: Tensor, w: Tensor) -> Tensor:
+        def scale() -> Tensor:
+            with torch.no_grad():
+                norm = w.norm()
+            return w / norm
+
+        return (
+            call(lambda t: t * scale(), v, inverse=None if mode == "recompute" else lambda y: y / scale()).sin().sum()
+        )
+
+    def call(*args: Any, **options: Any) -> Tensor:
+        return iz.checkpoint(*args, **options, enabled=mode != "store")
+
+    found = grad(partial(loss, call), argnums=(0, 1))(x, w)
+    assert_same(found, grad(partial(loss, lambda f, v, inverse: f(v)), argnums=(0, 1))(x, w))
+
+
+class Scaled(torch.autograd.Function):
+    """`x * w`, as a function that torch.func cannot look into."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
+        ctx.save_for_backward(x, w)
+        return x * w
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        x, w = ctx.saved_tensors
+        return gradient * w, (gradient * x).sum(0)
+
+
+class Scale(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return Scaled.apply(x, self.weight)
+
+
+@pytest.mark.parametrize("mode", ["recompute", "invert"])
+def test_autograd_functions_for_which_torch_func_has_no_rule(mode: str):
+    net, x = iz.InvertibleSequential(*[iz.AdditiveCoupling(Scale()) for _ in range(3)], mode=mode), torch.randn(4, 6)
+    parameters = {name: p.detach() for name, p in net.named_parameters()}
+    found = grad(lambda p, v: functional_call(net, p, (v,)).sin().sum(), argnums=(0, 1))(parameters, x)
+    v = x.clone().requires_grad_()
+    assert_same([*found[0].values(), found[1]], torch.autograd.grad(net(v).sin().sum(), [*net.parameters(), v]))
 
 
 def test_a_result_of_vjp_is_differentiated(case: Case):
