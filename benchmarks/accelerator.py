@@ -1,6 +1,5 @@
 """Time and peak of a training step on an accelerator, at sizes that fill one."""
 
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -10,7 +9,7 @@ from torch import nn
 
 from . import contestants
 from .measure import alternate
-from .timing import compare
+from .timing import compare, step_of
 from .workloads import SMOKE, WORKLOADS, Workload
 
 __all__ = ["available", "run"]
@@ -18,7 +17,7 @@ __all__ = ["available", "run"]
 SIZES = {
     "linear": ((32, (16384, 2048)), torch.float32),
     "conv": ((32, (32, 128, 128, 128)), torch.float32),
-    "transformer": ((48, (32, 2 * 1024, 1024)), torch.bfloat16),
+    "transformer": ((48, (8, 2 * 1024, 1024)), torch.bfloat16),
     "overhead": ((64, (8, 32)), torch.float32),
 }
 
@@ -54,40 +53,21 @@ def _measure(workload: Workload, device: torch.device, dtype: torch.dtype) -> li
     errors = compare(nets, subnets.double(), few[0].detach().double(), few[1].double(), 1e-9)
     subnets.float()
 
-    def step_of(net: nn.Module) -> Callable[[], float]:
-        def step() -> float:
-            net.zero_grad(set_to_none=False)  # what a step adds are activations
-            x.grad = None
-            _synchronize()
-            start = time.perf_counter()
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                y = net(x)
-            y.backward(grad.to(y.dtype))
-            del y
-            _synchronize()
-            return time.perf_counter() - start
-
-        return step
-
-    peaks, failures = {}, {}
-    steps = {name: step_of(net) for name, net in nets.items()}
-    for name, step in [*steps.items()]:
+    peaks, failures, steps = {}, {}, {}
+    for name, net in nets.items():
+        net.forward = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)(net.forward)
         try:
-            step()  # from now on the gradients exist
-            peaks[name] = _peak(step)
+            net(x).backward(grad)  # from now on the gradients exist
+            peaks[name] = _peak(lambda net=net: net(x).backward(grad))
         except RuntimeError as error:  # a peer may know nothing of autocast, or want too much memory
             if name not in contestants.PEERS:
                 raise
-            del steps[name]
             failures[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+        else:
+            steps[name] = step_of(net, x, grad)
     times = alternate(steps, workload.rounds, warm_up=2)
     rows = [{"contestant": name, "error": errors[name], "peak": peaks[name], **times[name]} for name in steps]
     return rows + [{"contestant": name, "failed": reason} for name, reason in failures.items()]
-
-
-def _synchronize() -> None:
-    if available():
-        torch.accelerator.synchronize()
 
 
 def _peak(step: Callable[[], object]) -> int | None:

@@ -50,9 +50,17 @@ def alternate(steps: Mapping[str, Callable[[], float]], rounds: int, warm_up: in
 
 def seconds_of(forward: Callable[[], Tensor], grad: Tensor | None = None) -> float:
     """Return the time of one forward and backward."""
+    _synchronize()
     start = time.perf_counter()
     forward().backward(grad)
+    _synchronize()
     return time.perf_counter() - start
+
+
+def _synchronize() -> None:
+    """Wait for the accelerator, if there is one."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
 
 
 def peak_of_tensors(forward: Callable[[], Tensor], grad: Tensor | None = None) -> dict[str, int]:

@@ -59,7 +59,7 @@ class _Composite(InvertibleModule):
 
         Both directions are, with and without log-determinants. Hooks on the container itself run outside.
         """
-        self._compiled = CompiledMethods(self, partial(torch.compile, *args, **options))
+        self._compiled = CompiledMethods(self, *args, **options)
 
     def _run(
         self, through: engine.Through, values: tuple[Any, ...], side: dict[str, Any], log_det: bool = False

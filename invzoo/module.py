@@ -6,7 +6,6 @@ from functools import partial
 from types import FunctionType, MethodType
 from typing import Any, ClassVar, NoReturn
 
-import torch
 from torch import Tensor, nn
 from torch.distributions import constraints
 
@@ -158,19 +157,15 @@ class InvertibleModule(nn.Module):
     def compile(self, *args: Any, **options: Any) -> None:
         """Compile in place, with the arguments of `torch.compile`; memory is saved as before.
 
-        What the engine calls is compiled, in forward and in replay: the subnets, or the function, the inverse and the
-        log-determinant of a layer that has none. Layers of one structure share their compilations. A container is
-        compiled as one function instead.
+        What the engine calls is compiled, in forward and in replay: the subnets that are modules, or the function, the
+        inverse and the log-determinant of a layer that has none. Layers of one structure share their compilations. A
+        container is compiled as one function instead.
         """
-
-        def compile_function(function: Callable[..., Any]) -> Callable[..., Any]:
-            return torch.compile(function, *args, **options)
-
         subnets = [*_callable(self.children())]
         for subnet in subnets:
             # As nn.Module.compile does, which by itself does nothing for torch's own modules.
-            subnet._compiled_call_impl = CompiledMethods(subnet, compile_function)(MethodType(_call, subnet))
-        self._compiled = None if subnets else CompiledMethods(self, compile_function)
+            subnet._compiled_call_impl = CompiledMethods(subnet, *args, **options)(MethodType(_call, subnet))
+        self._compiled = None if subnets else CompiledMethods(self, *args, **options)
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()

@@ -19,13 +19,14 @@ class CompiledMethods:
 
     Args:
         module: says which structure.
-        compile_function: what compiles a function.
+        args: for `torch.compile`, after the function.
+        options: for `torch.compile`.
     """
 
-    def __init__(self, module: nn.Module, compile_function: Callable[[Callable[..., Any]], Callable[..., Any]]):
+    def __init__(self, module: nn.Module, *args: Any, **options: Any) -> None:
         tensors = [(name, x.shape, x.dtype, x.device) for name, x in module.state_dict(keep_vars=True).items()]
         self._structure = f"{module} {tensors}"
-        self._compile = compile_function
+        self._args, self._options = args, options
         self._functions: dict[Any, Callable[..., Any]] = {}
 
     def __call__(self, method: Any) -> Callable[..., Any]:
@@ -34,7 +35,8 @@ class CompiledMethods:
             return method
         function = method.__func__
         if function not in self._functions:
-            self._functions[function] = self._compile(_copy(function, self._structure))
+            copy = _copy(function, self._structure)
+            self._functions[function] = torch.compile(copy, *self._args, **self._options)
         return partial(self._functions[function], method.__self__)
 
 

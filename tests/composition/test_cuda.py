@@ -1,5 +1,7 @@
 """What only a CUDA device can show: its random states, autocast, streams, allocator, graphs, and waiting for it."""
 
+import contextlib
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -140,14 +142,16 @@ def test_counted_bytes_are_the_allocators():
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_step_does_not_wait_for_the_device(mode: str):
-    """The first is checked, which does."""
+@pytest.mark.parametrize("check", ["first", "always"])
+def test_only_checks_wait_for_the_device(mode: str, check: str):
     net, x = stack(4, 64), torch.randn(32, 64, device="cuda")
-    net.mode = mode
+    net.mode, net.check = mode, check
     net(x).square().mean().backward()
+    torch.cuda.set_sync_debug_mode("error")
     try:
-        torch.cuda.set_sync_debug_mode("error")
-        net(x).square().mean().backward()
+        waits = mode != "store" and check == "always"
+        with pytest.raises(RuntimeError, match="synchronizing") if waits else contextlib.nullcontext():
+            net(x).square().mean().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
