@@ -18,7 +18,7 @@ from torch import multiprocessing
 
 __all__ = ["failures_of"]
 
-SECONDS = 150
+SECONDS = 300
 
 
 def failures_of(suite: str, world: int = 2, *args: Any) -> dict[str, str]:
