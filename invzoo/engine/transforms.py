@@ -12,7 +12,8 @@ NOTE [Transforms]
    (`_Enter`): what a leaf or an output would hold is the engine's to free.
 4. A transform records its backward. That of a call is linear in the gradients that it gets (`_Gradients`), and so is
    the derivative of that (`_Tangents`). A derivative in the inputs can be asked for while the transform lasts, and is
-   refused. Where tensors below need gradients themselves, it could be asked for later: there calls step aside.
+   refused: what a backward returns depends on `Below.anchors`, empty functions of the inputs. Where tensors below need
+   gradients themselves, it could be asked for later: there calls step aside.
 """
 
 import weakref
@@ -62,8 +63,8 @@ def run_below(
             below.note_ends(result)
     finally:
         state.below = False
-    recorded = below.ends and below.starts
-    outputs = iter(_Below.apply(below, *below.release()) if recorded else below.take())
+    wanted = below.release()
+    outputs = iter(_Below.apply(below, *wanted) if below.ends and wanted else below.take())
     return map_tensors(lambda _: next(outputs), result)
 
 
@@ -81,6 +82,7 @@ class Below:
     ends: list[tuple[int, GradientEdge]] = field(default_factory=list)  # and where those of outputs go in
     outputs: list[Tensor] = field(default_factory=list)
     differentiable: list[Tensor] = field(default_factory=list)  # those of the given that need a gradient
+    anchors: list[Tensor] = field(default_factory=list)  # what is empty and depends on them
     leaves: list[weakref.ref[Tensor]] = field(default_factory=list)  # that the function made
     released: bool = False  # the forward is done
 
@@ -159,6 +161,7 @@ class Below:
         self.given = {key: pair for key, pair in self.given.items() if key in self.used}
         self.released = True
         tensors, self.differentiable = self.differentiable, []
+        self.anchors = [tensor[None][:0].clone() for tensor in tensors]
         return tensors
 
     def take(self) -> tuple[Tensor, ...]:
@@ -238,8 +241,8 @@ class _Request:
 
     def gradients(self, grads: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Return the gradients at the starts that the ends depend on, as a function of those at the ends."""
-        if torch.is_grad_enabled() and any(grad.requires_grad for grad in grads):
-            return _Gradients.apply(self, *grads)
+        if torch.is_grad_enabled() and (not has_ended(self.below.mark) or any(grad.requires_grad for grad in grads)):
+            return _Gradients.apply(self, *self.below.anchors, *grads)
         return self.solve(grads)
 
     def solve(self, grads: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -262,7 +265,8 @@ class _Gradients(torch.autograd.Function):
     """The backward of a call below, which is linear in the gradients that it gets."""
 
     @staticmethod
-    def forward(request: _Request, *grads: Tensor) -> tuple[Tensor, ...]:
+    def forward(request: _Request, *tensors: Tensor) -> tuple[Tensor, ...]:
+        grads = tensors[len(request.below.anchors) :]
         request.kinds = [(grad.shape, grad.dtype, grad.device) for grad in grads]
         return request.solve(grads)
 
@@ -278,7 +282,7 @@ class _Gradients(torch.autograd.Function):
                 f"Expected one derivative of {below.name} for a transform of torch.func; got a second one by autograd "
                 "inside it. Nest transforms, or use mode 'store'"
             )
-        return None, *_Tangents.apply(ctx.request, *grads)
+        return None, *(None for _ in below.anchors), *_Tangents.apply(ctx.request, *grads)
 
 
 class _Tangents(torch.autograd.Function):
@@ -292,4 +296,4 @@ class _Tangents(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *_Gradients.apply(ctx.request, *grads)
+        return None, *_Gradients.apply(ctx.request, *ctx.request.below.anchors, *grads)
