@@ -52,11 +52,11 @@ def run_below(
     side: dict[str, Any],
 ) -> Any:
     """Make a call of the engine below the transform that is active."""
-    mark, records = torch.empty(0), bool(records_below())
+    records = bool(records_below())
     state.below = True
     try:
         with plainly(), torch.enable_grad():
-            below = Below(operation.name, mark, records, _next_number())
+            below = Below(operation.name, records, _next_number())
             arguments = map_tensors(below.lower, (inputs, side))
             modules, tensors = below.lower_modules(operation.roots)
             result = reparametrized(modules, tensors, lambda: call(below.lowered(operation), *arguments))
@@ -73,7 +73,6 @@ class Below:
     """What a call did below a transform."""
 
     name: str
-    mark: Tensor  # of the transform; it says whether that lasts
     records: bool  # whether gradients are recorded below, too
     begin: int  # above the numbers of all nodes that were there before
     given: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # by identity, and what stands for it below
@@ -82,7 +81,7 @@ class Below:
     ends: list[tuple[int, GradientEdge]] = field(default_factory=list)  # and where those of outputs go in
     outputs: list[Tensor] = field(default_factory=list)
     differentiable: list[Tensor] = field(default_factory=list)  # those of the given that need a gradient
-    anchors: list[Tensor] = field(default_factory=list)  # what is empty and depends on them
+    anchors: list[Tensor] = field(default_factory=list)  # empty tensors of the transform, which depend on them
     leaves: list[weakref.ref[Tensor]] = field(default_factory=list)  # that the function made
     released: bool = False  # the forward is done
 
@@ -164,6 +163,10 @@ class Below:
         self.anchors = [tensor[None][:0].clone() for tensor in tensors]
         return tensors
 
+    def has_ended(self) -> bool:
+        """Whether the transform has."""
+        return has_ended(self.anchors[0])
+
     def take(self) -> tuple[Tensor, ...]:
         """Return the outputs, and forget them."""
         outputs, self.outputs = self.outputs, []
@@ -241,7 +244,7 @@ class _Request:
 
     def gradients(self, grads: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Return the gradients at the starts that the ends depend on, as a function of those at the ends."""
-        if torch.is_grad_enabled() and (not has_ended(self.below.mark) or any(grad.requires_grad for grad in grads)):
+        if torch.is_grad_enabled() and (not self.below.has_ended() or any(grad.requires_grad for grad in grads)):
             return _Gradients.apply(self, *self.below.anchors, *grads)
         return self.solve(grads)
 
@@ -277,7 +280,7 @@ class _Gradients(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         below = ctx.request.below
-        if not has_ended(below.mark):
+        if not below.has_ended():
             raise RuntimeError(
                 f"Expected one derivative of {below.name} for a transform of torch.func; got a second one by autograd "
                 "inside it. Nest transforms, or use mode 'store'"
