@@ -18,6 +18,8 @@ __all__ = [
     "at_end_of_backward",
     "backward_id",
     "between_processes",
+    "compiler_watches",
+    "compiling_nothing",
     "cpu_generator",
     "default_device",
     "deny_data",
@@ -241,6 +243,22 @@ def transparent(pack: Callable[[Any], Any]) -> Any:
     hook: Any = functools.partial(call, pack) if call else functools.partial(pack)
     hook._checkpoint_internal, hook._user_hooks = True, _top_hooks(True)
     return hook
+
+
+# What the compiler does with functions that are called. Missing: nothing.
+_frame_callback: Callable[[], Any] = _private("_dynamo.eval_frame.get_eval_frame_callback", lambda: None)
+
+
+def compiler_watches() -> bool:
+    """Whether the compiler would compile functions called now, as in what it left to Python."""
+    return _frame_callback() not in (None, False)
+
+
+def compiling_nothing() -> contextlib.AbstractContextManager[Any]:
+    """Run compiled functions as they were written."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled
+        return contextlib.nullcontext()
+    return torch.compiler.set_stance("force_eager")
 
 
 def without_modes() -> contextlib.AbstractContextManager[Any]:

@@ -14,6 +14,8 @@ NOTE [Transforms]
    the derivative of that (`_Tangents`). A derivative in the inputs can be asked for while the transform lasts, and is
    refused: what a backward returns depends on `Below.anchors`, empty functions of the inputs. Where tensors below need
    gradients themselves, it could be asked for later: there calls step aside.
+5. The compiler knows nothing of this: compiled subnets run as they were written, and inside a compiled container calls
+   step aside.
 """
 
 import weakref
@@ -26,7 +28,17 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
-from ._torch import has_ended, is_wrapped, plainly, records_below, reparametrized, unwrapped, with_tensors
+from ._torch import (
+    compiler_watches,
+    compiling_nothing,
+    has_ended,
+    is_wrapped,
+    plainly,
+    records_below,
+    reparametrized,
+    unwrapped,
+    with_tensors,
+)
 from .state import nothing_saved, state
 from .surroundings import map_tensors
 
@@ -39,6 +51,8 @@ __all__ = ["run_below", "runs_below"]
 def runs_below(operation: "Operation", inputs: tuple[Any, ...], side: dict[str, Any]) -> bool:
     """Whether a call that steps aside for a transform can run below it instead."""
     if nothing_saved() or (records := records_below()) is None or state.packing or with_tensors is None:
+        return False
+    if compiler_watches():  # it would take levels and modes for what they are outside
         return False
     tensors: list[Tensor] = [p for root in operation.roots for p in root.parameters()] if records else []
     map_tensors(tensors.append, (inputs, side))
@@ -55,7 +69,7 @@ def run_below(
     records = bool(records_below())
     state.below = True
     try:
-        with plainly(), torch.enable_grad():
+        with plainly(), torch.enable_grad(), compiling_nothing():
             below = Below(operation.name, records, _next_number())
             arguments = map_tensors(below.lower, (inputs, side))
             modules, tensors = below.lower_modules(operation.roots)
@@ -137,10 +151,11 @@ class Below:
 
         def lowered(function: Callable[..., Any]) -> Callable[..., Any]:
             def run(*args: Any, **options: Any) -> Any:
-                if self.released and not self.used:
-                    return function(*args, **options)
-                with _Lower(self):
-                    result = function(*args, **options)
+                with compiling_nothing():
+                    if self.released and not self.used:
+                        return function(*args, **options)
+                    with _Lower(self):
+                        result = function(*args, **options)
                 return map_tensors(self.find, result)
 
             return run

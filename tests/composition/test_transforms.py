@@ -309,6 +309,30 @@ def test_a_transform_is_traced(case: Case):
     assert_same([traced(other)], [grad(lambda v: case.plain(v).sin().sum())(other)])
 
 
+COMPILED: dict[str, Callable[[iz.InvertibleSequential], Callable[[Tensor], Tensor]]] = {
+    "a compiled net": lambda net: torch.compile(net, backend="aot_eager"),
+    "a net compiled in place": lambda net: net.compile(backend="aot_eager") or net,
+    "layers compiled in place": lambda net: [layer.compile(backend="aot_eager") for layer in net] and net,
+}
+
+
+def sum_of_sines(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    return function(x).sin().sum()
+
+
+def test_compiled_nets_inside_a_transform(mode: str):
+    """All in one test, for what the compiler keeps of one would be used in another."""
+    x, results = torch.randn(4, WIDTH), []
+    for make_compiled in (lambda net: net, *COMPILED.values(), *COMPILED.values()):
+        torch.manual_seed(0)
+        couplings = [iz.AdditiveCoupling(subnet(WIDTH // 2), swap=i % 2 == 1) for i in range(2)]
+        net = iz.InvertibleSequential(*couplings, iz.InvertibleLinear(WIDTH), mode=mode).requires_grad_(False)
+        gradient = grad(partial(sum_of_sines, make_compiled(net)))
+        results += [gradient(x), gradient(x)]
+    for result in results:
+        assert_same([result], results[:1])
+
+
 def test_a_closure_inside_a_transform(mode: str):
     x, w = torch.randn(4, WIDTH), torch.rand(WIDTH) + 0.5
 
