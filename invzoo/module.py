@@ -157,9 +157,9 @@ class InvertibleModule(nn.Module):
     def compile(self, *args: Any, **options: Any) -> None:
         """Compile in place, with the arguments of `torch.compile`; memory is saved as before.
 
-        What the engine calls is compiled, in forward and in replay: the subnets that are modules, or the function, the
-        inverse and the log-determinant of a layer that has none. Layers of one structure share their compilations. A
-        container is compiled as one function instead.
+        What the engine calls is compiled, in forward and in replay: the subnets, where they are modules and not plain
+        functions; or, of a layer that takes no subnets, the function, the inverse and the log-determinant. Layers of
+        one structure share their compilations. A container is compiled as one function instead.
         """
         subnets = [*_callable(self.children())]
         for subnet in subnets:
