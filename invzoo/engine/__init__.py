@@ -8,8 +8,8 @@ from .fingerprint import tolerance
 from .freeing import freeing
 from .methods import CompiledMethods
 from .mode import Mode, Policy, check_of
+from .nested import map_tensors
 from .state import inside_container, place, steps_aside, transformed
-from .surroundings import map_tensors
 from .tape import Tape, tuple_of
 
 __all__ = [

@@ -28,6 +28,7 @@ __all__ = [
     "functorch_active",
     "has_ended",
     "hooks_enabled",
+    "is_capturing",
     "is_distributed",
     "is_fake",
     "is_hollow",
@@ -271,6 +272,11 @@ def is_fake(tensor: Tensor) -> bool:
     """Whether a tensor has no data to look at."""
     module = sys.modules.get("torch._subclasses.fake_tensor")
     return tensor.is_meta or (module is not None and isinstance(tensor, module.FakeTensor))
+
+
+def is_capturing(tensor: Tensor) -> bool:
+    """Whether what runs on a tensor's device goes into a graph, so that nothing can be read."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def is_hollow(tensor: Tensor) -> bool:

@@ -1,25 +1,59 @@
 """Tensors that a module keeps and its calls may change: buffers, and mere attributes.
 
-NOTE [Habits]
+NOTE [Tensors that a call may move]
 
-A replay must find such a tensor as it was before the call, so a call that changes it needs a copy. Most change none,
-and copies of all masks and tables would cost more than small layers do. So a module's first call copies and looks what
-it does, and later ones do what it was seen to do. One that changes in place what kept still until then cannot be
-replayed, so it stores, once. Kernels that change tensors without moving their versions are found by comparing the
-first copy.
+A replay must find such a tensor as it was before the call, so one that the call changes needs a copy from before it.
+Its version does not tell of every change: not of those through `.data` or numpy, and not of those by some kernels.
+
+1. A call copies, and compares when it is over. What kept still needs its copy no longer, so masks and tables take no
+   memory. Any call may be the first that moves something, so every call looks.
+2. What torch's own layers and this library's do is known: they move nothing in silence but batch norms their statistics
+   in training. A call that runs no others looks at the versions alone, of tensors that it was seen to leave alone. If
+   one moves nonetheless, the call cannot be replayed and stores, once.
+3. On an accelerator, comparing would wait for the device. There the first call waits; later ones drop their copies, and
+   their replays read the answer: one that moved a tensor in silence is refused. The next call knows, and keeps copies.
 """
 
 import weakref
-from collections.abc import Iterable
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from ._torch import is_hollow, version_of, without_modes
+from ._torch import is_capturing, is_hollow, version_of, without_modes
+from .devices import read_later, waits_to_be_read
 
-__all__ = ["Buffer", "attributes_of", "buffers_of", "copy_of", "holds_loose", "loose_tensors", "without_graph"]
+__all__ = [
+    "Buffer",
+    "Suspect",
+    "attributes_of",
+    "buffers_of",
+    "copy_of",
+    "holds_loose",
+    "is_known",
+    "loose_tensors",
+    "without_graph",
+]
+
+
+class Suspect:
+    """A tensor that a call on an accelerator may have moved in silence; the answer is on its way (rule 3)."""
+
+    __slots__ = ("_buffer", "_differs", "name")
+
+    def __init__(self, buffer: "Buffer", copy: Tensor):
+        self.name, self._buffer = buffer.name, buffer._replace(copy=None)
+        with without_modes(), torch.no_grad():
+            self._differs = read_later(_differences(buffer.tensor, copy).any())
+
+    def moved(self) -> bool:
+        """Wait for the answer, and remember it for the next calls."""
+        moved = self._differs()
+        if moved:
+            self._buffer.remember("moves")
+        return moved
 
 
 class Buffer(NamedTuple):
@@ -30,35 +64,62 @@ class Buffer(NamedTuple):
     name: str
     tensor: Tensor
     version: int
-    habit: str | None  # None until it is known, after a call
-    copy: Tensor | None  # None of what keeps still
+    copy: Tensor | None  # None where the version is trusted (rule 2)
 
     @classmethod
-    def of(cls, module: nn.Module, table: dict[str, Any], name: str, tensor: Tensor) -> "Buffer":
-        habit = _habit(module, name)
-        copy = None if habit == "still" else copy_of(tensor)
-        return cls(module, table, name, tensor, version_of(tensor), habit, copy)
+    def of(cls, module: nn.Module, table: dict[str, Any], name: str, tensor: Tensor, *, known: bool) -> "Buffer":
+        buffer = cls(module, table, name, tensor, version_of(tensor), None)
+        trusted = known and not _moves_silently(module) and buffer._seen() == "still"
+        return buffer if trusted else buffer._replace(copy=copy_of(tensor))
 
-    def learn(self) -> str:
-        """After the call: return what it does, and remember that for the next ones."""
+    def fate(self, suspects: list[Suspect]) -> Literal["still", "moved", "lost"]:
+        """After the call: whether it kept still, was moved, or was moved and nobody knows from where."""
         moved = version_of(self.tensor) != self.version
-        if self.habit in ("moves", "silent") or (self.habit == "still" and not moved):
-            return self.habit
-        silent = not moved and self.copy is not None and _differ(self.tensor, self.copy)
-        habit = "moves" if moved else "silent" if silent else "still"
-        _habits.setdefault(self.module, {})[self.name, self.module.training] = habit
-        return habit
+        if self.copy is not None:
+            moved = moved or _moves_silently(self.module) or self._differs(self.copy, suspects)
+            self.remember("moves" if moved else "still")
+            return "moved" if moved else "still"
+        if moved:
+            self.remember("moves")
+        return "lost" if moved else "still"
+
+    def _differs(self, copy: Tensor, suspects: list[Suspect]) -> bool:
+        if not _is_plain(self.tensor) or is_capturing(self.tensor):
+            return False
+        if self._seen() is None or not waits_to_be_read(self.tensor):
+            return _differ(self.tensor, copy)
+        if self._seen() == "still":
+            suspects.append(Suspect(self, copy))
+        return self._seen() == "moves"
+
+    def remember(self, seen: Literal["still", "moves"]) -> None:
+        """Note what a call of the module did to the tensor, for its next calls."""
+        _seen.setdefault(self.module, {})[self.name, self.module.training] = seen
+
+    def _seen(self) -> Literal["still", "moves"] | None:
+        return _seen.get(self.module, {}).get((self.name, self.module.training))
 
 
-# What the calls of a module do to a tensor of it, by its name and whether the module trains: it is "still", it "moves",
-# or it moves and is "silent", so that no version tells.
-_habits: "weakref.WeakKeyDictionary[nn.Module, dict[tuple[str, bool], str]]" = weakref.WeakKeyDictionary()
+# What the latest call of a module did to a tensor of it, by the tensor's name and whether the module trains.
+_seen: "weakref.WeakKeyDictionary[nn.Module, dict[tuple[str, bool], Literal['still', 'moves']]]"
+_seen = weakref.WeakKeyDictionary()
 
 
-def _habit(module: nn.Module, name: str) -> str | None:
-    if (module.training and isinstance(module, _NormBase)) or type(module).__module__.startswith("torch.ao."):
-        return "silent"  # the kernels of batch norms, and of observers that are switched on later
-    return _habits.get(module, {}).get((name, module.training))
+def is_known(modules: Sequence[nn.Module]) -> bool:
+    """Whether calls of these modules run torch's own code and this library's alone (rule 2)."""
+    return all(
+        type(m).__module__.startswith(("torch.nn.modules.", _PACKAGE))
+        and not (m._forward_pre_hooks or m._forward_hooks or "forward" in m.__dict__)
+        for m in modules
+    )
+
+
+_PACKAGE = __name__.split(".")[0] + "."
+
+
+def _moves_silently(module: nn.Module) -> bool:
+    """Whether a module's kernels move its buffers but not their versions, as those of batch norms and observers do."""
+    return (module.training and isinstance(module, _NormBase)) or type(module).__module__.startswith("torch.ao.")
 
 
 def copy_of(tensor: Tensor) -> Tensor:
@@ -66,12 +127,21 @@ def copy_of(tensor: Tensor) -> Tensor:
     return tensor.detach().clone().requires_grad_(tensor.requires_grad)
 
 
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether it is nobody else's (fake, sharded or sparse, say), which are not looked into."""
+    plain = type(tensor) is Tensor and tensor.layout is torch.strided
+    return plain and not (tensor.is_meta or tensor.is_nested or is_hollow(tensor))
+
+
 def _differ(a: Tensor, b: Tensor) -> bool:
-    """Whether plain tensors differ; nobody else's (fake, sharded or sparse ones, say) are looked into."""
-    if type(a) is not Tensor or a.layout is not torch.strided or a.is_meta or a.is_nested or is_hollow(a):
-        return False
     with without_modes():
-        return not torch.equal(a.detach(), b.detach())
+        a, b = a.detach(), b.detach()
+        return not torch.equal(a, b) and bool(_differences(a, b).any())
+
+
+def _differences(a: Tensor, b: Tensor) -> Tensor:
+    """Return where values differ; NaN is the same as NaN."""
+    return (a != b) & ~((a != a) & (b != b))  # noqa: PLR0124 - true of NaN
 
 
 _LOOSE = frozenset((Tensor, torch.Generator))
@@ -87,19 +157,21 @@ def loose_tensors(module: nn.Module) -> dict[str, Tensor]:
     return {name: x for name, x in module.__dict__.items() if type(x) is Tensor}
 
 
-def buffers_of(modules: list[nn.Module]) -> list[Buffer]:
+def buffers_of(modules: list[nn.Module], *, known: bool) -> list[Buffer]:
     """Return the buffers of modules, as they are now."""
-    return _found((m, m._buffers, name, x) for m in modules if m._buffers for name, x in m._buffers.items())
+    places = ((m, m._buffers, name, x) for m in modules if m._buffers for name, x in m._buffers.items())
+    return _found(places, known=known)
 
 
-def attributes_of(modules: list[nn.Module]) -> tuple[list[Buffer], list[torch.Generator]]:
+def attributes_of(modules: list[nn.Module], *, known: bool) -> tuple[list[Buffer], list[torch.Generator]]:
     """Return the tensors that are mere attributes of modules, as they are now, and the generators."""
-    tensors = _found((m, vars(m), name, x) for m in modules for name, x in loose_tensors(m).items())
+    tensors = _found(((m, vars(m), name, x) for m in modules for name, x in loose_tensors(m).items()), known=known)
     return tensors, [x for m in modules for x in vars(m).values() if type(x) is torch.Generator]
 
 
-def _found(places: Iterable[tuple[nn.Module, dict[str, Any], str, Tensor | None]]) -> list[Buffer]:
-    return [Buffer.of(m, table, name, x) for m, table, name, x in places if x is not None and not is_hollow(x)]
+def _found(places: Iterable[tuple[nn.Module, dict[str, Any], str, Tensor | None]], *, known: bool) -> list[Buffer]:
+    found = [place for place in places if place[3] is not None and not is_hollow(place[3])]
+    return [Buffer.of(m, table, name, x, known=known) for m, table, name, x in found]  # type: ignore[arg-type]
 
 
 def without_graph(tensor: Tensor) -> Tensor:

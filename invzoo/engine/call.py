@@ -16,7 +16,10 @@ NOTE [How a call forgets and remembers]
 5. References only point forward: graph -> call -> output slot -> consuming call. A call therefore holds side inputs and
    parameters without their graphs, and the slots of its inputs weakly. Nothing waits for the garbage collector.
 6. A replay happens as it was (`Surroundings`) and is checked: outputs and parameters unchanged, the same tensors saved,
-   and the inputs come back as they were (`fingerprint`).
+   and the inputs come back as they were (`fingerprint`). A call that keeps its inputs compares what autograd saved, so
+   that its replay may stop there; one that is checked always compares its outputs.
+7. A call with parameters is rebuilt before any node of its graph runs, not only when one unpacks: a parameter whose
+   gradient needs nothing saved, a bias say, may get it first, and a hook on it may step an optimizer.
 """
 
 import threading
@@ -44,9 +47,10 @@ from ._torch import (
 )
 from .fingerprint import Fingerprint, distance, fingerprint, tolerance
 from .mode import Mode, Policy
+from .nested import attributes_of, map_tensors, with_attributes
 from .slots import Slot, anything_freed, key_of, slot_of
 from .state import note, state, steps_aside
-from .surroundings import Surroundings, map_tensors
+from .surroundings import Surroundings
 from .tape import Input, Meta, Tape, tuple_of
 from .transforms import run_below, runs_below
 
@@ -88,17 +92,40 @@ def call(operation: Operation, inputs: tuple[Any, ...], side: dict[str, Any]) ->
         return state.chain.call(operation, inputs, side)
     mode = operation.policy.mode
     if mode is Mode.store:
-        return operation.function(*inputs, **side)
+        return _run_plainly(operation, inputs, side)
     if steps_aside():
         if runs_below(operation, inputs, side):
             return run_below(call, operation, inputs, side)
-        return operation.function(*inputs, **side)
+        return _run_plainly(operation, inputs, side)
     if mode is Mode.invert and operation.inverse is None:
         raise TypeError(
             f"Expected a layer with an inverse for mode 'invert'; got {operation.name}, which has none. "
             "Use mode 'recompute' or 'store'"
         )
     return Call(operation, inputs, side).forward(inputs, side)
+
+
+def _run_plainly(operation: Operation, inputs: tuple[Any, ...], side: dict[str, Any]) -> Any:
+    """Run the function as a plain module would, but for changes of its inputs: no mode takes them."""
+    if torch.compiler.is_compiling():
+        return operation.function(*inputs, **side)
+    before = _versions(inputs)
+    result = operation.function(*inputs, **side)
+    _check_inputs(operation.name, inputs, before)
+    return result
+
+
+def _versions(inputs: tuple[Any, ...]) -> list[int]:
+    return [version_of(x) if isinstance(x, Tensor) else -1 for x in inputs]
+
+
+def _check_inputs(name: str, inputs: tuple[Any, ...], before: list[int]) -> None:
+    """Raise if a function changed inputs that had these versions before."""
+    if _versions(inputs) != before:
+        raise RuntimeError(
+            f"Expected {name} to leave its inputs as they are; got one that its function changed in place. Use "
+            "out-of-place operations, nn.ReLU() for nn.ReLU(inplace=True) say, or let it begin with x.clone()"
+        )
 
 
 class Handle:
@@ -123,6 +150,7 @@ class Call:
     side: dict[str, Any] = {}  # noqa: RUF012 - nobody writes into it
     lock: threading.RLock  # shared along a chain: several threads may run one graph
     prints: Sequence[tuple[int, Fingerprint]] = ()
+    compared = "input"  # what the fingerprints are of
     wanted = False  # whether a backward may replay it: its graph saved something, or a call before it needs its inputs
 
     def __init__(self, operation: Operation, inputs: tuple[Any, ...], side: dict[str, Any]):
@@ -141,7 +169,7 @@ class Call:
         tensors, generators = [], []
         for i, x in enumerate(inputs):
             if isinstance(x, Tensor):
-                self.inputs.append(spec := Input.of(x))
+                self.inputs.append(spec := Input.of(x, self._attributes(f"input {i}", x)))
                 if spec.requires_grad and x.is_leaf:
                     self.leaf_inputs = [*self.leaf_inputs, storage_key(x)]
                 tensors.append(x)
@@ -153,18 +181,24 @@ class Call:
             tensors += [x for x in side.values() if isinstance(x, Tensor)]
             generators += side.values()
         generators = [x for x in generators if isinstance(x, torch.Generator)]
+        self.versions = _versions(inputs)
         self.surroundings = Surroundings(operation.roots, tensors, generators)
 
     def _give(self, what: str, tensor: Tensor) -> Tensor:
         """Note a tensor that replays get as it is, and return it without its graph (rule 5)."""
         data = tensor.detach().requires_grad_(tensor.requires_grad)
         self.given = [*self.given, (what, data, version_of(data))]
-        return data
+        return with_attributes(data, self._attributes(what, tensor))
+
+    def _attributes(self, what: str, tensor: Tensor) -> dict[str, Any]:
+        """Return what somebody set on a tensor, as replays get it."""
+        attributes = attributes_of(tensor)
+        return {name: map_tensors(partial(self._give, f"{name} of {what}"), v) for name, v in attributes.items()}
 
     def forward(self, inputs: tuple[Any, ...], side: dict[str, Any]) -> Any:
         operation, surroundings = self.operation, self.surroundings
         if not surroundings.replayable:
-            return operation.function(*inputs, **side)
+            return _run_plainly(operation, inputs, side)
         state.packing.append(pack := transparent(self.pack))
         try:
             with saved_tensors_hooks(pack, self.unpack), surroundings.observers.watched():
@@ -176,12 +210,7 @@ class Call:
         finally:
             state.packing.pop()
         outputs = tuple_of(result)
-        for spec, x in zip(self.inputs, inputs, strict=True):
-            if isinstance(spec, Input) and version_of(x) != spec.version:
-                raise RuntimeError(
-                    f"Expected {operation.name} to leave its inputs as they are; got one that its function changed in "
-                    "place. Use out-of-place operations, or mode 'store'"
-                )
+        _check_inputs(operation.name, inputs, self.versions)
         for y in outputs:
             if isinstance(y, Tensor) and y.requires_grad:
                 self._close(inputs, outputs)
@@ -205,11 +234,38 @@ class Call:
             self.given = [*self.given, *kept]
             self.lock = threading.RLock()
         if self.wanted and self._unverified(operation.policy):
-            tensors = [(i, x) for i, x in enumerate(inputs if invert else outputs) if isinstance(x, Tensor)]
-            self.prints = [(i, fingerprint(x)) for i, x in tensors if not (invert and i in self.passed)]
+            self.compared = "input" if invert else "output" if operation.policy.check == "always" else "saved tensor"
+            self.prints = [(i, fingerprint(x)) for i, x in self._comparable(inputs, outputs)]
+        if self.wanted and (self.leaves or any(requires_grad for _, _, requires_grad in self.surroundings.stamps)):
+            self._come_first(inputs, outputs)
         self.release()
         self.dtypes.update(x.dtype for x in (*inputs, *outputs, *self.surroundings.tensors) if isinstance(x, Tensor))
         self.dtypes.update(dtype for _, dtype in self.metas)
+
+    def _come_first(self, inputs: tuple[Any, ...], outputs: tuple[Any, ...]) -> None:
+        """Be rebuilt before a backward gives any parameter its gradient, since optimizers may step on that (rule 7)."""
+        for y in outputs:
+            if isinstance(y, Tensor) and y.grad_fn is not None and not any(y is x for x in inputs):
+                y.grad_fn.register_prehook(self._rebuild_first)
+
+    def _rebuild_first(self, _: Any) -> None:
+        with self.lock, plainly():
+            handle = next((handle for ref in self.handles if (handle := ref()) is not None), None)
+            if handle is not None:
+                if handle.value is None:
+                    self.rebuild()
+            elif any((slot := ref()) is not None and slot.wanted and slot.gone for ref in self.sources):
+                self._pull()
+                self._restore()
+
+    def _comparable(self, inputs: tuple[Any, ...], outputs: tuple[Any, ...]) -> list[tuple[int, Tensor]]:
+        """Return what a replay is compared by, and its positions (rule 6)."""
+        if self.compared == "saved tensor":
+            saved = [(i, handle.value) for i, ref in enumerate(self.handles) if (handle := ref()) is not None]
+            # Only numbers: kernels may leave parts of their workspaces unwritten.
+            return [(i, x) for i, x in saved if x is not None and (x.is_floating_point() or x.is_complex())]
+        values = inputs if self.compared == "input" else outputs
+        return [(i, x) for i, x in enumerate(values) if isinstance(x, Tensor) and i not in self.passed]
 
     def _link(self, inputs: tuple[Any, ...], outputs: tuple[Any, ...]) -> None:
         """Put the outputs into slots, and become the one who rebuilds those of the inputs (rule 2)."""
@@ -247,16 +303,21 @@ class Call:
 
     def _give_back(self, head: Slot, outputs: tuple[Any, ...]) -> None:
         """See to it that a backward through this call restores the freed input of its chain, even if nothing asks."""
+        found = weakref.ref(head)  # the caller's tensor holds it as long as there is something to restore
 
-        def restore() -> None:
-            if head.value is None and head.consumer is not None:
-                head.consumer._pull()
-                head.consumer._restore()
+        def restore(head: Slot) -> None:
+            if head.gone:
+                head.consumer._pull()  # type: ignore[union-attr]  # it is gone
+                head.consumer._restore()  # type: ignore[union-attr]
             head.take()
+
+        def remind(_: Any) -> None:
+            if (head := found()) is not None and head.freed is not None and head.freed.tensor() is not None:
+                at_end_of_backward(partial(restore, head))
 
         nodes = [y.grad_fn for y in outputs if isinstance(y, Tensor) and y.grad_fn is not None]
         for node in nodes:
-            node.register_prehook(lambda _: at_end_of_backward(restore))
+            node.register_prehook(remind)
         if nodes and head.freed is not None:
             head.freed.promised = True
         else:  # nothing needs a gradient yet: the next call sees to it
@@ -317,7 +378,7 @@ class Call:
 
     def _rebuild(self, tape: Tape, done: bool) -> None:
         if self.kept is not None:
-            self._recompute(tape, self.kept)
+            self._verify(self._recompute(tape, self.kept))
         else:
             self._replay(tape)
             self._verify(tape.inputs)
@@ -326,12 +387,14 @@ class Call:
         self._put(tape.inputs, done=done)
         tape.forget()
 
-    def _recompute(self, tape: Tape, kept: tuple[Any, ...]) -> None:
-        inputs = [tape.input(i, x) for i, x in enumerate(kept)]
-        if self.prints or self.surroundings.generators:  # the outputs are compared, or all random numbers counted
-            self._verify(tuple_of(tape.run(self.operation.function, *inputs, **self.side)))
-        else:
-            tape.run_until_saved(self.operation.function, *inputs, **self.side)
+    def _recompute(self, tape: Tape, kept: tuple[Any, ...]) -> Sequence[Any]:
+        """Run the function again, as far as anybody needs it, and return what it is compared by."""
+        function, inputs = self.operation.function, [tape.input(i, x) for i, x in enumerate(kept)]
+        if self.compared == "output" or self.surroundings.generators:  # of which all numbers are counted
+            outputs = tuple_of(tape.run(function, *inputs, **self.side))
+            return outputs if self.compared == "output" else tape.saved()
+        tape.run_until_saved(function, *inputs, **self.side)
+        return tape.saved()
 
     def _replay(self, tape: Tape) -> None:
         outputs = self._values()
@@ -432,15 +495,17 @@ class Call:
         if not self.prints:
             self.operation.policy.verified.add(self._verified_as)
             return
-        what = "its inverse rebuilds input" if self.kept is None else "its replay computes output"
         allowed = tolerance(self._dtypes())  # no replay comes nearer than what it starts from
         for position, was in self.prints:
-            error = distance(was, fingerprint(values[position]))
+            value = values[position]
+            if value is None:  # nobody awaits it any more
+                continue
+            error = distance(was, fingerprint(value))
             if not error <= allowed:
                 raise RuntimeError(
                     f"Expected {self.operation.name} to be replayed within a relative error of {allowed:.1e}; got "
-                    f"{error:.1e}, for {what} {position}. Its inverse is wrong, or it is not deterministic, or too "
-                    "ill-conditioned for this precision. Mend it, or use mode 'recompute' or 'store'"
+                    f"{error:.1e}, for {self.compared} {position}. Its inverse is wrong, or it is not deterministic, "
+                    "or too ill-conditioned for this precision. Mend it, or use mode 'recompute' or 'store'"
                 )
         self.operation.policy.verified.add(self._verified_as)
 

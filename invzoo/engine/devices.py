@@ -14,13 +14,23 @@ and writes is no gradient, and one call's node may rebuild other calls. So the e
 """
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["accelerators", "elsewhere", "hand_over", "module_of", "on_streams", "stream_of", "streams_of"]
+__all__ = [
+    "accelerators",
+    "elsewhere",
+    "hand_over",
+    "module_of",
+    "on_streams",
+    "read_later",
+    "stream_of",
+    "streams_of",
+    "waits_to_be_read",
+]
 
 
 def accelerators(*groups: Iterable[Tensor]) -> set[torch.device]:
@@ -54,6 +64,23 @@ def hand_over(tensor: Tensor, stream: Any) -> None:
     if now != stream:
         now.wait_stream(stream)
         tensor.record_stream(now)
+
+
+def waits_to_be_read(tensor: Tensor) -> bool:
+    """Whether who reads a tensor has to wait for its device."""
+    return not tensor.is_cpu
+
+
+def read_later(flag: Tensor) -> Callable[[], bool]:
+    """Start to fetch a flag from its device, and return what reads it; that waits for no work begun later."""
+    fetched, arrival = flag.to("cpu", non_blocking=True), torch.Event(flag.device)
+    arrival.record()
+
+    def read() -> bool:
+        arrival.synchronize()
+        return bool(fetched)
+
+    return read
 
 
 def elsewhere(streams: Iterable[Any]) -> list[tuple[Any, Any]]:

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from ._torch import is_distributed, is_fake, whole, without_modes
 from .chain import uncompiled
+from .nested import plain_parts
 
 __all__ = ["Fingerprint", "distance", "fingerprint", "precision_of", "project", "tolerance"]
 
-Fingerprint = list[float]  # four random projections, and the norm
+Fingerprint = list[float]  # four random projections of each part, and the norm of all
 
 
 @lru_cache(maxsize=64)
@@ -35,7 +36,11 @@ def fingerprint(tensor: Tensor) -> Fingerprint:
     """Take a fingerprint: an error of relative size e moves each of its projections by about e times the norm."""
     if is_fake(tensor):
         return [math.nan]
-    return project(whole(tensor.detach()) if is_distributed(tensor) else tensor).tolist()
+    parts = plain_parts(whole(tensor.detach()) if is_distributed(tensor) else tensor)
+    # Where a nested tensor's rows begin, say, is large, and would hide errors of its values.
+    values = [x for x in parts if x.is_floating_point() or x.is_complex()] or parts
+    rows = [project(x).tolist() for x in values]
+    return [*(number for row in rows for number in row[:-1]), math.hypot(*(row[-1] for row in rows))]
 
 
 @torch.no_grad()

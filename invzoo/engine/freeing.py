@@ -41,6 +41,7 @@ class FreedTensor(Tensor):
         raise RuntimeError(_message(args, kwargs or {}))
 
     _freed: str  # what to say
+    _slot: Slot  # that gets its value again
 
 
 def _message(*values: Any) -> str:
@@ -67,7 +68,8 @@ class Freed:
         self.promised = False  # a backward will restore it
         self.nbytes = tensor.untyped_storage().nbytes()
 
-    def free(self, name: str) -> None:
+    def free(self, name: str, slot: Slot) -> None:
+        """Free the tensor, and let it hold the slot that it waits for."""
         tensor = self.tensor()
         if tensor is None:
             return
@@ -78,7 +80,7 @@ class Freed:
         tensor.untyped_storage().resize_(0)
         deny_data(tensor, message)
         self.type, tensor.__class__ = type(tensor), FreedTensor
-        tensor._freed = message  # type: ignore[attr-defined]
+        tensor._freed, tensor._slot = message, slot  # type: ignore[attr-defined]
 
     def restore(self, value: Tensor) -> Tensor:
         """Give the caller's tensor its value back, and return what holds the value now."""
@@ -86,7 +88,7 @@ class Freed:
         if tensor is None or self.type is None:
             return value
         tensor.__class__, self.type = self.type, None
-        del tensor._freed  # type: ignore[attr-defined]
+        del tensor._freed, tensor._slot  # type: ignore[attr-defined]
         allow_data(tensor)
         tensor.untyped_storage().resize_(self.nbytes)
         with torch.no_grad(), preserve_version(tensor):
@@ -134,12 +136,12 @@ def freeing(name: str, inputs: Sequence[Any]) -> Iterator[None]:
         heads.append((x, slot, slot.freed))
     with marked():
         yield
-    promised = [(x, freed) for x, _, freed in heads if freed.promised]
-    for x, _ in promised:
+    promised = [head for head in heads if head[2].promised]
+    for x, _, _ in promised:
         if storage_owners(x) != 1:
             raise ValueError(
                 f"{name}: Expected free_input=True for a tensor that can be freed; got one whose memory is in use "
                 "elsewhere (a view of it, or autograd saved it for backward). Pass a clone"
             )
-    for _, freed in promised:
-        freed.free(name)
+    for _, slot, freed in promised:
+        freed.free(name, slot)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ._torch import storage_key, version_of
 from .devices import hand_over, stream_of
+from .nested import attributes_of, map_tensors, with_attributes
 
 if TYPE_CHECKING:
     from .call import Call
@@ -36,6 +37,7 @@ class Slot:
 
     __slots__ = (
         "__weakref__",
+        "attributes",
         "consumer",
         "dtypes",
         "freed",
@@ -58,13 +60,16 @@ class Slot:
         self.freed: Freed | None = None  # the caller's tensor, where this value is to come back to it too
         self.head: Callable[[], Slot | None] = _none  # the freed input of the chain, for slots that lead back to it
         self.wanted = False  # whether a replay may need the value
+        attributes = attributes_of(tensor)  # for an inverse that reads what the function set
+        self.attributes = {name: map_tensors(Tensor.detach, value) for name, value in attributes.items()}
         self.put(tensor)
         if key[0] is not None:
             _live.slots[key] = self
 
     def put(self, value: Tensor, dtypes: set[torch.dtype] | frozenset[torch.dtype] = frozenset()) -> None:
         """Hold ``value``, not to be changed in place from here on, and the dtypes that it went through when rebuilt."""
-        self.value: Tensor | None = (value if self.freed is None else self.freed.restore(value)).detach()
+        value = (value if self.freed is None else self.freed.restore(value)).detach()
+        self.value: Tensor | None = with_attributes(value, self.attributes)
         self.version, self.dtypes, self.stream = version_of(self.value), dtypes, stream_of(self.value)
 
     def take(self) -> Tensor | None:
@@ -91,6 +96,11 @@ class Slot:
             return False
         self.value, self.dtypes = tensor.detach(), frozenset()
         return True
+
+    @property
+    def gone(self) -> bool:
+        """Whether the value is to be rebuilt before it can be used."""
+        return self.value is None and self.consumer is not None
 
     @property
     def awaited(self) -> bool:

@@ -1,9 +1,7 @@
 """What a call sees besides its inputs, and how a replay is made to see it again."""
 
 import contextlib
-import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import fields, is_dataclass
 from functools import partial
 from operator import is_
 from typing import Any, NamedTuple
@@ -25,11 +23,11 @@ from ._torch import (
     version_of,
     whole,
 )
-from .buffers import attributes_of, buffers_of, copy_of, holds_loose, loose_tensors, without_graph
+from .buffers import Suspect, attributes_of, buffers_of, copy_of, holds_loose, is_known, loose_tensors, without_graph
 from .devices import accelerators, elsewhere, module_of, on_streams, streams_of
 from .observers import Observers
 
-__all__ = ["Surroundings", "map_tensors", "walk"]
+__all__ = ["Surroundings", "walk"]
 
 
 def walk(roots: Iterable[nn.Module]) -> list[nn.Module]:
@@ -43,29 +41,6 @@ def walk(roots: Iterable[nn.Module]) -> list[nn.Module]:
                     seen.add(child)
                     modules.append(child)
     return modules
-
-
-def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
-    """Apply ``function`` to every tensor in nested lists, tuples, dicts and dataclasses, or classes derived of them."""
-    if isinstance(value, Tensor):
-        return function(value)
-    if isinstance(value, tuple):
-        parts = [map_tensors(function, v) for v in value]
-        if all(part is v for part, v in zip(parts, value, strict=True)):
-            return value
-        # What operators return that have several outputs takes no other constructor than its own.
-        return type(value)(parts) if hasattr(value, "n_sequence_fields") else tuple.__new__(type(value), parts)
-    if isinstance(value, dict | list):
-        mapped: Any = copy.copy(value)
-        for k, v in value.items() if isinstance(value, dict) else enumerate(value):
-            mapped[k] = map_tensors(function, v)
-        return mapped
-    if is_dataclass(value) and not isinstance(value, type):
-        mapped = copy.copy(value)
-        for field in fields(value):
-            object.__setattr__(mapped, field.name, map_tensors(function, getattr(value, field.name)))
-        return mapped
-    return value
 
 
 Table = tuple[dict[str, Any], dict[str, Any]]  # where a module keeps something, and what it kept there before the call
@@ -133,6 +108,7 @@ class Surroundings:
         "shards",
         "stamps",
         "streams",
+        "suspects",
         "tables",
         "tensors",
         "unusual",
@@ -153,10 +129,13 @@ class Surroundings:
         # Parameters of a functional_call, sharded ones, and those without a shape.
         self.unusual = any(type(x) is not nn.Parameter for x in self.tensors)
         self.known = set() if self.unusual else {*map(id, self.tensors)}  # the parameters that are checked here
-        self.buffers = buffers_of(modules)
-        if loose := [m for m in modules if holds_loose(m)]:
-            attributes, owned = attributes_of(loose)
-            self.buffers, generators = self.buffers + attributes, [*generators, *owned]
+        self.buffers, self.suspects = [], list[Suspect]()
+        keepers = [m for m in modules if m._buffers or holds_loose(m)]
+        if keepers:
+            known = is_known(modules)
+            attributes, owned = attributes_of(keepers, known=known)
+            self.buffers = buffers_of(keepers, known=known) + attributes
+            generators = [*generators, *owned]
         devices = accelerators(tensors, self.tensors, (b.tensor for b in self.buffers))
         self.generators = _generator_states(devices, generators)
         self.streams = streams_of(devices) if devices else []
@@ -208,20 +187,26 @@ class Surroundings:
                 (name, x, version_of(x)) for _, was in self.tables for name, x in was.items() if is_distributed(x)
             ]
             self.tables = [(table, _without_graphs(was)) for table, was in self.tables]
-        for buffer in self.buffers:
-            _, table, name, tensor, _, was, copied = buffer
-            habit = buffer.learn()
-            if habit == "moves" and was == "still":
+        fates = [(buffer, buffer.fate(self.suspects)) for buffer in self.buffers]
+        for buffer, fate in fates:
+            if fate == "lost":
                 return False
-            if habit != "still" or table.get(name) is not tensor:
-                self.replaced.append((table, name, without_graph(tensor) if copied is None else copied))
+            was = buffer.copy if fate == "moved" else without_graph(buffer.tensor)
+            if fate == "moved" or buffer.table.get(buffer.name) is not buffer.tensor:
+                self.replaced.append((buffer.table, buffer.name, was))  # type: ignore[arg-type]  # it has a copy
             else:
-                self.tables.append((table, {name: without_graph(tensor)}))
+                self.tables.append((buffer.table, {buffer.name: was}))
         self.buffers = []
         self._stamp()
         return True
 
     def _check(self) -> None:
+        if moved := [suspect.name for suspect in self.suspects if suspect.moved()]:
+            raise RuntimeError(
+                f"Expected a call to move buffers and attributes such that their versions tell; got a change of "
+                f"{moved[0]!r} through .data or the like. The next call will be right; or change it in place, under "
+                "torch.no_grad()"
+            )
         for table, was in (*self.tables, *self.children):
             if gone := was.keys() - table.keys():
                 views = any(type(was[name]) is Tensor for name in gone)
@@ -264,7 +249,7 @@ class Surroundings:
 
     def intact(self) -> bool:
         """Whether all is as it was already, and a replay will move nothing: so it is in most replays."""
-        if self.generators or self.replaced or self.shards or self.cast or self.observers.active or any_autocast():
+        if any((self.generators, self.replaced, self.shards, self.suspects, self.cast, self.observers.active)):
             return False
         if stamps(self.tensors) != self.stamps or [m.training for m in self.modules] != self.flags:
             return False
@@ -273,7 +258,7 @@ class Surroundings:
                 return False
         if any(len(table) != len(was) for table, was in self.children) or any(map(holds_loose, self.modules)):
             return False
-        if self.device != default_device() or torch.is_inference_mode_enabled():
+        if any_autocast() or self.device != default_device() or torch.is_inference_mode_enabled():
             return False
         return not self.observers.present() and not elsewhere(self.streams)
 

@@ -19,6 +19,7 @@ from ._torch import (
     transparent,
     version_of,
 )
+from .nested import with_attributes
 from .state import state
 
 if TYPE_CHECKING:
@@ -36,18 +37,18 @@ def tuple_of(value: Any) -> tuple[Any, ...]:
 
 @dataclass(slots=True)
 class Input:
-    """What a rebuilt input has to look like; and the version of the original."""
+    """What a rebuilt input has to look like."""
 
-    version: int
     requires_grad: bool
     dtype: torch.dtype
     shape: torch.Size
     stride: tuple[int, ...]
+    attributes: dict[str, Any]  # that the caller set on the original
 
     @classmethod
-    def of(cls, tensor: Tensor) -> "Input":
+    def of(cls, tensor: Tensor, attributes: dict[str, Any]) -> "Input":
         stride = tensor.stride() if tensor.layout is torch.strided else ()
-        return cls(version_of(tensor), tensor.requires_grad, tensor.dtype, tensor.shape, stride)
+        return cls(tensor.requires_grad, tensor.dtype, tensor.shape, stride, attributes)
 
     def accept(self, value: Any, name: str, position: int) -> Tensor:
         """Return ``value`` in this dtype, if it can be the input at all."""
@@ -64,7 +65,7 @@ class Input:
         dense = value.layout is torch.strided and not is_distributed(value)  # shards keep a format of their own
         if dense and value.stride() != self.stride and _is_disjoint(self.shape, self.stride):
             value = torch.empty_strided(value.shape, self.stride, dtype=value.dtype, device=value.device).copy_(value)
-        return value.detach().requires_grad_(self.requires_grad)
+        return with_attributes(value.detach().requires_grad_(self.requires_grad), self.attributes)
 
 
 def _is_disjoint(shape: torch.Size, stride: tuple[int, ...]) -> bool:
@@ -153,14 +154,19 @@ class Tape:
         self._captured.clear()
         self.inputs.clear()
 
-    def fill(self) -> None:
-        """Give the forward's graph what it saved."""
+    def saved(self) -> list[Tensor | None]:
+        """Return what autograd saved again, in order; None for what nobody awaits any more."""
         if self._metas != self._call.metas:
             raise RuntimeError(
                 f"Expected the replay of {self._call.operation.name} to save the tensors that its forward saved; got "
                 f"{_summary(self._metas)} where forward saved {_summary(self._call.metas)}. Is it deterministic, and "
                 "does it depend on its inputs, parameters and buffers alone?"
             )
+        return [None if saved is None else saved[0] for saved in self._captured]
+
+    def fill(self) -> None:
+        """Give the forward's graph what it saved."""
+        self.saved()
         for ref, saved in zip(self._call.handles, self._captured, strict=True):
             if saved is not None and (handle := ref()) is not None:
                 handle.value, handle.version = saved

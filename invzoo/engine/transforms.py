@@ -39,8 +39,8 @@ from ._torch import (
     unwrapped,
     with_tensors,
 )
+from .nested import map_tensors
 from .state import nothing_saved, state
-from .surroundings import map_tensors
 
 if TYPE_CHECKING:
     from .call import Operation

@@ -54,7 +54,7 @@ class WoodburyLinear(InvertibleModule):
 
     Args:
         features: size of ``dim``.
-        rank: number of columns of U and V, at most ``features``.
+        rank: number of columns of U and V, at most ``features``; 1 unless said.
         bias: whether b is learned; zero otherwise.
         dim: the dim that is multiplied.
         max_log_scale: bound on abs(s) in nats.
@@ -90,7 +90,7 @@ class WoodburyLinear(InvertibleModule):
     def __init__(
         self,
         features: int,
-        rank: int,
+        rank: int = 1,
         *,
         bias: bool = True,
         dim: int = -1,

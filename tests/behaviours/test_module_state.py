@@ -1,5 +1,6 @@
 """What modules keep besides parameters: buffers, mere attributes, generators, and hooks that change them."""
 
+import contextlib
 import gc
 import warnings
 
@@ -9,8 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import invzoo as iz
+from invzoo.engine import buffers
 from invzoo.testing import track_memory
-from tests.reference import FEATURES, HALF, PlainAdditive, assert_near, assert_same_run, mlp
+from tests.reference import FEATURES, HALF, PlainAdditive, assert_near, assert_same_run, mlp, run
 
 grad = torch.autograd.grad
 
@@ -154,39 +156,89 @@ def test_what_is_left_behind_holds_no_more_than_itself(mode):
 
 
 class Waits(nn.Module):
-    """Buffers that keep still until they are told to move."""
+    """Tensors that keep still until they are told to move, some of them in silence: their versions do not tell."""
 
-    moves = False
+    how = ""
 
     def __init__(self, *sizes: int) -> None:
         super().__init__()
-        self.net = mlp(*sizes)
-        self.register_buffer("count", torch.ones(()))
+        self.net, self.norm, self.scale = mlp(*sizes), nn.BatchNorm1d(sizes[0]), torch.ones(sizes[0])
+        self.norm.eval()
+        self.register_buffer("count", torch.ones(sizes[0]))
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.moves:
+        norm = self.norm
+        if self.how == "in place":
             self.count += 1
-        return self.net(x * self.count)
+        elif self.how == "data":
+            self.count.data.lerp_(x.detach().mean(0), 0.5)
+        elif self.how == "numpy":
+            self.count.numpy()[:] += 1
+        elif self.how == "attribute":
+            self.scale.data.mul_(2)
+        elif self.how == "kernel":
+            x = F.batch_norm(x, norm.running_mean, norm.running_var, training=True)
+        elif self.how == "unfrozen":
+            norm.train()
+        return self.net(norm(x) * self.count * self.scale)
 
 
-def test_a_buffer_that_moves_from_the_third_step_on(subject, x):
+@pytest.mark.parametrize("how", ["in place", "data", "numpy", "attribute", "kernel", "unfrozen"])
+def test_a_tensor_that_moves_from_the_third_step_on(subject, x, how):
     plain, ours = subject.pair(Waits)
     for step in range(5):
         for block in blocks(plain, Waits) + blocks(ours, Waits):
-            block.moves = step > 1
-        assert_same_run(lambda net: grad(some_loss(net(x)), [x, *net.parameters()]), plain, ours)
+            block.how = how if step in {2, 4} else ""
+        assert_same_run(
+            lambda net: grad(some_loss(net(x)), [x, *(p for n, p in net.named_parameters() if "norm" not in n)]),
+            plain,
+            ours,
+        )
+
+
+def test_a_buffer_on_an_accelerator_that_begins_to_move_in_silence_is_refused_once(saving, x, monkeypatch):
+    """To look at it in forward would wait for the device; the replay looks, and from then on there are copies."""
+    monkeypatch.setattr(buffers, "waits_to_be_read", lambda _: True)
+    monkeypatch.setattr(buffers, "read_later", lambda flag: lambda: bool(flag))
+    plain, ours = saving.pair(Waits)
+
+    def step(net, how):
+        for block in blocks(net, Waits):
+            block.how = how
+        return run(lambda net: grad(some_loss(net(x)), [x, *net.parameters()], allow_unused=True), net)
+
+    for how in ("", "", "data", "data", ""):
+        expected = step(plain, how)
+        if how and not blocks(ours, Waits)[0].how:
+            with pytest.raises(RuntimeError, match="a change of 'count' through .data or the like"):
+                step(ours, how)
+            ours.load_state_dict(plain.state_dict())
+            for _ in range(len(blocks(ours, Waits))):  # each block is refused once
+                with contextlib.suppress(RuntimeError):
+                    step(ours, how)
+                ours.load_state_dict(plain.state_dict())
+        else:
+            assert_near(step(ours, how), expected)
 
 
 def test_buffers_that_keep_still_are_not_copied():
     """Masks and tables may be larger than all else."""
-    net = iz.InvertibleSequential(*[iz.AdditiveCoupling(nn.Linear(2, 2)) for _ in range(4)])
-    for layer in net:
-        layer.f.register_buffer("mask", torch.ones(10_000))
-    x = torch.randn(3, 4)
-    net(x).sum().backward()
-    with track_memory() as memory:
+
+    class Masked(nn.Linear):
+        """Whoever wrote it may move its mask on any call, so that each looks."""
+
+    def peak(kind: type[nn.Linear], depth: int) -> int:
+        net = iz.InvertibleSequential(*[iz.AdditiveCoupling(kind(2, 2)) for _ in range(depth)])
+        for layer in net:
+            layer.f.register_buffer("mask", torch.ones(10_000))
+        x = torch.randn(3, 4)
         net(x).sum().backward()
-    assert memory.peak < 10_000
+        with track_memory() as memory:
+            net(x).sum().backward()
+        return memory.peak
+
+    assert peak(nn.Linear, 4) < 10_000
+    assert peak(Masked, 8) - peak(Masked, 4) < 10_000
 
 
 # ---- hooks ----------------------------------------------------------------------------------------------------------

@@ -248,7 +248,19 @@ def test_post_accumulate_hooks(subject, x):
     subject.holds(program)
 
 
-def test_the_optimizer_steps_in_backward(subject, x):
+class Biased(nn.Module):
+    """Its bias gets a gradient that needs nothing saved, before all else."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__()
+        self.net, self.bias = mlp(*sizes), nn.Parameter(torch.zeros(sizes[1]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x) + self.bias
+
+
+@pytest.mark.parametrize("block", [mlp, Biased])
+def test_the_optimizer_steps_in_backward(subject, x, block):
     def program(net):
         def step(p):
             with torch.no_grad():
@@ -262,7 +274,41 @@ def test_the_optimizer_steps_in_backward(subject, x):
             handle.remove()
         return net(x)
 
-    subject.holds(program)
+    subject.holds(program, block)
+
+
+@pytest.mark.parametrize("mode", ["recompute", "invert"])
+def test_an_optimizer_steps_in_backward_on_a_call_that_saves_nothing(mode):
+    """It is inverted for the call before it, which saves, by the bias that it had."""
+
+    class Shift(iz.InvertibleModule):
+        def __init__(self):
+            super().__init__(mode=mode)
+            self.bias = nn.Parameter(torch.ones(FEATURES))
+
+        def function(self, x):
+            return x + self.bias
+
+        def inverse(self, y):
+            return y - self.bias
+
+    def move(p):
+        p.detach().add_(100)
+
+    def gradient(shift, scale):
+        handle = shift.bias.register_post_accumulate_grad_hook(move)
+        some_loss(shift(scale(x))).backward()
+        handle.remove()
+        return scale.log_scale.grad, x.grad
+
+    results = []
+    for option in ("store", mode):
+        x = torch.ones(5, FEATURES, requires_grad=True)
+        scale = iz.ElementwiseAffine(FEATURES, mode=option)
+        shift = Shift()
+        shift.mode = option
+        results.append(gradient(shift, scale))
+    assert_near(*results)
 
 
 # ---- state and copies -----------------------------------------------------------------------------------------------

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
+from torch.testing._internal.two_tensor import TwoTensor
 
 import invzoo as iz
-from tests.reference import FEATURES, HALF, Chain, PlainAdditive, assert_near, assert_same_run, mlp, run
+from invzoo.engine.nested import plain_parts
+from tests.reference import FEATURES, HALF, MODES, Chain, PlainAdditive, assert_near, assert_same_run, mlp, run
 
 grad = torch.autograd.grad
 
@@ -216,13 +218,20 @@ def test_inplace_operations_inside_blocks(subject, x):
     subject.holds(lambda net: grad(some_loss(net(x)), [x, *net.parameters()], allow_unused=True), block)
 
 
-def test_a_block_that_changes_its_input(subject):
-    def program(net):
-        x = torch.linspace(-1, 1, 5 * FEATURES).view(5, FEATURES).requires_grad_()
-        y = net(x.exp())
-        return y, grad(some_loss(y), [x, *net.parameters()])
-
-    right_or_refused(program, subject, block=lambda i, o: nn.Sequential(nn.ReLU(inplace=True), nn.Linear(i, o)))
+@pytest.mark.parametrize("grad_enabled", [True, False])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_function_that_changes_its_input_is_refused_in_every_mode(mode, grad_enabled):
+    f = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(HALF, HALF))
+    methods = {"function": lambda self, x: x.mul_(2), "inverse": lambda self, y: y.div_(2)}
+    doubling = type("Doubling", (iz.InvertibleModule,), methods)
+    for layer in (iz.AdditiveCoupling(f), iz.InvertibleSequential(iz.AdditiveCoupling(f)), doubling(), doubling().inv):
+        layer.mode = mode
+        refused = pytest.raises(RuntimeError, match=r"leave its inputs as they are.* nn.ReLU\(\) for")
+        with torch.set_grad_enabled(grad_enabled), refused:
+            layer(torch.randn(5, FEATURES))
+    for enabled in (True, False):
+        with pytest.raises(RuntimeError, match="leave its inputs as they are"):
+            iz.checkpoint(torch.relu_, torch.randn(5), enabled=enabled)
 
 
 def test_a_block_that_returns_its_input(x):
@@ -445,3 +454,97 @@ def test_a_stack_with_reshapes_between(x):
         ours.load_state_dict(plain.state_dict())
         with iz.mode(ours, mode):
             assert_same_run(lambda net: grad(some_loss(net(x)), [x, *net.parameters()]), plain, ours)
+
+
+# ---- attributes of tensors ------------------------------------------------------------------------------------------
+
+
+class Scaled(iz.InvertibleModule):
+    """Both directions read what was set on tensors, and the function sets it on what it returns."""
+
+    def function(self, x: Tensor) -> Tensor:
+        y = (x * x.scale).sinh()
+        y.scale = x.scale
+        return y
+
+    def inverse(self, y: Tensor) -> Tensor:
+        x = y.asinh() / y.scale
+        x.scale = y.scale
+        return x
+
+
+@pytest.mark.parametrize("scale", ["number", "leaf", "result"])
+@pytest.mark.parametrize("mode", MODES)
+def test_attributes_of_tensors(mode, scale):
+    def program(layers):
+        x, leaf = torch.linspace(-1, 1, 6, requires_grad=True), torch.tensor(1.1, requires_grad=True)
+        y = 1 * x
+        y.scale = {"number": 1.1, "leaf": leaf, "result": leaf * 1}[scale]
+        for layer in layers:
+            y = layer(y)
+        return y.detach(), *grad(some_loss(y), [x, leaf], allow_unused=True)
+
+    layers = [Scaled(mode=mode), Scaled(mode=mode).inv, Scaled(mode=mode)]
+    plain = [layers[0].function, layers[0].inverse, layers[0].function]
+    for _ in range(2):
+        assert_near(program(layers), program(plain))
+
+
+def test_attributes_of_side_inputs_and_kept_inputs():
+    x, context = torch.ones(3, requires_grad=True), torch.ones(3)
+    x.factors, context.scale = [torch.full((3,), 2.0)], 3.0
+    y = iz.checkpoint(lambda x, context: (x * x.factors[0] * context.scale).exp(), x, context=context)
+    y.sum().backward()
+    assert_near(x.grad, 6 * torch.ones(3).mul(6).exp())
+
+
+def test_a_tensor_behind_an_attribute_that_was_changed_in_place():
+    x = torch.ones(3, requires_grad=True)
+    x.mask = torch.ones(3)
+    y = iz.checkpoint(lambda x: (x * x.mask).exp(), x)
+    x.mask.zero_()
+    with pytest.raises(RuntimeError, match="Expected mask of input 0 of .* to stay as it was until backward"):
+        y.sum().backward()
+
+
+# ---- tensors that wrap others ---------------------------------------------------------------------------------------
+
+
+def two(like: Tensor) -> Tensor:
+    return TwoTensor(like.clone(), 2 * like).requires_grad_()
+
+
+def jagged(like: Tensor) -> Tensor:
+    offsets = OFFSETS.setdefault(len(like), torch.tensor([0, 1, len(like)]))  # rows of the same lengths share them
+    return torch.nested.nested_tensor_from_jagged(like.clone(), offsets).detach().requires_grad_()
+
+
+OFFSETS: dict[int, Tensor] = {}
+
+
+@pytest.mark.parametrize("check", ["first", "always"])
+@pytest.mark.parametrize("wrap", [two, jagged])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.filterwarnings("ignore:.*nested tensors:UserWarning")
+def test_tensors_that_wrap_others(mode, wrap, check):
+    f = nn.Sequential(nn.Linear(HALF, HALF), nn.GELU(), nn.Linear(HALF, HALF))
+    plain = PlainAdditive(f, f)
+    ours = iz.AdditiveCoupling(f, f, mode=mode, check=check)
+
+    def program(net):
+        streams = [wrap(torch.linspace(-1, 1, 4 * HALF).view(4, HALF) + i) for i in range(2)]
+        a, b = net(*streams)
+        (a.sin().sum() + b.cos().sum()).backward()
+        return [part for x in streams for part in plain_parts(x.grad)]
+
+    for _ in range(2):
+        assert_near(program(ours), program(plain))
+
+
+def test_a_wrong_inverse_of_tensors_that_wrap_others():
+    """Where the rows of a nested tensor begin is right even if its values are wrong."""
+    with pytest.raises(RuntimeError, match="replayed within a relative error"):
+        iz.checkpoint(torch.exp, two(torch.ones(3)), inverse=torch.exp).sum().backward()
+    rows = jagged(torch.rand(40, 3) + 1)
+    with pytest.raises(RuntimeError, match="replayed within a relative error"):
+        iz.checkpoint(torch.exp, rows, inverse=lambda y: 1.01 * y.log()).values().sum().backward()

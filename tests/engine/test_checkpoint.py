@@ -106,3 +106,27 @@ def test_free_input(x):
         held + 1
     y.sum().backward()
     assert_close(held, was)
+
+
+class Saved(nn.Module):
+    """Counts how often it is called behind all that autograd saves."""
+
+    calls = 0
+
+    def forward(self, x):
+        Saved.calls += 1
+        return x + 1
+
+
+@pytest.mark.parametrize(("check", "calls"), [("first", 1), ("never", 1), ("always", 2)])
+def test_a_replay_stops_when_all_is_saved_on_the_first_call_too(check, calls):
+    Saved.calls = 0
+    iz.checkpoint(nn.Sequential(nn.Linear(2, 2), nn.Tanh(), Saved()), torch.ones(3, 2), check=check).sum().backward()
+    assert calls == Saved.calls
+
+
+def test_a_first_call_that_saves_other_values_the_second_time():
+    numbers = iter([1.0, 2.0])
+    y = iz.checkpoint(lambda x: (x * next(numbers)).exp() + 1, torch.ones(3, requires_grad=True))
+    with pytest.raises(RuntimeError, match="for saved tensor 0. Its inverse is wrong, or it is not deterministic"):
+        y.sum().backward()

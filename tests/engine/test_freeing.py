@@ -177,3 +177,19 @@ def test_refused_while_a_view_of_it_is_held():
     with pytest.raises(ValueError, match="a view of it"):
         stack(free_input=True)(x)
     view + 1
+
+
+def test_layers_that_each_free_their_input_hold_one_activation():
+    """The caller's tensors die on the way, so that nothing is to be given back to them."""
+
+    def peak(depth, **options):
+        layers = [iz.AdditiveCoupling(nn.Linear(8, 8).requires_grad_(False), **options) for _ in range(depth)]
+        x = torch.randn(64, 16, requires_grad=True)
+        with iz.testing.track_memory() as memory:
+            y = x.clone()
+            for layer in layers:
+                y = layer(y)
+            y.sum().backward()
+        return memory.peak
+
+    assert peak(4, free_input=True) == peak(16, free_input=True) == peak(4) == peak(16)

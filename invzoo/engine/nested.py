@@ -1,0 +1,58 @@
+"""Tensors inside other values, and what was set on tensors."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from torch import Tensor
+
+__all__ = ["attributes_of", "map_tensors", "plain_parts", "with_attributes"]
+
+
+def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
+    """Apply ``function`` to every tensor in nested lists, tuples, dicts and dataclasses, or classes derived of them."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, tuple):
+        parts = [map_tensors(function, v) for v in value]
+        if all(part is v for part, v in zip(parts, value, strict=True)):
+            return value
+        # What operators return that have several outputs takes no other constructor than its own.
+        return type(value)(parts) if hasattr(value, "n_sequence_fields") else tuple.__new__(type(value), parts)
+    if isinstance(value, dict | list):
+        mapped: Any = copy.copy(value)
+        for k, v in value.items() if isinstance(value, dict) else enumerate(value):
+            mapped[k] = map_tensors(function, v)
+        return mapped
+    if is_dataclass(value) and not isinstance(value, type):
+        mapped = copy.copy(value)
+        for field in fields(value):
+            object.__setattr__(mapped, field.name, map_tensors(function, getattr(value, field.name)))
+        return mapped
+    return value
+
+
+def plain_parts(tensor: Any) -> list[Tensor]:
+    """Return the plain tensors that a tensor wraps, if it says which; else itself."""
+    if type(tensor) is Tensor or not hasattr(tensor, "__tensor_flatten__"):
+        return [tensor]
+    names, _ = tensor.__tensor_flatten__()
+    return [part for name in names for part in plain_parts(getattr(tensor, name))]
+
+
+def attributes_of(tensor: Tensor) -> dict[str, Any]:
+    """Return what somebody set on a tensor; those of a class that computes in its own way are its own business."""
+    if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        return _NOTHING
+    return vars(tensor) or _NOTHING
+
+
+_NOTHING: dict[str, Any] = {}
+
+
+def with_attributes(tensor: Tensor, attributes: dict[str, Any]) -> Tensor:
+    """Set attributes on a tensor, and return it."""
+    if attributes:
+        vars(tensor).update(attributes)
+    return tensor
