@@ -47,7 +47,7 @@ from ._torch import (
 )
 from .fingerprint import Fingerprint, distance, fingerprint, tolerance
 from .mode import Mode, Policy
-from .nested import attributes_of, map_tensors, with_attributes
+from .nested import attributes_of, map_tensors
 from .slots import Slot, anything_freed, key_of, slot_of
 from .state import note, state, steps_aside
 from .surroundings import Surroundings
@@ -109,23 +109,18 @@ def _run_plainly(operation: Operation, inputs: tuple[Any, ...], side: dict[str, 
     """Run the function as a plain module would, but for changes of its inputs: no mode takes them."""
     if torch.compiler.is_compiling():
         return operation.function(*inputs, **side)
-    before = _versions(inputs)
+    versions = [version_of(x) for x in inputs if isinstance(x, Tensor)]
     result = operation.function(*inputs, **side)
-    _check_inputs(operation.name, inputs, before)
+    if versions != [version_of(x) for x in inputs if isinstance(x, Tensor)]:
+        raise _changed_input(operation.name)
     return result
 
 
-def _versions(inputs: tuple[Any, ...]) -> list[int]:
-    return [version_of(x) if isinstance(x, Tensor) else -1 for x in inputs]
-
-
-def _check_inputs(name: str, inputs: tuple[Any, ...], before: list[int]) -> None:
-    """Raise if a function changed inputs that had these versions before."""
-    if _versions(inputs) != before:
-        raise RuntimeError(
-            f"Expected {name} to leave its inputs as they are; got one that its function changed in place. Use "
-            "out-of-place operations, nn.ReLU() for nn.ReLU(inplace=True) say, or let it begin with x.clone()"
-        )
+def _changed_input(name: str) -> RuntimeError:
+    return RuntimeError(
+        f"Expected {name} to leave its inputs as they are; got one that its function changed in place. Use "
+        "out-of-place operations, nn.ReLU() for nn.ReLU(inplace=True) say, or let it begin with x.clone()"
+    )
 
 
 class Handle:
@@ -169,7 +164,9 @@ class Call:
         tensors, generators = [], []
         for i, x in enumerate(inputs):
             if isinstance(x, Tensor):
-                self.inputs.append(spec := Input.of(x, self._attributes(f"input {i}", x)))
+                self.inputs.append(spec := Input.of(x))
+                if attributes := attributes_of(x):
+                    spec.attributes = self._give_all(f"input {i}", attributes)
                 if spec.requires_grad and x.is_leaf:
                     self.leaf_inputs = [*self.leaf_inputs, storage_key(x)]
                 tensors.append(x)
@@ -181,18 +178,17 @@ class Call:
             tensors += [x for x in side.values() if isinstance(x, Tensor)]
             generators += side.values()
         generators = [x for x in generators if isinstance(x, torch.Generator)]
-        self.versions = _versions(inputs)
         self.surroundings = Surroundings(operation.roots, tensors, generators)
 
     def _give(self, what: str, tensor: Tensor) -> Tensor:
         """Note a tensor that replays get as it is, and return it without its graph (rule 5)."""
         data = tensor.detach().requires_grad_(tensor.requires_grad)
         self.given = [*self.given, (what, data, version_of(data))]
-        return with_attributes(data, self._attributes(what, tensor))
+        if attributes := attributes_of(tensor):
+            vars(data).update(self._give_all(what, attributes))
+        return data
 
-    def _attributes(self, what: str, tensor: Tensor) -> dict[str, Any]:
-        """Return what somebody set on a tensor, as replays get it."""
-        attributes = attributes_of(tensor)
+    def _give_all(self, what: str, attributes: dict[str, Any]) -> dict[str, Any]:
         return {name: map_tensors(partial(self._give, f"{name} of {what}"), v) for name, v in attributes.items()}
 
     def forward(self, inputs: tuple[Any, ...], side: dict[str, Any]) -> Any:
@@ -210,7 +206,9 @@ class Call:
         finally:
             state.packing.pop()
         outputs = tuple_of(result)
-        _check_inputs(operation.name, inputs, self.versions)
+        for spec, x in zip(self.inputs, inputs, strict=True):
+            if isinstance(spec, Input) and version_of(x) != spec.version:
+                raise _changed_input(operation.name)
         for y in outputs:
             if isinstance(y, Tensor) and y.requires_grad:
                 self._close(inputs, outputs)
@@ -236,7 +234,7 @@ class Call:
         if self.wanted and self._unverified(operation.policy):
             self.compared = "input" if invert else "output" if operation.policy.check == "always" else "saved tensor"
             self.prints = [(i, fingerprint(x)) for i, x in self._comparable(inputs, outputs)]
-        if self.wanted and (self.leaves or any(requires_grad for _, _, requires_grad in self.surroundings.stamps)):
+        if self.wanted and (self.leaves or self.surroundings.trains):
             self._come_first(inputs, outputs)
         self.release()
         self.dtypes.update(x.dtype for x in (*inputs, *outputs, *self.surroundings.tensors) if isinstance(x, Tensor))
@@ -244,9 +242,10 @@ class Call:
 
     def _come_first(self, inputs: tuple[Any, ...], outputs: tuple[Any, ...]) -> None:
         """Be rebuilt before a backward gives any parameter its gradient, since optimizers may step on that (rule 7)."""
+        given = {*map(id, inputs)}
         for y in outputs:
-            if isinstance(y, Tensor) and y.grad_fn is not None and not any(y is x for x in inputs):
-                y.grad_fn.register_prehook(self._rebuild_first)
+            if isinstance(y, Tensor) and id(y) not in given and (node := y.grad_fn) is not None:
+                node.register_prehook(self._rebuild_first)
 
     def _rebuild_first(self, _: Any) -> None:
         with self.lock, plainly():

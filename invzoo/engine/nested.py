@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["attributes_of", "map_tensors", "plain_parts", "with_attributes"]
+__all__ = ["attributes_of", "map_tensors", "plain_parts"]
 
 
 def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
@@ -43,16 +43,5 @@ def plain_parts(tensor: Any) -> list[Tensor]:
 
 def attributes_of(tensor: Tensor) -> dict[str, Any]:
     """Return what somebody set on a tensor; those of a class that computes in its own way are its own business."""
-    if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
-        return _NOTHING
-    return vars(tensor) or _NOTHING
-
-
-_NOTHING: dict[str, Any] = {}
-
-
-def with_attributes(tensor: Tensor, attributes: dict[str, Any]) -> Tensor:
-    """Set attributes on a tensor, and return it."""
-    if attributes:
-        vars(tensor).update(attributes)
-    return tensor
+    plain = type(tensor) is Tensor or type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
+    return vars(tensor) if plain else {}

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ._torch import storage_key, version_of
 from .devices import hand_over, stream_of
-from .nested import attributes_of, map_tensors, with_attributes
+from .nested import attributes_of, map_tensors
 
 if TYPE_CHECKING:
     from .call import Call
@@ -60,8 +60,9 @@ class Slot:
         self.freed: Freed | None = None  # the caller's tensor, where this value is to come back to it too
         self.head: Callable[[], Slot | None] = _none  # the freed input of the chain, for slots that lead back to it
         self.wanted = False  # whether a replay may need the value
-        attributes = attributes_of(tensor)  # for an inverse that reads what the function set
-        self.attributes = {name: map_tensors(Tensor.detach, value) for name, value in attributes.items()}
+        self.attributes: dict[str, Any] = {}  # for an inverse that reads what the function set
+        if attributes := attributes_of(tensor):
+            self.attributes = {name: map_tensors(Tensor.detach, value) for name, value in attributes.items()}
         self.put(tensor)
         if key[0] is not None:
             _live.slots[key] = self
@@ -69,7 +70,9 @@ class Slot:
     def put(self, value: Tensor, dtypes: set[torch.dtype] | frozenset[torch.dtype] = frozenset()) -> None:
         """Hold ``value``, not to be changed in place from here on, and the dtypes that it went through when rebuilt."""
         value = (value if self.freed is None else self.freed.restore(value)).detach()
-        self.value: Tensor | None = with_attributes(value, self.attributes)
+        if self.attributes:
+            vars(value).update(self.attributes)
+        self.value: Tensor | None = value
         self.version, self.dtypes, self.stream = version_of(self.value), dtypes, stream_of(self.value)
 
     def take(self) -> Tensor | None:

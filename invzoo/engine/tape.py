@@ -19,7 +19,6 @@ from ._torch import (
     transparent,
     version_of,
 )
-from .nested import with_attributes
 from .state import state
 
 if TYPE_CHECKING:
@@ -37,18 +36,19 @@ def tuple_of(value: Any) -> tuple[Any, ...]:
 
 @dataclass(slots=True)
 class Input:
-    """What a rebuilt input has to look like."""
+    """What a rebuilt input has to look like; and the version of the original."""
 
+    version: int
     requires_grad: bool
     dtype: torch.dtype
     shape: torch.Size
     stride: tuple[int, ...]
-    attributes: dict[str, Any]  # that the caller set on the original
+    attributes: dict[str, Any] | None = None  # that the caller set on the original
 
     @classmethod
-    def of(cls, tensor: Tensor, attributes: dict[str, Any]) -> "Input":
+    def of(cls, tensor: Tensor) -> "Input":
         stride = tensor.stride() if tensor.layout is torch.strided else ()
-        return cls(tensor.requires_grad, tensor.dtype, tensor.shape, stride, attributes)
+        return cls(version_of(tensor), tensor.requires_grad, tensor.dtype, tensor.shape, stride)
 
     def accept(self, value: Any, name: str, position: int) -> Tensor:
         """Return ``value`` in this dtype, if it can be the input at all."""
@@ -65,7 +65,10 @@ class Input:
         dense = value.layout is torch.strided and not is_distributed(value)  # shards keep a format of their own
         if dense and value.stride() != self.stride and _is_disjoint(self.shape, self.stride):
             value = torch.empty_strided(value.shape, self.stride, dtype=value.dtype, device=value.device).copy_(value)
-        return with_attributes(value.detach().requires_grad_(self.requires_grad), self.attributes)
+        leaf = value.detach().requires_grad_(self.requires_grad)
+        if self.attributes is not None:
+            vars(leaf).update(self.attributes)
+        return leaf
 
 
 def _is_disjoint(shape: torch.Size, stride: tuple[int, ...]) -> bool:
