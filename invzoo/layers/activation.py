@@ -20,6 +20,8 @@ __all__ = [
     "SneakyReLU",
 ]
 
+_FAR = 2.0**60
+
 
 class Identity(InvertibleModule):
     """Return the inputs themselves, ``x -> x``.
@@ -134,10 +136,16 @@ class SneakyReLU(Elementwise):
         return _unsneak(widen(y), self._a).to(y.dtype)
 
     def log_slope(self, x: Tensor) -> Tensor:
-        return torch.log1p(self._a * x / _hypot(x, 1)) - math.log1p(self._a)
+        x = _near(x)
+        return torch.log1p(self._a * (x / _hypot(x, 1))) - math.log1p(self._a)
 
     def extra_repr(self) -> str:
         return f"negative_slope={self.negative_slope}"
+
+
+def _near(x: Tensor) -> Tensor:
+    """``x`` where sqrt(1 + x^2) differs from abs(x) in float64, and the nearest such value elsewhere."""
+    return x.clamp(-_FAR, _FAR)
 
 
 def _hypot(x: Tensor, side: float) -> Tensor:
@@ -145,14 +153,17 @@ def _hypot(x: Tensor, side: float) -> Tensor:
 
 
 def _sneak(x: Tensor, a: float) -> Tensor:
-    return x * (1 + a * x / (1 + _hypot(x, 1))) / (1 + a)
+    near = _near(x)
+    return x * ((1 + a * (near / (1 + _hypot(near, 1)))) / (1 + a))
 
 
 def _unsneak(y: Tensor, a: float) -> Tensor:
     z = (1 + a) * y + a
-    root = a * _hypot(z, math.sqrt(1 - a * a))
+    near = _near(z)
+    root = a * _hypot(near, math.sqrt(1 - a * a))
     # The same root twice. Where z > 0, its numerator in the second form would cancel; elsewhere nothing does.
-    return torch.where(z > 0, (1 + a) * y * (z + a) / (z.abs() + root), (z - root) / (1 - a * a))
+    positive = y * ((1 + a) * (near + a) / (near.abs() + root))
+    return torch.where(z > 0, positive, (near - root) / (1 - a * a) + (z - near) / (1 - a))
 
 
 class InvertibleELU(Elementwise):

@@ -30,8 +30,10 @@ def check_values(owner: object, argument: str, x: Tensor, least: float, most: fl
         return
     low, high = torch.stack(x.detach().aminmax()).tolist()  # one synchronisation, not two
     if low < least or high > most:
-        text = repr if x.dtype is torch.float64 else "{:.8g}".format
-        refuse(owner, argument, f"have values in [{least}, {most}]", f"values from {text(low)} to {text(high)}")
+        ends = torch.tensor((least, most), dtype=x.dtype).tolist()  # as near as the dtype gets, which may be outside
+        if low < ends[0] or high > ends[1]:
+            text = repr if x.dtype is torch.float64 else "{:.8g}".format
+            refuse(owner, argument, f"have values in [{least:g}, {most:g}]", f"values from {text(low)} to {text(high)}")
 
 
 def readable(x: Tensor) -> bool:
@@ -48,12 +50,12 @@ def readable(x: Tensor) -> bool:
 
 def softplus(x: Tensor) -> Tensor:
     """log(1 + exp(x)), to the last digit (torch's own cuts at 20, which float64 notices)."""
-    return -F.logsigmoid(-x)
+    return 0 - F.logsigmoid(-x)  # which is 0, not -0, for x far below 0
 
 
 def log_cosh(x: Tensor) -> Tensor:
-    """log(cosh(x)), smooth and without overflow."""
-    return x + softplus(-2 * x) - math.log(2)
+    """log(cosh(x)), smooth and, but for the last factor of 2, without overflow."""
+    return (softplus(2 * x) + softplus(-2 * x)) / 2 - math.log(2)
 
 
 class Elementwise(InvertibleModule):

@@ -430,7 +430,7 @@ def test_smooth_kinked_reprs() -> None:
 def test_values_below_are_refused(name: str) -> None:
     layer, direction, low = HALF_CHECKED[name]
     argument = "y" if direction == "inverse" else "x"
-    message = rf"^{layer.__name__}: Expected {argument} to have values in \[{low}, inf\]; got values from -2 to 0.5$"
+    message = rf"^{layer.__name__}: Expected {argument} to have values in \[{low:g}, inf\]; got values from -2 to 0.5$"
     with pytest.raises(ValueError, match=message):
         getattr(layer(), direction)(torch.tensor([0.5, -2.0], requires_grad=True))
 
