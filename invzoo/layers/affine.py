@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from ._checks import check_callable, check_positive, check_positive_int, refuse
 from .conditioned import Conditioner
-from .elementwise import check_real
 from .elementwise_map import ElementwiseMap, check_per_feature
 from .maps import Affine
 from .matrix import bounded
@@ -130,7 +129,7 @@ class ConditionalAffine(ElementwiseMap):
         check_callable(self, "conditioner", conditioner)
 
     def check_argument(self, argument: str, x: Tensor) -> None:
-        check_real(self, argument, x)
+        self.map.check_value(self, argument, x)
         if not -x.ndim <= self.dim < x.ndim:
             refuse(self, argument, f"have a dim {self.dim}", f"shape {tuple(x.shape)}")
 

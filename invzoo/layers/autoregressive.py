@@ -44,7 +44,8 @@ class MaskedAutoregressive(InvertibleModule):
     "affine"  exp(s) x + t with the bounded s of :class:`AffineCoupling`
     "shift"   x + t, which keeps volumes
     "spline"  that of :class:`RationalQuadraticCoupling`, with 8 bins in [-3, 3]
-    a ``Map`` what it says: one of :mod:`invzoo.layers.maps`, such as ``Affine("softclip", max_log_scale=1.0)``
+    a ``Map`` what it says: one of :mod:`invzoo.layers.maps`, such as ``Affine("softclip", max_log_scale=1.0)``, or
+              ``RationalQuadratic(tails=None)`` of :mod:`invzoo.layers.spline` for data between bounds
     ========= =============================================================================================
 
     Shapes: x and y (B, ..., features); context (B, context_features), or as many dims as x, which broadcast to x's.
@@ -62,7 +63,7 @@ class MaskedAutoregressive(InvertibleModule):
         options: those of :class:`InvertibleModule`.
 
     Raises:
-        ValueError: if sizes, options, shapes or devices do not fit.
+        ValueError: if sizes, options, shapes or devices do not fit, and for values outside the map's domain.
         TypeError: for values that are not real floating point or not of the layer's dtype, and if there are
             ``context_features`` and no context or the other way round.
 
@@ -80,6 +81,7 @@ class MaskedAutoregressive(InvertibleModule):
     """
 
     slow_inverse = True
+    domain = codomain = property(lambda self: self.map.domain)
 
     features: int
     context_features: int | None
@@ -159,7 +161,7 @@ class MaskedAutoregressive(InvertibleModule):
     def _enter(self, argument: str, x: Tensor, context: Any) -> tuple[Tensor, Tensor | None]:
         """Check x and the context; return x in the layer's order, and the context in dims that fit."""
         weight: Any = self.net.layers[0].weight
-        check_real(self, argument, x)
+        self.map.check_value(self, argument, x)
         check_like(self, argument, x, weight)
         check_dims(self, argument, x, range(2, sys.maxsize), "(batch, ..., features)")
         check_features(self, argument, x, -1, self.features)

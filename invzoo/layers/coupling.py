@@ -36,6 +36,7 @@ class Coupling(InvertibleModule):
     """
 
     composite = True
+    domain = codomain = property(lambda self: self.map.domain)
 
     def __init__(
         self,
@@ -109,6 +110,8 @@ class Coupling(InvertibleModule):
         if not isinstance(h, Tensor) or [*h.shape] != shape:
             got = f"shape {tuple(h.shape)}" if isinstance(h, Tensor) else type(h).__name__
             refuse(self, name, f"return a Tensor of shape {tuple(shape)}", got)
+        if h.is_complex() and not x.is_complex():
+            refuse(self, name, "return real numbers, for a real stream", h.dtype, TypeError)
 
     def extra_repr(self) -> str:
         return f"{self.map}, dim={self.dim}, split={self.split!r}" + (", swap=True" if self.swap else "")
@@ -129,6 +132,7 @@ class _Update:
 
     def call(self, inputs: tuple[Tensor, ...], side: dict[str, Any], log_dets: LogDets | None) -> tuple[Tensor, ...]:
         """Run the update through the engine."""
+        self.coupling.map.check_value(self.coupling, "input", inputs[0])
         asked = log_dets is not None and not self.coupling.volume_preserving
         if side:
             side = SideNames.of(self.net).choose(side)
@@ -171,14 +175,11 @@ class _Update:
         return (self._masked(step(x, h, self.coupling.dim), x, self.target),)
 
     def _there_and_log_det(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-        map_, dim = self.coupling.map, self.coupling.dim
-        if self.inverted:
-            moved = map_.inverse(x, h, dim)
-            log_slope = -map_.log_slope(moved, h, dim)
-        else:
-            moved, log_slope = map_.forward_and_log_slope(x, h, dim)
+        map_ = self.coupling.map
+        step = map_.inverse_and_log_slope if self.inverted else map_.forward_and_log_slope
+        moved, log_slope = step(x, h, self.coupling.dim)
         log_det = sum_per_sample(self.coupling, self._masked(log_slope, 0, self.target))
-        return self._masked(moved, x, self.target), log_det
+        return self._masked(moved, x, self.target), -log_det if self.inverted else log_det
 
     def _move_back(self, y: Tensor, h: Tensor, *, in_place: bool = False) -> Tensor:
         map_ = self.coupling.map

@@ -35,6 +35,11 @@ class Curve(Map):
         """Compute both; override it where they share work."""
         return self.value(x, p), self.log_derivative(x, p)
 
+    def root_and_log_derivative(self, y: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute x, and the logarithm of the derivative of :meth:`value` there; override it as before."""
+        x = self.root(y, p)
+        return x, self.log_derivative(x, p)
+
     def forward(self, x: Tensor, h: Tensor, dim: int) -> Tensor:
         return self.value(widen(x), self._stack(h, dim)).to(x.dtype)
 
@@ -47,6 +52,10 @@ class Curve(Map):
     def forward_and_log_slope(self, x: Tensor, h: Tensor, dim: int) -> tuple[Tensor, Tensor]:
         y, log_slope = self.value_and_log_derivative(widen(x), self._stack(h, dim))
         return y.to(x.dtype), log_slope.expand_as(x)
+
+    def inverse_and_log_slope(self, y: Tensor, h: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+        x, log_slope = self.root_and_log_derivative(widen(y), self._stack(h, dim))
+        return x.to(y.dtype), log_slope.expand_as(y)
 
     def _stack(self, h: Tensor, dim: int) -> Tensor:
         dim %= h.ndim
@@ -125,15 +134,27 @@ class SinhArcsinhCurve(Curve):
         return torch.sinh(log_tail.exp() * x.asinh() + skew)
 
     def root(self, y: Tensor, p: Tensor) -> Tensor:
-        skew, log_tail = self._parts(p)
-        return torch.sinh((y.asinh() - skew) * (-log_tail).exp())
+        return self.root_and_log_derivative(y, p)[0]
 
     def log_derivative(self, x: Tensor, p: Tensor) -> Tensor:
         skew, log_tail = self._parts(p)
-        return log_tail + log_cosh(log_tail.exp() * x.asinh() + skew) - log_cosh(x.asinh())
+        u = x.asinh()
+        return _sinh_log_slope(u, log_tail.exp() * u + skew, skew, log_tail)
+
+    def root_and_log_derivative(self, y: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+        skew, log_tail = self._parts(p)
+        v = y.asinh()
+        u = (v - skew) * (-log_tail).exp()
+        return torch.sinh(u), _sinh_log_slope(u, v, skew, log_tail)
 
     def _parts(self, p: Tensor) -> tuple[Tensor, Tensor]:
         return bounded(p[0], self.max_skew), bounded(p[1], self.max_log_tail)
+
+
+def _sinh_log_slope(u: Tensor, v: Tensor, skew: Tensor, log_tail: Tensor) -> Tensor:
+    """Compute log dy/dx for ``x = sinh(u)``, ``y = sinh(v)`` and ``v = exp(log_tail) u + skew``."""
+    at_infinity = torch.where(log_tail == 0, u.sign() * skew, log_tail.detach() * math.inf)
+    return torch.where(u.isinf(), at_infinity, log_tail + log_cosh(v) - log_cosh(u))
 
 
 @dataclass(frozen=True)
@@ -149,10 +170,10 @@ class SnakeCurve(ImplicitCurve):
 
     def value(self, x: Tensor, p: Tensor) -> Tensor:
         a = self._frequency(p)
-        return x + torch.sin(a * x).square() / (2 * a)
+        return x + torch.sin(_phase(a * x)).square() / (2 * a)
 
     def log_derivative(self, x: Tensor, p: Tensor) -> Tensor:
-        return torch.log1p(torch.sin(2 * self._frequency(p) * x) / 2)
+        return torch.log1p(torch.sin(2 * _phase(self._frequency(p) * x)) / 2)
 
     def bracket(self, y: Tensor, p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         amplitude = 1 / (2 * self._frequency(p))
@@ -160,3 +181,9 @@ class SnakeCurve(ImplicitCurve):
 
     def _frequency(self, p: Tensor) -> Tensor:
         return bounded(p[0], self.max_log_frequency).exp()
+
+
+def _phase(angle: Tensor) -> Tensor:
+    """``angle``, but where it is too large for a float a large one: far out, rounding leaves nothing of the phase."""
+    largest = torch.finfo(angle.dtype).max / 2
+    return angle.clamp(-largest, largest)

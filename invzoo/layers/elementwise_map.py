@@ -11,7 +11,6 @@ from ..engine import Tape
 from ..log_dets import sum_per_sample
 from ._checks import check_features, check_like, check_positive_int, refuse
 from .conditioned import Conditioned, Conditioner
-from .elementwise import check_real
 from .maps import Map
 from .matrix import widen
 
@@ -26,8 +25,8 @@ def per_feature(values: Tensor, x: Tensor, dim: int) -> Tensor:
 
 
 def check_per_feature(owner: Any, argument: str, x: Any, parameter: Tensor) -> None:
-    """``x`` is real, like the layer's ``parameter``, and has its features in its dim."""
-    check_real(owner, argument, x)
+    """``x`` is what the layer's map takes, like the layer's ``parameter``, and has its features in its dim."""
+    owner.map.check_value(owner, argument, x)
     check_like(owner, argument, x, parameter)
     check_features(owner, argument, x, owner.dim, owner.features)
 
@@ -45,6 +44,8 @@ class ElementwiseMap(Conditioned):
             ``dim``, n parameters a feature, those of one kind side by side; or None.
         options: those of :class:`InvertibleModule`.
     """
+
+    domain = codomain = property(lambda self: self.map.domain)
 
     map: Map
     dim: int
@@ -73,7 +74,7 @@ class ElementwiseMap(Conditioned):
 
     def log_det(self, x: Tensor, context: Any = None) -> Tensor:
         self.check_argument("x", x)
-        return self._log_det(x, self.map_parameters(x, context))
+        return self._sum(self.map.log_slope(x, self.map_parameters(x, context), self.dim))
 
     def function_and_log_det(self, x: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
         self.check_argument("x", x)
@@ -108,6 +109,8 @@ class ElementwiseMap(Conditioned):
         if not _broadcasts(aligned, shape, self.dim):
             shapes = dict.fromkeys(((shape[0], shape[self.dim]), tuple(shape)))
             refuse(self, "conditioner", f"return shape {' or '.join(map(str, shapes))}", tuple(h.shape))
+        if h.is_complex():
+            refuse(self, "conditioner", "return real numbers", h.dtype, TypeError)
         return aligned.to(torch.promote_types(x.dtype, torch.float32))
 
     def _rebuild(
@@ -121,11 +124,8 @@ class ElementwiseMap(Conditioned):
         return y, self._sum(log_slope)
 
     def _undo_and_log_det(self, y: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-        x = self.map.inverse(y, h, self.dim)
-        return x, -self._log_det(x, h)
-
-    def _log_det(self, x: Tensor, h: Tensor) -> Tensor:
-        return self._sum(self.map.log_slope(x, h, self.dim))
+        x, log_slope = self.map.inverse_and_log_slope(y, h, self.dim)
+        return x, -self._sum(log_slope)
 
     def _sum(self, log_slope: Tensor) -> Tensor:
         if self.dim % log_slope.ndim == 0:

@@ -9,19 +9,25 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.distributions import constraints
 
-from ._checks import check_choice, check_positive
+from ._checks import check_choice, check_positive, check_tensor, refuse
+from .elementwise import check_real
 
 __all__ = ["Affine", "Map", "Shift"]
 
 
 class Map(ABC):
-    """A monotone map of each value, with its inverse and the logarithm of its slope. Abstract."""
+    """A monotone map of each value, with its inverse and the logarithm of its slope. Abstract.
 
+    A map's ``domain`` is its codomain, too. What it returns has the dtype of the value that it moves.
+    """
+
+    domain: ClassVar[constraints.Constraint] = constraints.real
     volume_preserving: ClassVar[bool] = False
     records: ClassVar[bool] = True  # whether autograd saves anything of `forward`
 
@@ -46,6 +52,11 @@ class Map(ABC):
         """Compute both; override it where they share work."""
         return self.forward(x, h, dim), self.log_slope(x, h, dim)
 
+    def inverse_and_log_slope(self, y: Tensor, h: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+        """Compute x, and the log-slope of :meth:`forward` there; override it where they share work."""
+        x = self.inverse(y, h, dim)
+        return x, self.log_slope(x, h, dim)
+
     def forward_(self, x: Tensor, h: Tensor, dim: int) -> Tensor:
         """As :meth:`forward`, in the memory of ``x`` if that saves any."""
         return self.forward(x, h, dim)
@@ -58,6 +69,10 @@ class Map(ABC):
     def check(self, owner: object) -> None:
         """Raise if the options make no map; ``owner`` is the layer that has them."""
 
+    def check_value(self, owner: object, argument: str, x: Any) -> None:
+        """Raise if ``x``, an input or an output, is none that the map takes: its dtype would cut what comes out."""
+        check_real(owner, argument, x)
+
     def reset(self, weight: Tensor) -> None:
         """Write the parameters of the start, (parameters, features), into ``weight``."""
         weight.zero_()
@@ -65,7 +80,7 @@ class Map(ABC):
 
 @dataclass(frozen=True)
 class Shift(Map):
-    """``x -> x + h``."""
+    """``x -> x + h``, of numbers of any kind: with h of another dtype, what PyTorch makes of their sum."""
 
     volume_preserving = True
     records = False
@@ -73,6 +88,11 @@ class Shift(Map):
 
     def check(self, owner: object) -> None:
         """Nothing can be wrong."""
+
+    def check_value(self, owner: object, argument: str, x: Any) -> None:
+        check_tensor(owner, argument, x)
+        if x.dtype is torch.bool:
+            refuse(owner, argument, "be numbers", x.dtype, TypeError)
 
     def forward(self, x: Tensor, h: Tensor, dim: int) -> Tensor:
         return x + h
@@ -138,6 +158,10 @@ class Affine(Map):
     def forward_and_log_slope(self, x: Tensor, h: Tensor, dim: int) -> tuple[Tensor, Tensor]:
         log_scale, shift = self._parts(x, h, dim)
         return (x * log_scale.exp() + shift).to(x.dtype), log_scale.expand_as(x)
+
+    def inverse_and_log_slope(self, y: Tensor, h: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+        log_scale, shift = self._parts(y, h, dim)
+        return ((y - shift) * (-log_scale).exp()).to(y.dtype), log_scale.expand_as(y)
 
     def _parts(self, x: Tensor, h: Tensor, dim: int) -> tuple[Tensor, Tensor]:
         # In float32 at least: under autocast, exp(s) and exp(-s) in bfloat16 would not undo each other.

@@ -31,7 +31,7 @@ class _Mixture(NamedTuple):
 
     def log_slope(self, x: Tensor) -> Tensor:
         """Compute the logarithm of the derivative of :meth:`logit`: of what each component adds to F' / (F (1 - F))."""
-        below, above = self._tails(x)
+        below, above = self._tails(x.clamp(-_FAR, _FAR))
         shares = below.log_softmax(0) + above.log_softmax(0) - self.log_weight
         return (shares - self.log_scale).logsumexp(0)
 
@@ -50,6 +50,7 @@ class _Mixture(NamedTuple):
         return self.log_weight + F.logsigmoid(z), self.log_weight + F.logsigmoid(-z)
 
 
+_FAR = 2.0**60  # there the slope is that of one component alone, and no sum overflows
 _MAX_LOG_WEIGHT = 10.0
 _SPREAD = 0.3  # of the means at the start: components that are all the same would stay so
 _STEPS = 24  # of Newton's method, where values do not settle before

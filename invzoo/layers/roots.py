@@ -60,9 +60,12 @@ def with_gradients(curve: Function, y: Tensor, root: Tensor, slope: Tensor) -> T
 
     Each step with the slope held constant changes the value by no more than rounding, and makes one more derivative
     right: with e the error of x as a function of y and of the curve's parameters, e becomes e (1 - curve'(x) / slope),
-    whose second factor is 0 at the root.
+    whose second factor is 0 at the root. A root at infinity stays there.
     """
-    x, slope = root.detach(), slope.detach()
+    root, slope = root.detach(), slope.detach()
+    infinite = root.isinf()
+    x = root.masked_fill(infinite, 0)
     for _ in range(2):
-        x = x - (curve(x) - y) / slope
-    return x
+        residual = curve(x) - y
+        x = x - residual.masked_fill(residual.isinf(), 0) / slope  # it overflows close to the largest number
+    return x.where(~infinite, root)

@@ -15,16 +15,20 @@ where ``u > 0``, and ``t / (t + 2 s (1 - theta))`` elsewhere.
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributions import constraints
 
 from ._checks import check_choice, check_positive, check_positive_int, refuse
+from .elementwise import check_real, check_values
 from .maps import Map
 from .matrix import bounded, widen
 
 __all__ = ["RationalQuadratic"]
+
+_SLOPES = {"linear": -1, "circular": 0, None: 1}  # how many more slopes than bins there are parameters of
 
 
 class _Bin(NamedTuple):
@@ -64,13 +68,13 @@ class RationalQuadratic(Map):
     """A monotone spline of rational quadratic pieces from [-bound, bound] onto itself; the identity where ``h = 0``.
 
     Its parameters, times ``gain``, say how wide the bins are, then how high, and then what the slopes at the knots
-    between them are (with circular tails, those at the ends too, which are one).
+    between them are (with circular tails, those at the ends too, which are one; without tails, at both ends).
 
     Args:
         bins: number of pieces.
         bound: half the length of the interval.
         tails: ``'linear'``: the identity outside the interval, with slopes 1 at its ends. ``'circular'``: the ends are
-            one point, and what is ``2 bound`` further comes out ``2 bound`` further.
+            one point, and what is ``2 bound`` further comes out ``2 bound`` further. None: no values outside.
         min_bin: the least width and height of a bin, as a share of the interval.
         min_slope: the least slope at a knot; the largest is its reciprocal.
         gain: factor of the parameters.
@@ -78,25 +82,35 @@ class RationalQuadratic(Map):
 
     bins: int = 8
     bound: float = 3.0
-    tails: str = "linear"
+    tails: str | None = "linear"
     min_bin: float = 1e-2
     min_slope: float = 1e-2
     gain: float = 0.1
 
     @property
     def parameters(self) -> int:
-        return 3 * self.bins - (self.tails == "linear")
+        return 3 * self.bins + _SLOPES[self.tails]
+
+    @property
+    def domain(self) -> constraints.Constraint:  # type: ignore[override]
+        return constraints.interval(-self.bound, self.bound) if self.tails is None else constraints.real
 
     def check(self, owner: object) -> None:
         check_positive_int(owner, "bins", self.bins)
         if self.bins < 2:
             refuse(owner, "bins", "be at least 2", self.bins)
-        check_choice(owner, "tails", self.tails, ("linear", "circular"))
+        check_choice(owner, "tails", self.tails, _SLOPES)
         limits = {"bound": math.inf, "min_bin": 1 / self.bins, "min_slope": 1, "gain": math.inf}
         for name, limit in limits.items():
             check_positive(owner, name, value := getattr(self, name))
             if value >= limit:
                 refuse(owner, name, f"be below {limit:.4g}", value)
+
+    def check_value(self, owner: object, argument: str, x: Any) -> None:
+        if self.tails is None:
+            check_values(owner, argument, x, -self.bound, self.bound)
+        else:
+            check_real(owner, argument, x)
 
     def forward(self, x: Tensor, h: Tensor, dim: int) -> Tensor:
         inner = self._enter(x)
@@ -108,29 +122,43 @@ class RationalQuadratic(Map):
 
     def log_slope(self, x: Tensor, h: Tensor, dim: int) -> Tensor:
         inner = self._enter(x)
-        return self._find(inner, h, dim).log_slope(inner).masked_fill(self._outside(x), 0)
+        return self._log_slope(x, inner, self._find(inner, h, dim))
 
     def forward_and_log_slope(self, x: Tensor, h: Tensor, dim: int) -> tuple[Tensor, Tensor]:
         inner = self._enter(x)
         bin_ = self._find(inner, h, dim)
-        log_slope = bin_.log_slope(inner).masked_fill(self._outside(x), 0)
-        return self._leave(x, inner, bin_.forward(inner)), log_slope
+        return self._leave(x, inner, bin_.forward(inner)), self._log_slope(x, inner, bin_)
+
+    def inverse_and_log_slope(self, y: Tensor, h: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+        inner = self._enter(y)
+        bin_ = self._find(inner, h, dim, of_output=True)
+        moved = bin_.inverse(inner)
+        return self._leave(y, inner, moved), self._log_slope(y, moved, bin_)
 
     def _outside(self, x: Tensor) -> Tensor:
+        if self.tails is None:
+            return x.abs() > self.bound
         return x.abs() >= (self.bound if self.tails == "linear" else math.inf)
 
     def _enter(self, x: Tensor) -> Tensor:
         """Return ``x`` in the interval; elsewhere 0, or with circular tails the same point of the circle."""
-        if self.tails == "linear":
-            return widen(x).masked_fill(self._outside(x), 0)
-        rest = torch.fmod(widen(x), 2 * self.bound)  # exact, as are the sums
+        inner = widen(x).masked_fill(self._outside(x), 0)
+        if self.tails != "circular":
+            return inner
+        rest = torch.fmod(inner, 2 * self.bound)  # exact, as are the sums
         rest = torch.where(rest >= self.bound, rest - 2 * self.bound, rest)
         return torch.where(rest < -self.bound, rest + 2 * self.bound, rest)
 
     def _leave(self, x: Tensor, inner: Tensor, moved: Tensor) -> Tensor:
-        if self.tails == "linear":
-            return torch.where(self._outside(x), x, moved.to(x.dtype))
-        return (moved + (widen(x) - inner)).to(x.dtype)
+        """Undo :meth:`_enter` for ``moved``, what became of ``inner``; NaN outside if there are no tails."""
+        if self.tails == "circular":
+            return (moved + (widen(x) - inner)).to(x.dtype)
+        if self.tails is None:
+            moved = moved + (moved.clamp(-self.bound, self.bound) - moved).detach()  # rounding steps over the ends
+        return torch.where(self._outside(x), x if self.tails else torch.nan, moved.to(x.dtype))
+
+    def _log_slope(self, x: Tensor, inner: Tensor, bin_: _Bin) -> Tensor:
+        return bin_.log_slope(inner).masked_fill(self._outside(x), 0 if self.tails else torch.nan)
 
     def _find(self, value: Tensor, h: Tensor, dim: int, *, of_output: bool = False) -> _Bin:
         """Return the bin of each value, which is an x, or a y if ``of_output``."""
@@ -152,7 +180,10 @@ class RationalQuadratic(Map):
         return least + (most - least) * torch.sigmoid(self.gain * h - math.log(most))
 
     def _slope(self, h: Tensor, knot: Tensor, dim: int) -> Tensor:
-        knot = knot % self.bins if self.tails == "circular" else knot - 1  # an end has no parameter, as if it were 0
+        if self.tails == "linear":
+            knot = knot - 1  # an end has no parameter, as if it were 0
+        elif self.tails == "circular":
+            knot = knot % self.bins
         return bounded(self.gain * _sum_of(h, _places(h, dim) == knot, dim), -math.log(self.min_slope)).exp()
 
 

@@ -18,12 +18,13 @@ class RationalQuadraticCoupling(Coupling):
 
     A spline of rational quadratic pieces maps [-bound, bound] onto itself; its inverse has a closed form. A subnet
     returns its parameters ``h``, stacked along ``dim``: ``bins`` blocks for the widths of the bins, ``bins`` for the
-    heights, and ``bins - 1`` for the slopes at the knots (with circular tails ``bins``, the first at the ends). Where
-    they are 0 the spline is the identity. It depends on ``0.1 h``, as :class:`AffineCoupling` does, and its bins and
-    slopes are bounded: deep stacks of splines that follow their subnets faster cannot be inverted in float32.
+    heights, and ``bins - 1`` for the slopes at the knots (with circular tails ``bins``, the first at the ends; without
+    tails ``bins + 1``, with those at the ends). Where they are 0 the spline is the identity. It depends on ``0.1 h``,
+    as :class:`AffineCoupling` does, and its bins and slopes are bounded: deep stacks of splines that follow their
+    subnets faster cannot be inverted in float32.
 
     Shapes: as for :class:`AdditiveCoupling`, except that subnets return ``3 * bins - 1`` times as many features in
-    ``dim``, or ``3 * bins`` times with circular tails.
+    ``dim``, or ``3 * bins`` times with circular tails, or ``3 * bins + 1`` times without tails.
 
     Args:
         f: a module or a function; it gets the side inputs as keyword arguments.
@@ -32,7 +33,8 @@ class RationalQuadraticCoupling(Coupling):
         bound: half the length of the interval.
         tails: ``'linear'``: the identity outside the interval. ``'circular'``, for angles: the ends of the interval are
             one point, with one slope; what is ``2 bound`` further comes out ``2 bound`` further. Subnets should then
-            see their input as its sine and cosine.
+            see their input as its sine and cosine. None, for data between bounds: the layer's domain and codomain
+            are [-bound, bound], and the slopes at the ends are free.
         min_bin: the least width and height of a bin, as a share of the interval.
         min_slope: the least slope at a knot; the largest is its reciprocal.
         dim, split, swap, zero_init: as for :class:`AffineCoupling`; with ``zero_init`` it starts at the identity.
@@ -40,7 +42,9 @@ class RationalQuadraticCoupling(Coupling):
 
     Raises:
         ValueError: for options that make no spline or no split, an input that cannot be split so, or a subnet that
-            returns another shape.
+            returns another shape; without tails, for values to be moved that are outside [-bound, bound]. NaN passes.
+            Reading the values synchronises with a GPU; it is left out where they cannot be read: in compiled code and
+            `torch.func` transforms, which give NaN.
         TypeError: for a subnet that cannot be called, or an input that is not one tensor or two.
 
     References:
@@ -61,7 +65,7 @@ class RationalQuadraticCoupling(Coupling):
         *,
         bins: int = 8,
         bound: float = 3.0,
-        tails: str = "linear",
+        tails: str | None = "linear",
         min_bin: float = 1e-2,
         min_slope: float = 1e-2,
         dim: int = 1,
@@ -98,7 +102,8 @@ class RationalQuadraticSpline(PerFeatureMap):
         options: those of :class:`InvertibleModule`.
 
     Raises:
-        ValueError: for options that make no spline, or if sizes, shapes or devices do not fit.
+        ValueError: for options that make no spline, or if sizes, shapes or devices do not fit; without tails, for
+            values outside [-bound, bound], as in :class:`RationalQuadraticCoupling`.
         TypeError: for values that are not real floating point, and if there is a conditioner without a context.
 
     Reference:
@@ -119,7 +124,7 @@ class RationalQuadraticSpline(PerFeatureMap):
         dim: int = 1,
         bins: int = 8,
         bound: float = 3.0,
-        tails: str = "linear",
+        tails: str | None = "linear",
         min_bin: float = 1e-2,
         min_slope: float = 1e-2,
         conditioner: Conditioner | None = None,

@@ -240,8 +240,8 @@ class InvertibleLogit(_Stretching):
 
     The inverse saturates, so mode ``invert`` keeps the input. 0 and 1 are in the domain and go to -inf and inf.
 
-    With ``eps``, data in [0, 1] stay finite and come back: ``x -> log(p) - log(1 - p)`` with ``p = eps + (1 - 2 eps) x``
-    and ``y -> (s - eps) / (1 - 2 eps)``, with the log-slope ``log(1 - 2 eps) - log(p) - log(1 - p)``. [0, 1] goes to
+    With ``eps``, data in [0, 1] stay finite and come back: ``x -> log(p) - log(1 - p)`` with ``p = eps + (1 - 2 eps)
+    x``, and ``y -> (s - eps) / (1 - 2 eps)``; the log-slope is ``log(1 - 2 eps) - log(p) - log(1 - p)``. [0, 1] goes to
     what lies between -log(1 / eps - 1) and log(1 / eps - 1). The domain is a little more, where p is in [0, 1]: from
     -eps / (1 - 2 eps) to 1 + eps / (1 - 2 eps), so that any real y has an inverse; that of a sample may lie a little
     outside [0, 1]. Nothing is clamped, as it is by the eps of `torch.logit`.

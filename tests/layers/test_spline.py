@@ -256,7 +256,7 @@ def test_autograd_keeps_two_numbers_for_each_bin():
     [
         ({"bins": 1}, "Expected bins to be at least 2; got 1"),
         ({"bound": 0}, "Expected bound to be positive and finite; got 0"),
-        ({"tails": "none"}, "Expected tails to be one of 'linear', 'circular'; got 'none'"),
+        ({"tails": "none"}, "Expected tails to be one of 'linear', 'circular', None; got 'none'"),
         ({"min_bin": 0.2}, "Expected min_bin to be below 0.125; got 0.2"),
         ({"min_slope": 1.5}, "Expected min_slope to be below 1; got 1.5"),
     ],

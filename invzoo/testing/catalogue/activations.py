@@ -43,6 +43,7 @@ ACTIVATIONS: tuple[Entry, ...] = (
         "1 / (1 + exp(-x))",
         "-sum(softplus(x) + softplus(-x))",
         Case(iz.InvertibleSigmoid, (3, 4)),
+        Case(lambda: iz.InvertibleSigmoid(eps=0.25), (3,), id="eps"),
         keeps="its input",
     ),
     Entry(
@@ -50,6 +51,7 @@ ACTIVATIONS: tuple[Entry, ...] = (
         "log(x) - log(1 - x)",
         "-sum(log(x) + log(1 - x))",
         Case(iz.InvertibleLogit, (3, 4)),
+        Case(lambda: iz.InvertibleLogit(eps=0.25), (3,), id="eps"),
         keeps="its input",
     ),
     Entry(

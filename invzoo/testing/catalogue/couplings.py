@@ -2,6 +2,7 @@
 
 import invzoo as iz
 
+from ...layers.spline import RationalQuadratic
 from ..entries import Case, Entry
 from .nets import Conditioned, convolutions, subnet
 
@@ -43,6 +44,7 @@ COUPLINGS: tuple[Entry, ...] = (
         "sum of log slopes",
         Case(lambda: iz.RationalQuadraticCoupling(subnet(3, 33), subnet(3, 33), bins=4), (6,)),
         Case(lambda: iz.RationalQuadraticCoupling(subnet(2, 18), bins=3, tails="circular"), (4,), id="circular"),
+        Case(lambda: iz.RationalQuadraticCoupling(subnet(2, 20), bins=3, tails=None), (4,), id="no_tails"),
         Case(
             lambda: iz.RationalQuadraticCoupling(convolutions(2, 10), bins=2, split="checkerboard"),
             (2, 3, 2),
@@ -66,6 +68,7 @@ COUPLINGS: tuple[Entry, ...] = (
         Case(lambda: iz.MaskedAutoregressive(3, (6, 4)), (3,)),
         Case(lambda: iz.MaskedAutoregressive(3, (5,), map="shift", order="reversed"), (2, 3), id="shift"),
         Case(lambda: iz.MaskedAutoregressive(3, (4,), map="spline", order="random"), (3,), id="spline"),
+        Case(lambda: iz.MaskedAutoregressive(3, (4,), map=RationalQuadratic(3, tails=None)), (3,), id="no_tails"),
         Case(
             lambda: iz.MaskedAutoregressive(3, (6, 4), context_features=2), (3,), id="context", side={"context": (2,)}
         ),
