@@ -161,6 +161,7 @@ class MaskedAutoregressive(InvertibleModule):
     def _enter(self, argument: str, x: Tensor, context: Any) -> tuple[Tensor, Tensor | None]:
         """Check x and the context; return x in the layer's order, and the context in dims that fit."""
         weight: Any = self.net.layers[0].weight
+        check_real(self, argument, x)
         self.map.check_value(self, argument, x)
         check_like(self, argument, x, weight)
         check_dims(self, argument, x, range(2, sys.maxsize), "(batch, ..., features)")

@@ -143,7 +143,9 @@ class RationalQuadratic(Map):
     def _enter(self, x: Tensor) -> Tensor:
         """Return ``x`` in the interval; elsewhere 0, or with circular tails the same point of the circle."""
         inner = widen(x).masked_fill(self._outside(x), 0)
-        if self.tails != "circular":
+        if self.tails is None:
+            return _replaced(inner, inner.clamp(-self.bound, self.bound))  # a half may be beyond it
+        if self.tails == "linear":
             return inner
         rest = torch.fmod(inner, 2 * self.bound)  # exact, as are the sums
         rest = torch.where(rest >= self.bound, rest - 2 * self.bound, rest)
@@ -154,7 +156,8 @@ class RationalQuadratic(Map):
         if self.tails == "circular":
             return (moved + (widen(x) - inner)).to(x.dtype)
         if self.tails is None:
-            moved = moved + (moved.clamp(-self.bound, self.bound) - moved).detach()  # rounding steps over the ends
+            within = moved.clamp(-self.bound, self.bound)  # rounding steps over the ends, which stay where they are
+            moved = _replaced(moved, torch.where(inner.abs() >= self.bound, inner, within))
         return torch.where(self._outside(x), x if self.tails else torch.nan, moved.to(x.dtype))
 
     def _log_slope(self, x: Tensor, inner: Tensor, bin_: _Bin) -> Tensor:
@@ -185,6 +188,11 @@ class RationalQuadratic(Map):
         elif self.tails == "circular":
             knot = knot % self.bins
         return bounded(self.gain * _sum_of(h, _places(h, dim) == knot, dim), -math.log(self.min_slope)).exp()
+
+
+def _replaced(value: Tensor, by: Tensor) -> Tensor:
+    """Return what differs from ``value`` by rounding, with the gradients of ``value``."""
+    return value + (by - value).detach()
 
 
 def _count_knots(sizes: Tensor, value: Tensor, dim: int) -> Tensor:

@@ -34,6 +34,8 @@ LAYERS = {
     "leaky_relu_steep": InvertibleLeakyReLU(3),
     "sigmoid": InvertibleSigmoid(),
     "logit": InvertibleLogit(),
+    "sigmoid_eps": InvertibleSigmoid(0.1),
+    "logit_eps": InvertibleLogit(0.1),
     "tanh": InvertibleTanh(),
     "atanh": InvertibleAtanh(),
     "softplus": InvertibleSoftplus(),
@@ -49,6 +51,8 @@ REFERENCES = {
     "leaky_relu_steep": lambda x: F.leaky_relu(x, 3),
     "sigmoid": torch.sigmoid,
     "logit": torch.logit,
+    "sigmoid_eps": lambda x: (torch.sigmoid(x) - 0.1) / 0.8,
+    "logit_eps": lambda x: torch.logit(0.1 + 0.8 * x),
     "tanh": torch.tanh,
     "atanh": torch.atanh,
     "softplus": F.softplus,
@@ -621,3 +625,57 @@ def test_where_float32_saturates(name: str, limit: float) -> None:
     layer = LAYERS[name]
     assert layer(torch.tensor(limit)) == 1
     assert layer(torch.tensor(limit - 1)) < 1
+
+
+# ---- eps ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("eps", [0.25, 1e-6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
+def test_eps_keeps_the_unit_interval_finite_and_brings_it_back(eps: float, dtype: torch.dtype) -> None:
+    layer, end = InvertibleLogit(eps), math.log(1 / eps - 1)
+    x = torch.tensor([0.0, 0.5, 1.0], dtype=dtype)
+    y = layer(x)
+    rtol = 2 * torch.finfo(dtype).eps
+    assert_close(y, torch.tensor([-end, 0.0, end], dtype=dtype), rtol=rtol, atol=0)
+    assert_close(layer.inverse(y), x, rtol=0, atol=rtol * (1 + end))
+    log_det = math.log(1 - 2 * eps) - math.log(eps) - math.log1p(-eps)
+    assert_close(layer.log_det(x[:1]).item(), log_det, rtol=1e-6, atol=0)
+
+
+def test_eps_has_an_inverse_for_every_real_number() -> None:
+    layer = InvertibleLogit(0.25)  # of [-1/2, 3/2]
+    y = torch.tensor([-math.inf, -100.0, 0.0, 100.0, math.inf])
+    assert layer.inverse(y).tolist() == [-0.5, -0.5, 0.5, 1.5, 1.5]
+    assert layer(torch.tensor([-0.5, 1.5])).tolist() == [-math.inf, math.inf]
+    assert layer.domain.check(layer.inverse(y)).all()
+    with pytest.raises(
+        ValueError, match=r"InvertibleLogit: Expected x to have values in \[-0.5, 1.5\]; got values from"
+    ):
+        layer(torch.tensor([1.6]))
+    with pytest.raises(ValueError, match=r"InvertibleSigmoid: Expected y to have values in \[-0.5, 1.5\]; got values"):
+        InvertibleSigmoid(0.25).inverse(torch.tensor([1.6]))
+
+
+@pytest.mark.parametrize("eps", [0.05, 0.3, 1e-3])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_sigmoid_with_eps_takes_its_own_outputs(eps: float, dtype: torch.dtype) -> None:
+    layer = InvertibleSigmoid(eps)
+    back = layer.inverse(layer(torch.tensor([-1e4, 0.0, 1e4], dtype=dtype)))
+    assert not back.isnan().any()
+
+
+def test_where_values_cannot_be_read_eps_gives_nan() -> None:
+    x = torch.tensor([0.5, 1.2, -0.2])
+    assert torch.func.vmap(InvertibleLogit(0.1).function)(x).isnan().tolist() == [False, True, True]
+
+
+@pytest.mark.parametrize("layer", [InvertibleLogit, InvertibleSigmoid])
+def test_eps_is_checked_and_shown(layer: type[InvertibleModule]) -> None:
+    assert repr(layer()) == f"{layer.__name__}()"
+    assert repr(layer(eps=1e-6)) == f"{layer.__name__}(eps=1e-06)"
+    for eps in (0.5, -1e-6, math.nan):
+        with pytest.raises(ValueError, match=rf"{layer.__name__}: Expected eps to be in \[0, 0.5\); got {eps}"):
+            layer(eps)
+    with pytest.raises(TypeError, match=rf"{layer.__name__}: Expected eps to be a number; got None"):
+        layer(None)

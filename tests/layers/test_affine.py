@@ -93,6 +93,16 @@ def test_a_conditioner_adds_to_the_parameters_in_any_shape_that_broadcasts(dim, 
     assert_close(layer.inverse(y, context=h), x, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("size", [-1e9, 1e9])
+def test_log_scales_stay_bounded_whatever_a_conditioner_returns(size):
+    layer = iz.ElementwiseAffine(3, max_log_scale=0.5, conditioner=nn.Identity())
+    context = torch.cat((torch.full((2, 3), size), torch.zeros(2, 3)), 1)
+    y, log_det = layer.forward_and_log_det(torch.ones(2, 3), context=context)
+    scale = 0.5 if size > 0 else -0.5
+    assert_close(y, torch.full((2, 3), scale).exp())
+    assert_close(log_det, torch.full((2,), 3 * scale))
+
+
 def test_a_conditioner_of_zeros_changes_nothing():
     plain, x = trained(iz.ElementwiseAffine(3)), randn(2, 3, 4)
     conditioned = iz.ElementwiseAffine(3, conditioner=lambda context: context.new_zeros(len(context), 6)).double()
@@ -228,6 +238,12 @@ def test_small_batches(batch):
             TypeError,
             "Expected conditioner to return a Tensor; got list",
         ),
+        (
+            lambda: iz.ConditionalAffine(lambda c: c + 0j)(torch.ones(2, 3), context=torch.ones(2, 6)),
+            TypeError,
+            "Expected conditioner to return real numbers; got torch.complex64",
+        ),
+        (lambda: iz.ConditionalAffine(nn.Identity())(torch.ones(2, 3).int()), TypeError, "real floating point; got"),
         (
             lambda: iz.ConditionalAffine(nn.Identity(), dim=3)(torch.ones(2, 3), context=torch.ones(2, 6)),
             ValueError,

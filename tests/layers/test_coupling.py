@@ -273,3 +273,92 @@ def test_linear_subnets_over_the_last_of_three_dims(kind, form):
     got = torch.autograd.grad(loss(), [whole, *layer.parameters()])
     with iz.mode(layer, "store"):
         assert_close(got, torch.autograd.grad(loss(), [whole, *layer.parameters()]))
+
+
+# ---- dtypes ----
+
+
+def stacked(blocks, dtype=None):
+    """A subnet that returns ``blocks`` copies of what it sees, in a dtype."""
+    return lambda x: torch.cat([x] * blocks, 1).to(dtype or x.dtype)
+
+
+MAPS_OF_FLOATS = {
+    "affine": lambda: iz.AffineCoupling(stacked(2, torch.float32)),
+    "gin": lambda: iz.GINCoupling(stacked(2, torch.float32)),
+    "spline": lambda: iz.RationalQuadraticCoupling(stacked(23, torch.float32)),
+    "mixture": lambda: iz.MixtureLogisticCoupling(stacked(14, torch.float32)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.bool, torch.complex64], ids=str)
+@pytest.mark.parametrize("name", MAPS_OF_FLOATS)
+def test_what_is_computed_in_floats_takes_no_other_numbers(name, dtype):
+    layer = MAPS_OF_FLOATS[name]()
+    x = torch.ones(3, 4, dtype=dtype)
+    message = f"{type(layer).__name__}: Expected input to be real floating point; got {dtype}"
+    for call in (layer, layer.inverse, layer.inv, layer.forward_and_log_det, layer.inverse_and_log_det):
+        with pytest.raises(TypeError, match=message):
+            call(x)
+        with pytest.raises(TypeError, match=message):
+            call(*x.chunk(2, 1))
+    moved = layer(torch.ones(3, 2), torch.ones(3, 2, dtype=torch.uint8))  # of what does not move any dtype will do
+    assert [y.dtype for y in moved] == [torch.float32, torch.uint8]
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64], ids=str)
+@pytest.mark.parametrize("mode", iz.Mode)
+def test_additive_couplings_keep_integers(dtype, mode):
+    layer = iz.AdditiveCoupling(lambda x: 3 * x, lambda x: x // 2, mode=mode)
+    x = torch.randint(0, 255, (5, 4), dtype=dtype)
+    y = layer(x)
+    assert y.dtype == dtype
+    assert torch.equal(layer.inverse(y), x)
+
+
+def test_additive_couplings_take_no_truth_values():
+    with pytest.raises(TypeError, match=r"AdditiveCoupling: Expected input to be numbers; got torch\.bool"):
+        iz.AdditiveCoupling(stacked(1))(torch.ones(3, 4, dtype=torch.bool))
+
+
+@pytest.mark.parametrize(("kind", "blocks"), [(iz.AdditiveCoupling, 1), (iz.AffineCoupling, 2)])
+def test_a_subnet_of_a_real_stream_returns_real_numbers(kind, blocks):
+    message = rf"{kind.__name__}: Expected f to return real numbers, for a real stream; got torch\.complex64"
+    with pytest.raises(TypeError, match=message):
+        kind(stacked(blocks, torch.complex64))(torch.ones(3, 4))
+
+
+@pytest.mark.parametrize("mode", iz.Mode)
+@pytest.mark.parametrize(
+    ("stream", "subnet", "additive"),
+    [
+        (torch.float32, torch.float64, torch.float64),
+        (torch.bfloat16, torch.float32, torch.float32),
+        (torch.float32, torch.int64, torch.float32),
+    ],
+)
+def test_a_sum_is_promoted_as_in_pytorch_and_an_affine_map_keeps_the_streams_dtype(mode, stream, subnet, additive):
+    x1, x2 = (torch.tensor([[v, 2 * v]], dtype=stream) for v in (1.0, 2.0))
+    y1, _ = iz.AdditiveCoupling(stacked(1, subnet), mode=mode)(x1, x2)
+    assert_close(y1, x1 + x2.to(subnet), rtol=0, atol=0)
+    assert y1.dtype == additive
+    layer = iz.AffineCoupling(stacked(2, subnet), mode=mode)
+    y1, _ = layer(x1, x2)
+    assert y1.dtype == stream
+    assert_close(layer.inverse(y1, x2)[0], x1)
+
+
+@pytest.mark.parametrize("inverted", [False, True])
+def test_halves_are_rebuilt_with_one_rounding(inverted):
+    # With y = x exp(s) + t, the gradient of s is the rebuilt x times exp(s): as exact as the inverse is.
+    torch.manual_seed(0)
+    h = torch.randn(64, 4).mul(3).requires_grad_()
+    layer = iz.AffineCoupling(lambda _: h, mode="invert")
+    layer = layer.inv if inverted else layer
+    x1, x2 = (1 + torch.rand(64, 2)).bfloat16(), torch.zeros(64, 2).bfloat16()
+    y1, _ = layer(x1.clone(), x2)
+    rebuilt, _ = layer.inverse(y1.detach(), x2)
+    (got,) = torch.autograd.grad(y1.float().sum(), h)
+    with iz.mode(layer, "store"):
+        (expected,) = torch.autograd.grad(layer(rebuilt.detach(), x2)[0].float().sum(), h)
+    assert_close(got, expected, rtol=0, atol=0)

@@ -40,7 +40,10 @@ def knots_of(spline, h):
 
     bound = -math.log(spline.min_slope)
     slopes = [math.exp(bound * math.tanh(v / bound)) for v in h[2 * k :]]
-    slopes = [1.0, *slopes, 1.0] if spline.tails == "linear" else [*slopes, slopes[0]]
+    if spline.tails == "linear":
+        slopes = [1.0, *slopes, 1.0]
+    elif spline.tails == "circular":
+        slopes = [*slopes, slopes[0]]
     return places(h[:k]), places(h[k : 2 * k]), slopes
 
 
@@ -258,7 +261,10 @@ def test_autograd_keeps_two_numbers_for_each_bin():
         ({"bound": 0}, "Expected bound to be positive and finite; got 0"),
         ({"tails": "none"}, "Expected tails to be one of 'linear', 'circular', None; got 'none'"),
         ({"min_bin": 0.2}, "Expected min_bin to be below 0.125; got 0.2"),
+        ({"min_bin": 0.125}, "Expected min_bin to be below 0.125; got 0.125"),
+        ({"bins": 4, "min_bin": 0.25}, "Expected min_bin to be below 0.25; got 0.25"),
         ({"min_slope": 1.5}, "Expected min_slope to be below 1; got 1.5"),
+        ({"min_slope": 1}, "Expected min_slope to be below 1; got 1"),
     ],
 )
 def test_options_are_checked(options, message):
@@ -266,6 +272,70 @@ def test_options_are_checked(options, message):
         iz.RationalQuadraticSpline(3, **options)
     with pytest.raises(ValueError, match=f"RationalQuadraticCoupling: {message}"):
         iz.RationalQuadraticCoupling(nn.Linear(1, 1), **options)
+
+
+# ---- no tails -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bound", [3.0, 3.31])  # the latter rounded up in halves
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_without_tails_the_ends_stay_and_have_free_slopes(bound, dtype):
+    spline = spline_of(4, bound, None)
+    h = 2 * torch.randn(50, spline.parameters, dtype=dtype)
+    for end in (-bound, bound):
+        x = torch.full((50, 1), end, dtype=dtype).requires_grad_()
+        for function in (spline.forward, spline.inverse):
+            y = function(x, h, 1)
+            assert_close(y, x, rtol=0, atol=0)
+            gradient = torch.autograd.grad(y.sum(), x)[0]
+            assert (gradient > 0).all()
+            if dtype is torch.float64:
+                slope = spline.log_slope(x, h, 1).exp()
+                assert_close(gradient, slope if function == spline.forward else 1 / slope)
+                assert slope.std() > 0.1
+
+
+def test_without_tails_values_are_those_of_the_papers_formulas():
+    spline = spline_of(5, 2.0, None)
+    h = torch.randn(60, spline.parameters, dtype=torch.float64)
+    x = torch.rand(60, 1, dtype=torch.float64).mul(3.9).sub(1.95).requires_grad_()
+    y, log_slope = spline.forward_and_log_slope(x, h, 1)
+    wanted = [reference(spline, a, b) for a, b in zip(x.flatten().tolist(), h)]
+    assert_close(y.flatten(), torch.tensor([v for v, _ in wanted], dtype=torch.float64))
+    assert_close(log_slope.exp().flatten(), torch.tensor([v for _, v in wanted], dtype=torch.float64))
+    assert_close(spline.inverse_and_log_slope(y, h, 1), (x, log_slope))
+
+
+LAYERS_WITHOUT_TAILS = {
+    "RationalQuadraticSpline": lambda: iz.RationalQuadraticSpline(4, tails=None, bound=2.0),
+    "RationalQuadraticCoupling": lambda: iz.RationalQuadraticCoupling(nn.Linear(2, 50), tails=None, bound=2.0),
+    "MaskedAutoregressive": lambda: iz.MaskedAutoregressive(4, (8,), map=RationalQuadratic(bound=2.0, tails=None)),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS_WITHOUT_TAILS)
+def test_without_tails_values_outside_are_refused(name):
+    layer = LAYERS_WITHOUT_TAILS[name]()
+    assert layer(torch.tensor([[-2.0, 2.0, 0.5, 1.0]]))[0, :2].tolist() == [-2, 2]
+    for end in (layer.domain, layer.codomain):
+        assert (end.lower_bound, end.upper_bound) == (-2, 2)
+    message = rf"{name}: Expected \w+ to have values in \[-2, 2\]; got values from -2 to 2.5$"
+    for call in (layer, layer.inverse, layer.forward_and_log_det, layer.inverse_and_log_det):
+        with pytest.raises(ValueError, match=message):
+            call(torch.tensor([[-2.0, 2.5, 0.0, 0.0]]))
+
+
+def test_without_tails_values_that_cannot_be_read_give_nan():
+    layer = iz.RationalQuadraticSpline(1, tails=None)
+    x = torch.tensor([[3.5], [0.5], [-3.5]])
+    assert torch.func.vmap(layer.function)(x[:, None]).isnan().flatten().tolist() == [True, False, True]
+    log_det = torch.func.vmap(layer.log_det)(x[:, None])
+    assert log_det.isnan().flatten().tolist() == [True, False, True]
+
+
+def test_without_tails_nan_passes():
+    y = iz.RationalQuadraticSpline(2, tails=None)(torch.tensor([[0.5, math.nan]]))
+    assert y.isnan().tolist() == [[False, True]]
 
 
 # ---- the layers -----------------------------------------------------------------------------------------------------
