@@ -1,21 +1,17 @@
 """Squashing and stretching: sigmoid, tanh, softplus and exp, and their inverses.
 
-All saturate, so mode ``invert`` keeps their inputs. A log-slope is written without differences of what is nearly equal,
-and on the side that is given, x or y: the other may have no digits left.
+All saturate, so mode ``invert`` keeps their inputs.
 """
 
-import math
-from abc import ABC, abstractmethod
-from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.distributions import constraints
 
 from ..log_dets import sum_per_sample
 from ._checks import refuse
-from .elementwise import Elementwise, check_real, check_values, log_cosh, softplus
+from .elementwise import Elementwise, check_real, check_values
+from .intervals import Exp, Logistic, Softplus, Squash, Tanh
 from .matrix import widen
 
 __all__ = [
@@ -31,123 +27,11 @@ __all__ = [
 _SYMMETRIC = constraints.interval(-1.0, 1.0)
 
 
-class _Squash(ABC):
-    """A map of the real line onto an interval, ``x -> y``, and the way back. Abstract."""
-
-    ends: tuple[float, float]
-
-    @abstractmethod
-    def squash(self, x: Tensor) -> Tensor: ...
-
-    @abstractmethod
-    def stretch(self, y: Tensor) -> Tensor: ...
-
-    @abstractmethod
-    def squash_log_slope(self, x: Tensor) -> Tensor:
-        """Compute log dy/dx at x."""
-
-    @abstractmethod
-    def stretch_log_slope(self, y: Tensor) -> Tensor:
-        """Compute log dx/dy at y."""
-
-
-@dataclass(frozen=True)
-class _Logistic(_Squash):
-    """``x -> (sigmoid(x) - eps) / (1 - 2 eps)``, whose ends are below 0 and above 1."""
-
-    eps: float = 0.0
-
-    @property
-    def ends(self) -> tuple[float, float]:  # type: ignore[override]
-        margin = self.eps / (1 - 2 * self.eps)
-        return 0 - margin, 1 + margin
-
-    def squash(self, x: Tensor) -> Tensor:
-        y = torch.sigmoid(x)
-        return y if self.eps == 0 else ((y - self.eps) / (1 - 2 * self.eps)).clamp(*self.ends)
-
-    def stretch(self, y: Tensor) -> Tensor:
-        if self.eps == 0:
-            # torch.logit computes log(y / (1 - y)), which loses all digits near 1/2 in half precision.
-            return y.log() - torch.log1p(-y)
-        p, q = self._shares(y)
-        return (p.log() - q.log()).to(y.dtype)
-
-    def squash_log_slope(self, x: Tensor) -> Tensor:
-        return -softplus(x) - softplus(-x) - math.log1p(-2 * self.eps)
-
-    def stretch_log_slope(self, y: Tensor) -> Tensor:
-        if self.eps == 0:
-            return -y.log() - torch.log1p(-y)
-        p, q = self._shares(y)
-        return math.log1p(-2 * self.eps) - p.log() - q.log()
-
-    def _shares(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Return sigmoid(x) and sigmoid(-x); NaN outside the ends, which rounding may step over."""
-        low, high = self.ends
-        inside, y = (y >= low) & (y <= high), widen(y)
-        p, q = (self.eps + (1 - 2 * self.eps) * share for share in (y, 1 - y))  # near 1, the digits are those of 1 - y
-        return p.clamp(min=0).where(inside, torch.nan), q.clamp(min=0)
-
-
-@dataclass(frozen=True)
-class _Tanh(_Squash):
-    ends = (-1.0, 1.0)
-
-    def squash(self, x: Tensor) -> Tensor:
-        return torch.tanh(x)
-
-    def stretch(self, y: Tensor) -> Tensor:
-        # The gradient of torch.atanh has 1 - y ** 2, which has no digits left near 1; the terms here have opposite
-        # signs.
-        return (torch.log1p(y) - torch.log1p(-y)) / 2
-
-    def squash_log_slope(self, x: Tensor) -> Tensor:
-        return -2 * log_cosh(x)
-
-    def stretch_log_slope(self, y: Tensor) -> Tensor:
-        return -torch.log1p(y) - torch.log1p(-y)
-
-
-@dataclass(frozen=True)
-class _Softplus(_Squash):
-    ends = (0.0, math.inf)
-
-    def squash(self, x: Tensor) -> Tensor:
-        return softplus(x)
-
-    def stretch(self, y: Tensor) -> Tensor:
-        return y + torch.log(-torch.expm1(-y))
-
-    def squash_log_slope(self, x: Tensor) -> Tensor:
-        return -softplus(-x)
-
-    def stretch_log_slope(self, y: Tensor) -> Tensor:
-        return -torch.log(-torch.expm1(-y))
-
-
-@dataclass(frozen=True)
-class _Exp(_Squash):
-    ends = (0.0, math.inf)
-
-    def squash(self, x: Tensor) -> Tensor:
-        return x.exp()
-
-    def stretch(self, y: Tensor) -> Tensor:
-        return y.log()
-
-    def squash_log_slope(self, x: Tensor) -> Tensor:
-        return x
-
-    def stretch_log_slope(self, y: Tensor) -> Tensor:
-        return -y.log()
-
-
 class _Squashing(Elementwise):
     """A layer that squashes. Abstract."""
 
     saturating = True
-    curve: _Squash
+    curve: Squash
 
     def function(self, x: Tensor) -> Tensor:
         check_real(self, "x", x)
@@ -168,7 +52,7 @@ class _Stretching(Elementwise):
     """A layer that stretches, the inverse of one that squashes. Abstract."""
 
     saturating = True
-    curve: _Squash
+    curve: Squash
 
     def function(self, x: Tensor) -> Tensor:
         check_values(self, "x", x, *self.curve.ends)
@@ -185,12 +69,12 @@ class _Stretching(Elementwise):
         return self.inverse(y), sum_per_sample(self, self.curve.squash_log_slope(widen(y)))
 
 
-def _logistic(owner: object, eps: float) -> _Logistic:
+def _logistic(owner: object, eps: float) -> Logistic:
     if not isinstance(eps, int | float) or isinstance(eps, bool):
         refuse(owner, "eps", "be a number", repr(eps), TypeError)
     if not 0 <= eps < 0.5:
         refuse(owner, "eps", "be in [0, 0.5)", eps)
-    return _Logistic(eps)
+    return Logistic(eps)
 
 
 class InvertibleSigmoid(_Squashing):
@@ -223,7 +107,7 @@ class InvertibleSigmoid(_Squashing):
     """
 
     codomain = constraints.unit_interval
-    curve: _Logistic
+    curve: Logistic
 
     def __init__(self, eps: float = 0.0, **options: Any) -> None:
         super().__init__(**options)
@@ -271,7 +155,7 @@ class InvertibleLogit(_Stretching):
     """
 
     domain = constraints.unit_interval
-    curve: _Logistic
+    curve: Logistic
 
     def __init__(self, eps: float = 0.0, **options: Any) -> None:
         super().__init__(**options)
@@ -303,7 +187,7 @@ class InvertibleTanh(_Squashing):
     """
 
     codomain = _SYMMETRIC
-    curve = _Tanh()
+    curve = Tanh()
 
 
 class InvertibleAtanh(_Stretching):
@@ -325,7 +209,7 @@ class InvertibleAtanh(_Stretching):
     """
 
     domain = _SYMMETRIC
-    curve = _Tanh()
+    curve = Tanh()
 
 
 class InvertibleSoftplus(_Squashing):
@@ -348,7 +232,7 @@ class InvertibleSoftplus(_Squashing):
     """
 
     codomain = constraints.nonnegative
-    curve = _Softplus()
+    curve = Softplus()
 
 
 class InvertibleExp(_Squashing):
@@ -369,7 +253,7 @@ class InvertibleExp(_Squashing):
     """
 
     codomain = constraints.nonnegative
-    curve = _Exp()
+    curve = Exp()
 
 
 class InvertibleLog(_Stretching):
@@ -391,4 +275,4 @@ class InvertibleLog(_Stretching):
     """
 
     domain = constraints.nonnegative
-    curve = _Exp()
+    curve = Exp()
