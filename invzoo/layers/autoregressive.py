@@ -158,16 +158,16 @@ class MaskedAutoregressive(InvertibleModule):
 
     def _enter(self, argument: str, x: Tensor, context: Any) -> tuple[Tensor, Tensor | None]:
         """Check x and the context; return x in the layer's order, and the context in dims that fit."""
-        weight: Any = self.net.layers[0].weight
+        parameter = next(self.net.parameters(), x)  # what takes a layer's place may have none
         check_real(self, argument, x)
-        check_like(self, argument, x, weight)
+        check_like(self, argument, x, parameter)
         check_dims(self, argument, x, range(2, sys.maxsize), "(batch, ..., features)")
         check_features(self, argument, x, -1, self.features)
         if self.context_features is None:
             self.side_names().check(self, {} if context is None else {"context": context})
         else:
             check_real(self, "context", context)
-            check_like(self, "context", context, weight)
+            check_like(self, "context", context, parameter)
             context = self._aligned(context, x.shape[:-1])
         return x.index_select(-1, self.permutation), context
 
