@@ -14,6 +14,7 @@ from .contract import Finding, check_function, check_inverse
 from .engine import CompiledMethods, Mode, Operation, Policy, SideNames, Tape
 from .errors import refuse
 from .log_dets import zero_log_det
+from .own_hooks import check_hook
 
 __all__ = ["Inverse", "InvertibleModule", "mode"]
 
@@ -171,6 +172,11 @@ class InvertibleModule(nn.Module):
         state: dict[str, Any] = super().__getstate__()
         return {name: value for name, value in state.items() if name != "_compiled"}  # a copy is compiled anew
 
+    def register_forward_pre_hook(self, hook: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        """Register a hook that ``layer(x)`` calls first; one that computes a parameter of the layer is refused."""
+        check_hook(self, hook)
+        return super().register_forward_pre_hook(hook, *args, **options)
+
     def __prepare_scriptable__(self) -> NoReturn:
         """Refuse `torch.jit.script`, which asks every module inside what it scripts."""
         refuse(self, "layer", "be given to torch.export or torch.jit.trace", "torch.jit.script", TypeError)
@@ -261,7 +267,7 @@ def _as_it_is(method: Callable[..., Any]) -> Callable[..., Any]:
 def _callable(modules: Iterable[nn.Module]) -> Iterator[nn.Module]:
     """Yield modules that can be called, and what is in others instead of them: lists of modules, or matrices."""
     for module in modules:
-        if type(module).forward is nn.Module.forward:
+        if type(module).forward is nn.Module.forward or not getattr(module, "subnet", True):
             yield from _callable(module.children())
         else:
             yield module

@@ -133,7 +133,7 @@ class ActNorm(ElementwiseMap):
         return super().forward_and_log_det(*inputs, **side)
 
     def check_argument(self, argument: str, x: Tensor) -> None:
-        check_per_feature(self, argument, x, self.log_scale)
+        check_per_feature(self, argument, x, "log_scale")
 
     def map_parameters(self, x: Tensor, context: Any = None) -> Tensor:
         log_scale = bounded(widen(self.log_scale), self.max_log_scale)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..engine import Tape
 from ..log_dets import sum_per_sample
-from ._checks import check_features, check_like, check_positive_int, refuse
+from ._checks import check_features, check_like, check_positive_int, parameter_of, refuse
 from .conditioned import Conditioned, Conditioner
 from .elementwise import check_real
 from .maps import Map
@@ -25,10 +25,10 @@ def per_feature(values: Tensor, x: Tensor, dim: int) -> Tensor:
     return values.view(shape)
 
 
-def check_per_feature(owner: Any, argument: str, x: Any, parameter: Tensor) -> None:
-    """``x`` is real, like the layer's ``parameter``, and has its features in its dim."""
+def check_per_feature(owner: Any, argument: str, x: Any, parameter: str) -> None:
+    """``x`` is real, like the layer's parameter of that name, and has its features in its dim."""
     check_real(owner, argument, x)
-    check_like(owner, argument, x, parameter)
+    check_like(owner, argument, x, parameter_of(owner, parameter))
     check_features(owner, argument, x, owner.dim, owner.features)
 
 
@@ -189,7 +189,7 @@ class PerFeatureMap(ElementwiseMap):
         self.map.reset(self.weight)
 
     def check_argument(self, argument: str, x: Tensor) -> None:
-        check_per_feature(self, argument, x, self.weight)
+        check_per_feature(self, argument, x, "weight")
 
     def map_parameters(self, x: Tensor, context: Any = None) -> Tensor:
         return self.conditioned(self.weight.flatten(), x, context)
