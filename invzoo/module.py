@@ -121,13 +121,21 @@ class InvertibleModule(nn.Module):
             self.replay(tape, *outputs, **side)
             tape.run(self.log_det, *tape.inputs, **side)
 
+    def inverse_at(self, inputs: tuple[Any, ...], /, *outputs: Any, **side: Any) -> Any:
+        """As :meth:`inverse`, where its values are known to be ``inputs``; override it to spare a search for them."""
+        return self.inverse(*outputs, **side)
+
     def replay_inverse(self, tape: Tape, *inputs: Any, **side: Any) -> None:
         """As :meth:`replay`, for :attr:`inv`: rebuild the outputs and run the inverse once more on the tape."""
-        tape.run(self.inverse, *tape.invert(*inputs), **side)
+        tape.run(self.inverse_at, inputs, *tape.invert(*inputs), **side)
 
     def replay_inverse_with_log_det(self, tape: Tape, *inputs: Any, **side: Any) -> None:
         """As :meth:`replay_inverse`, for both the inverse and its log-determinant."""
-        tape.run(self.inverse_with_log_det, *tape.invert(*inputs), **side)
+        if _is_overridden(self, "inverse_with_log_det"):
+            tape.run(self.inverse_with_log_det, *tape.invert(*inputs), **side)
+        else:
+            found = tape.run(self.inverse_at, inputs, *tape.invert(*inputs), **side)
+            tape.run(self.log_det, *engine.tuple_of(found), **side)
 
     def forward(self, *inputs: Any, strict_forward: bool = False, **side: Any) -> Any:
         """Run :meth:`function` so that backward rebuilds what it needs."""

@@ -8,7 +8,7 @@ from .fingerprint import tolerance
 from .freeing import freeing
 from .methods import CompiledMethods
 from .mode import Mode, Policy, check_of
-from .state import inside_container, place, steps_aside, transformed
+from .state import inside_container, place, steps_aside, transformed, unrecorded
 from .surroundings import map_tensors
 from .tape import Tape, tuple_of
 
@@ -34,4 +34,5 @@ __all__ = [
     "transformed",
     "tuple_of",
     "uncompiled",
+    "unrecorded",
 ]

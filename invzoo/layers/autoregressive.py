@@ -137,8 +137,12 @@ class MaskedAutoregressive(InvertibleModule):
         return self._restored(self.map.forward(x, h, -1).to(x.dtype))
 
     def inverse(self, y: Tensor, context: Tensor | None = None) -> Tensor:
-        y, context = self._enter("y", y, context)
-        return self._restored(self.net.solve(y, self.map.inverse, context))
+        return self._solution(y, context, self.map.inverse)
+
+    def inverse_at(self, inputs: tuple[Any, ...], /, *outputs: Any, **side: Any) -> Tensor:
+        (x,), (y,) = inputs, outputs
+        found = iter(x.index_select(-1, self.permutation).split(1, -1))
+        return self._solution(y, side.get("context"), lambda v, h, dim: self.map.inverse_at(v, h, dim, next(found)))
 
     def log_det(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         return sum_per_sample(self, self.map.log_slope(*self._parameters_at(x, context), -1))
@@ -147,6 +151,10 @@ class MaskedAutoregressive(InvertibleModule):
         x, h = self._parameters_at(x, context)
         y, log_slope = self.map.forward_and_log_slope(x, h, -1)
         return self._restored(y.to(x.dtype)), sum_per_sample(self, log_slope)
+
+    def _solution(self, y: Tensor, context: Tensor | None, inverse: Callable[[Tensor, Tensor, int], Tensor]) -> Tensor:
+        y, context = self._enter("y", y, context)
+        return self._restored(self.net.solve(y, inverse, context))
 
     def side_names(self) -> SideNames:
         return SideNames(frozenset(() if self.context_features is None else ("context",)), any=False)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -152,7 +153,7 @@ class _Update:
             h = tape.run(self._evaluate, tape.input(len(outputs) - 1, outputs[-1]), **side)
             x = tape.input(0, self._move_back(outputs[0], h, in_place=tape.owns(outputs[0])))
             if self.coupling.map.records or self.coupling.streams is None:  # a mask is saved
-                tape.run(there, x, h)
+                tape.run(there, x, h, outputs[0])
 
         there = self._there_and_log_det if log_det else self._there
         title = f"{type(self.coupling).__name__}{'.inv' * self.inverted} ({self.name}{', log_det' * log_det})"
@@ -166,19 +167,25 @@ class _Update:
         h = self.net(x.to(dtype), **side)
         return h.to(source.dtype) if isinstance(h, Tensor) else h
 
-    def _there(self, x: Tensor, h: Tensor) -> tuple[Tensor]:
-        step = self.coupling.map.inverse if self.inverted else self.coupling.map.forward
+    def _there(self, x: Tensor, h: Tensor, moved: Tensor | None = None) -> tuple[Tensor]:
+        step = self._inverse(moved) if self.inverted else self.coupling.map.forward
         return (self._masked(step(x, h, self.coupling.dim), x, self.target),)
 
-    def _there_and_log_det(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    def _there_and_log_det(self, x: Tensor, h: Tensor, moved: Tensor | None = None) -> tuple[Tensor, Tensor]:
         map_, dim = self.coupling.map, self.coupling.dim
         if self.inverted:
-            moved = map_.inverse(x, h, dim)
+            moved = self._inverse(moved)(x, h, dim)
             log_slope = -map_.log_slope(moved, h, dim)
         else:
             moved, log_slope = map_.forward_and_log_slope(x, h, dim)
         log_det = sum_per_sample(self.coupling, self._masked(log_slope, 0, self.target))
         return self._masked(moved, x, self.target), log_det
+
+    def _inverse(self, moved: Tensor | None) -> Callable[..., Tensor]:
+        """Return the map's inverse; in a replay, which knows its value, the one that spares a search."""
+        if moved is None or self.coupling.streams is None:  # a checkerboard's mask hides values
+            return self.coupling.map.inverse
+        return partial(self.coupling.map.inverse_at, x=moved)
 
     def _move_back(self, y: Tensor, h: Tensor, *, in_place: bool = False) -> Tensor:
         map_ = self.coupling.map

@@ -3,6 +3,7 @@
 import math
 from abc import abstractmethod
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -27,6 +28,10 @@ class Curve(Map):
     def root(self, y: Tensor, p: Tensor) -> Tensor:
         """Undo :meth:`value`."""
 
+    def root_at(self, y: Tensor, p: Tensor, x: Tensor) -> Tensor:
+        """As :meth:`root`, where its values are known to be ``x``; override it to spare a search for them."""
+        return self.root(y, p)
+
     @abstractmethod
     def log_derivative(self, x: Tensor, p: Tensor) -> Tensor:
         """Compute the logarithm of the derivative of :meth:`value`."""
@@ -40,6 +45,9 @@ class Curve(Map):
 
     def inverse(self, y: Tensor, h: Tensor, dim: int) -> Tensor:
         return self.root(widen(y), self._stack(h, dim)).to(y.dtype)
+
+    def inverse_at(self, y: Tensor, h: Tensor, dim: int, x: Tensor) -> Tensor:
+        return self.root_at(widen(y), self._stack(h, dim), widen(x)).to(y.dtype)
 
     def log_slope(self, x: Tensor, h: Tensor, dim: int) -> Tensor:
         return self.log_derivative(widen(x), self._stack(h, dim)).expand_as(x)
@@ -61,13 +69,14 @@ class ImplicitCurve(Curve):
         """Return bounds on the root, and a guess of it."""
 
     def root(self, y: Tensor, p: Tensor) -> Tensor:
-        fixed = p.detach()
+        start = self.bracket(y.detach(), p.detach())
+        return self.root_at(y, p, newton(partial(self.value, p=p), partial(self._slope, p=p), y, *start))
 
-        def slope(x: Tensor) -> Tensor:
-            return self.log_derivative(x, fixed).exp()
+    def root_at(self, y: Tensor, p: Tensor, x: Tensor) -> Tensor:
+        return with_gradients(partial(self.value, p=p), partial(self._slope, p=p), y, x)
 
-        root = newton(lambda x: self.value(x, fixed), slope, y, *self.bracket(y.detach(), fixed))
-        return with_gradients(lambda x: self.value(x, p), y, root, slope(root))
+    def _slope(self, x: Tensor, p: Tensor) -> Tensor:
+        return self.log_derivative(x, p).exp()
 
 
 @dataclass(frozen=True)

@@ -90,10 +90,12 @@ class ElementwiseMap(Conditioned):
         tape.run(self._map_and_log_det, *self._rebuild(self.map.inverse, tape, *outputs, **side))
 
     def replay_inverse(self, tape: Tape, *inputs: Tensor, **side: Any) -> None:
-        tape.run(self.map.inverse, *self._rebuild(self.map.forward, tape, *inputs, **side), self.dim)
+        y, h = self._rebuild(self.map.forward, tape, *inputs, **side)
+        tape.run(self.map.inverse_at, y, h, self.dim, *inputs)
 
     def replay_inverse_with_log_det(self, tape: Tape, *inputs: Tensor, **side: Any) -> None:
-        tape.run(self._undo_and_log_det, *self._rebuild(self.map.forward, tape, *inputs, **side))
+        y, h = self._rebuild(self.map.forward, tape, *inputs, **side)
+        tape.run(self._log_det, tape.run(self.map.inverse_at, y, h, self.dim, *inputs), h)
 
     def conditioned(self, own: Tensor, x: Tensor, context: Any) -> Tensor:
         """Return parameters of the layer, one per feature, plus what the conditioner makes of the context."""

@@ -46,6 +46,10 @@ class Map(ABC):
         """Compute both; override it where they share work."""
         return self.forward(x, h, dim), self.log_slope(x, h, dim)
 
+    def inverse_at(self, y: Tensor, h: Tensor, dim: int, x: Tensor) -> Tensor:
+        """As :meth:`inverse`, where the values are known to be ``x``; override it to spare a search for them."""
+        return self.inverse(y, h, dim)
+
     def forward_(self, x: Tensor, h: Tensor, dim: int) -> Tensor:
         """As :meth:`forward`, in the memory of ``x`` if that saves any."""
         return self.forward(x, h, dim)
