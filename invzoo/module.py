@@ -137,9 +137,13 @@ class InvertibleModule(nn.Module):
             found = tape.run(self.inverse_at, inputs, *tape.invert(*inputs), **side)
             tape.run(self.log_det, *engine.tuple_of(found), **side)
 
+    def prepare(self, values: tuple[Any, ...], *, inverted: bool) -> None:
+        """Look at what a call is about to get: before each, in either direction, and before no replay."""
+
     def forward(self, *inputs: Any, strict_forward: bool = False, **side: Any) -> Any:
         """Run :meth:`function` so that backward rebuilds what it needs."""
         with self._freeing(inputs):
+            self.prepare(inputs, inverted=False)
             if self.composite:
                 return self.function(*inputs, **side)
             return engine.call(self._operation(), inputs, side)
@@ -154,6 +158,7 @@ class InvertibleModule(nn.Module):
             TypeError: for a layer that is no bijection.
         """
         with self._freeing(inputs):
+            self.prepare(inputs, inverted=False)
             if self.composite:
                 return self.function_and_log_det(*inputs, **side)
             *outputs, log_det = engine.call(self._operation(log_det=True), inputs, side)
@@ -215,12 +220,12 @@ class InvertibleModule(nn.Module):
         return Operation(
             name=self._name() + " (log_det)" * log_det,
             function=compiled(self._outputs_and_log_det if log_det else self.function),
-            inverse=compiled(self.inverse) if self._has_inverse() else None,
+            inverse=compiled(self._undo) if self._has_inverse() else None,
             replay=None if self._compiled else self.replay_with_log_det if log_det else self.replay,
             roots=self._roots(),
             policy=self._policy,
             keeps_input=self.saturating or self.slow_inverse,
-            takes_saved="saved" in SideNames.of(self.inverse).names,
+            takes_saved="saved" in SideNames.of(self._undo).names,
             log_det=log_det,
         )
 
@@ -233,6 +238,11 @@ class InvertibleModule(nn.Module):
         values = [value for name, value in vars(self).items() if name != "_compiled_call_impl"]
         functions = [value for value in values if isinstance(value, FunctionType | MethodType | partial)]
         return (self, *engine.modules_of(*functions)) if functions else (self,)
+
+    @property
+    def _undo(self) -> Callable[..., Any]:
+        """The inverse as the engine runs it, in replays too: it prepares nothing."""
+        return self.inverse
 
     def _policies(self) -> list[Policy]:
         return [self._policy]
@@ -305,8 +315,8 @@ class Inverse(InvertibleModule):
         self.layer, self.training = layer, layer.training
         self._policy = layer._policy
 
-    function = property(lambda self: self.layer.inverse)
-    inverse = property(lambda self: self.layer.function)
+    function = property(lambda self: self.layer._undo)
+    _undo = property(lambda self: self.layer.function)
     replay = property(lambda self: self.layer.replay_inverse)
     replay_with_log_det = property(lambda self: self.layer.replay_inverse_with_log_det)
     domain = property(lambda self: self.layer.codomain)
@@ -319,6 +329,13 @@ class Inverse(InvertibleModule):
     streams = property(lambda self: self.layer.streams)
     inv = property(lambda self: self.layer)
     _compiled = property(lambda self: self.layer._compiled)
+
+    def inverse(self, *outputs: Any, **side: Any) -> Any:
+        self.prepare(outputs, inverted=True)
+        return self.layer.function(*outputs, **side)
+
+    def prepare(self, values: tuple[Any, ...], *, inverted: bool) -> None:
+        self.layer.prepare(values, inverted=not inverted)
 
     def compile(self, *args: Any, **options: Any) -> None:
         self.layer.compile(*args, **options)
