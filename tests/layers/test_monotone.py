@@ -86,6 +86,21 @@ def test_newton_bisects_where_the_slope_is_useless(slope: float, error: float) -
     assert_close(x**3, y, rtol=0, atol=error)
 
 
+def test_no_root_depends_on_how_long_others_take() -> None:
+    def solve(y: Tensor) -> Tensor:
+        return newton(lambda x: x**3 + x, lambda x: 3 * x**2 + 1, y, y - 9, y + 10, y)
+
+    y = torch.tensor([0.0, 0.1, 2.0, 1.0, 1e-6], dtype=torch.float32)
+    assert torch.equal(solve(y), torch.cat([solve(value) for value in y.split(1)]))
+
+
+def test_a_root_that_is_met_stays_though_the_slope_is_none() -> None:
+    y = torch.tensor([0.0, 8.0], dtype=torch.float64)
+    x = newton(lambda x: x**3, lambda x: 3 * x**2, y, y - 1, y + 2, torch.zeros_like(y))
+    assert x[0] == 0
+    assert_close(x[1].item(), 2.0)
+
+
 def test_bracket_doubles_until_it_holds_and_says_where_it_does_not() -> None:
     y = torch.tensor([0.0, 1000.0, 0.5, torch.nan], dtype=torch.float64)
     low, high = bracket(lambda x: x, y, -math.inf, math.inf)

@@ -240,6 +240,12 @@ def test_estimates_have_the_right_mean(estimator):
     assert abs(estimates.mean() - expected) < 4 * error
 
 
+def test_each_sample_has_noise_of_its_own():
+    q = torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64))[0]
+    layer = iz.InvertibleResidual(lambda x: 0.5 * x @ q, log_det="series")
+    assert len(layer.log_det(torch.zeros(16, 8, dtype=torch.float64)).unique()) > 8
+
+
 @pytest.mark.parametrize("terms", [1, 2, 9])
 def test_the_series_of_a_diagonal_is_that_of_the_logarithm(terms):
     # With a diagonal Jacobian the noise, whose square is 1, drops out.
