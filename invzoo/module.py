@@ -41,6 +41,10 @@ class InvertibleModule(nn.Module):
     both; they are never freed, and gradients reach them. A ``function`` may return more than callers should see (what
     its inverse needs besides): override ``forward`` to call ``super().forward`` and hide it.
 
+    Hooks fire for ``layer(x)`` alone, as for any module: not for the other methods, nor for those of :attr:`inv`, whose
+    inputs and outputs are no ``forward``'s. Hooks on modules inside fire in every direction. A hook that computes one
+    of the layer's own parameters is refused; a parametrization of `torch.nn.utils.parametrize` is seen by all methods.
+
     Args:
         mode: ``'store'``, ``'recompute'`` or ``'invert'`` (default).
         check: compare a replay with its forward on the ``'first'`` call until it was right once, ``'always'``, or
