@@ -136,7 +136,7 @@ class ActNorm(ElementwiseMap):
 
     def inverse(self, y: Tensor, context: Any = None) -> Tensor:
         self.prepare((y,), inverted=True)
-        return super().inverse(y, context)
+        return self._undo(y, context)
 
     def check_argument(self, argument: str, x: Tensor) -> None:
         check_per_feature(self, argument, x, "log_scale")
@@ -151,7 +151,10 @@ class ActNorm(ElementwiseMap):
 
     @property
     def _undo(self) -> Callable[..., Any]:
-        return super().inverse
+        return self._inverse
+
+    def _inverse(self, y: Tensor, context: Any = None) -> Tensor:
+        return super().inverse(y, context)
 
     def _read_flag(self) -> None:
         flag = self.initialized
