@@ -267,7 +267,10 @@ class Free(Matrix):
         self.entries.copy_(householder(widen(self.entries.normal_()), self.rows))
 
     def factors(self, *parameters: Tensor) -> tuple[Tensor, ...]:
-        return parameters
+        (entries,) = parameters
+        return (
+            entries.clone() if self._forward_hooks else entries,
+        )  # behind the call, FSDP2 frees a parameter's memory
 
     def log_det(self, *parameters: Tensor) -> Tensor:
         return torch.linalg.slogdet(parameters[0]).logabsdet

@@ -135,6 +135,27 @@ def test_hooks_on_the_matrix_fire_once_in_every_method(method: str, with_context
     assert len(calls) == 1
 
 
+@all_kinds
+@torch.no_grad()
+def test_no_parameter_is_read_behind_the_call_of_the_matrix(kind: str) -> None:
+    """FSDP2 frees them there."""
+    layer, (x, _) = plain("linear", kind), draw("linear")
+    expected = layer.forward_and_log_det(x), layer.inverse_and_log_det(x)
+    values = [p.data for p in layer.matrix.parameters()]
+
+    def gather(matrix: nn.Module, *_: Any) -> None:
+        for p, value in zip(matrix.parameters(), values, strict=True):
+            p.data = value
+
+    def free(matrix: nn.Module, *_: Any) -> None:
+        for p in matrix.parameters():
+            p.data = p.data.new_empty(0)
+
+    layer.matrix.register_forward_pre_hook(gather)
+    layer.matrix.register_forward_hook(free)
+    assert_close((layer.forward_and_log_det(x), layer.inverse_and_log_det(x)), expected)
+
+
 @pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated:FutureWarning")
 @pytest.mark.parametrize("with_context", [False, True], ids=["plain", "context"])
 @pytest.mark.parametrize("tool", TOOLS)
