@@ -71,6 +71,7 @@ class InvertibleModule(nn.Module):
     saturating: ClassVar[bool] = False  # the inverse loses precision: mode invert keeps the input instead
     slow_inverse: ClassVar[bool] = False  # the inverse takes many evaluations: mode invert keeps the input instead
     exact: ClassVar[bool] = False  # the inverse is exact in floating point
+    two_way: ClassVar[bool] = True  # the function undoes the inverse too, whatever that was given
     composite: ClassVar[bool] = False  # made of layers that are calls of their own
     streams: Any = None  # how the layer splits one tensor into two streams, if it takes either
     _compiled: CompiledMethods | None = None  # what compiles the layer's methods
@@ -328,6 +329,7 @@ class Inverse(InvertibleModule):
     bijective = property(lambda self: self.layer.bijective)
     volume_preserving = property(lambda self: self.layer.volume_preserving)
     saturating = property(lambda self: self.layer.saturating)
+    slow_inverse = property(lambda self: not self.layer.two_way)  # then mode invert keeps the inputs as well
     exact = property(lambda self: self.layer.exact)
     composite = property(lambda self: self.layer.composite)
     streams = property(lambda self: self.layer.streams)

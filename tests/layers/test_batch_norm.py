@@ -177,8 +177,13 @@ def test_the_inverse_uses_running_statistics(mode, training):
     assert_close(torchs(x), y, rtol=1e-10, atol=1e-10)
     slopes = weight_of(ours) / (ours.running_var + ours.eps).sqrt()
     assert_close(log_det, (-2 * slopes.log().sum()).expand(4), rtol=1e-10, atol=1e-10)
-    for other in (ours.inverse(y), ours.inv(y), iz.InvertibleSequential(ours).inverse(y)):
+    for other in (ours.inverse(y), ours.inv(y), iz.Inverse(ours)(y), iz.InvertibleSequential(ours).inverse(y)):
         assert_close(other, x, rtol=0, atol=0)
+    other, other_log_det = iz.Inverse(ours).forward_and_log_det(y)
+    assert_close(other_log_det, log_det, rtol=1e-12, atol=1e-12)
+    got, expected = (torch.autograd.grad(z.sin().sum() + w.sum(), y) for z, w in ((other, other_log_det), (x, log_det)))
+    assert_close(got, expected, rtol=1e-10, atol=1e-10)
+    x, log_det = ours.inverse_and_log_det(y)
     plain = (y - ours.bias.view(-1, 1)) / slopes.view(-1, 1) + ours.running_mean.view(-1, 1)
     given = y, ours.log_scale, ours.bias
     gradients = [torch.autograd.grad(value.sin().sum(), given) for value in (x, plain)]
