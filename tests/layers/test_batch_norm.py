@@ -1,5 +1,7 @@
 """InvertibleBatchNorm against torch's batch norm, in training and eval mode, and its two inverses."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -228,6 +230,20 @@ def test_half_precision_keeps_its_statistics_in_single(dtype):
     y, log_det = layer.forward_and_log_det(x)
     (y.float().sin().sum() + log_det.sum()).backward()
     assert x.grad.isfinite().all()
+    wide = copy.deepcopy(layer).double()
+    log_dets = [each.inverse_and_log_det(y)[1].double() for each, y in ((layer, x), (wide, x.double()))]
+    assert_close(*log_dets, rtol=1e-5, atol=1e-5)
+
+
+def test_the_inverse_is_in_the_mode_of_its_layer_and_compiled_with_it():
+    layer, graphs = iz.InvertibleBatchNorm(3).eval(), []
+    assert not layer.inv.training
+    assert layer.train().inv.training
+    torch.compiler.reset()
+    layer.compile(backend=lambda graph, _: graphs.append(graph) or graph)
+    with torch.no_grad():
+        layer.inv(torch.randn(4, 3))
+    assert graphs
 
 
 def test_autocast():
@@ -275,6 +291,11 @@ def test_a_constant_feature_comes_back():
         (lambda: iz.InvertibleBatchNorm(3)(torch.ones(2, 4)), ValueError, r"have size 3 in dim 1; got shape \(2, 4\)"),
         (lambda: iz.InvertibleBatchNorm(3)(torch.ones(3)), ValueError, r"have size 3 in dim 1; got shape \(3,\)"),
         (lambda: iz.InvertibleBatchNorm(3)(torch.ones(2, 3).double()), TypeError, "of the layer's dtype torch.float32"),
+        (
+            lambda: iz.InvertibleBatchNorm(3, affine=False)(torch.ones(2, 3).double()),
+            TypeError,
+            "Expected input to be of the layer's dtype torch.float32; got torch.float64",
+        ),
         (
             lambda: iz.InvertibleBatchNorm(3)(torch.ones(2, 3).long()),
             TypeError,
