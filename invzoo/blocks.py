@@ -29,7 +29,7 @@ class GlowStep(Chain):
 
     .. math:: y = \mathrm{coupling}(W \, \mathrm{actnorm}(x) + b)
 
-    The log-determinant is the sum of the layers'. ``act_norm`` is set by the first training batch.
+    The log-determinant is the sum of the layers'. ``act_norm`` is set by the first training batch, in either direction.
 
     Shapes: with ``dim=1``, images (B, features, ...) with one to three dims of pixels, mixed by
     :class:`InvertibleConv1x1`; with ``dim=-1``, vectors and sequences (B, ..., features), mixed by

@@ -14,6 +14,7 @@ from .contract import Finding, check_function, check_inverse
 from .engine import CompiledMethods, Mode, Operation, Policy, SideNames, Tape
 from .errors import refuse
 from .log_dets import zero_log_det
+from .own_hooks import check_hook
 
 __all__ = ["Inverse", "InvertibleModule", "mode"]
 
@@ -39,6 +40,10 @@ class InvertibleModule(nn.Module):
     or several tensors and return as many as the other takes. Side inputs (conditions, masks) are keyword arguments of
     both; they are never freed, and gradients reach them. A ``function`` may return more than callers should see (what
     its inverse needs besides): override ``forward`` to call ``super().forward`` and hide it.
+
+    Hooks fire for ``layer(x)`` alone, as for any module: not for the other methods, nor for those of :attr:`inv`, whose
+    inputs and outputs are no ``forward``'s. Hooks on modules inside fire in every direction. A hook that computes one
+    of the layer's own parameters is refused; a parametrization of `torch.nn.utils.parametrize` is seen by all methods.
 
     Args:
         mode: ``'store'``, ``'recompute'`` or ``'invert'`` (default).
@@ -66,6 +71,7 @@ class InvertibleModule(nn.Module):
     saturating: ClassVar[bool] = False  # the inverse loses precision: mode invert keeps the input instead
     slow_inverse: ClassVar[bool] = False  # the inverse takes many evaluations: mode invert keeps the input instead
     exact: ClassVar[bool] = False  # the inverse is exact in floating point
+    two_way: ClassVar[bool] = True  # the function undoes the inverse too, whatever that was given
     composite: ClassVar[bool] = False  # made of layers that are calls of their own
     streams: Any = None  # how the layer splits one tensor into two streams, if it takes either
     _compiled: CompiledMethods | None = None  # what compiles the layer's methods
@@ -120,17 +126,29 @@ class InvertibleModule(nn.Module):
             self.replay(tape, *outputs, **side)
             tape.run(self.log_det, *tape.inputs, **side)
 
+    def inverse_at(self, inputs: tuple[Any, ...], /, *outputs: Any, **side: Any) -> Any:
+        """As :meth:`inverse`, where its values are known to be ``inputs``; override it to spare a search for them."""
+        return self.inverse(*outputs, **side)
+
     def replay_inverse(self, tape: Tape, *inputs: Any, **side: Any) -> None:
         """As :meth:`replay`, for :attr:`inv`: rebuild the outputs and run the inverse once more on the tape."""
-        tape.run(self.inverse, *tape.invert(*inputs), **side)
+        tape.run(self.inverse_at, inputs, *tape.invert(*inputs), **side)
 
     def replay_inverse_with_log_det(self, tape: Tape, *inputs: Any, **side: Any) -> None:
         """As :meth:`replay_inverse`, for both the inverse and its log-determinant."""
-        tape.run(self.inverse_with_log_det, *tape.invert(*inputs), **side)
+        if _is_overridden(self, "inverse_with_log_det"):
+            tape.run(self.inverse_with_log_det, *tape.invert(*inputs), **side)
+        else:
+            found = tape.run(self.inverse_at, inputs, *tape.invert(*inputs), **side)
+            tape.run(self.log_det, *engine.tuple_of(found), **side)
+
+    def prepare(self, values: tuple[Any, ...], *, inverted: bool) -> None:
+        """Look at what a call is about to get: before each, in either direction, and before no replay."""
 
     def forward(self, *inputs: Any, strict_forward: bool = False, **side: Any) -> Any:
         """Run :meth:`function` so that backward rebuilds what it needs."""
         with self._freeing(inputs):
+            self.prepare(inputs, inverted=False)
             if self.composite:
                 return self.function(*inputs, **side)
             return engine.call(self._operation(), inputs, side)
@@ -145,6 +163,7 @@ class InvertibleModule(nn.Module):
             TypeError: for a layer that is no bijection.
         """
         with self._freeing(inputs):
+            self.prepare(inputs, inverted=False)
             if self.composite:
                 return self.function_and_log_det(*inputs, **side)
             *outputs, log_det = engine.call(self._operation(log_det=True), inputs, side)
@@ -170,6 +189,11 @@ class InvertibleModule(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()
         return {name: value for name, value in state.items() if name != "_compiled"}  # a copy is compiled anew
+
+    def register_forward_pre_hook(self, hook: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        """Register a hook that ``layer(x)`` calls first; one that computes a parameter of the layer is refused."""
+        check_hook(self, hook)
+        return super().register_forward_pre_hook(hook, *args, **options)
 
     def __prepare_scriptable__(self) -> NoReturn:
         """Refuse `torch.jit.script`, which asks every module inside what it scripts."""
@@ -201,12 +225,12 @@ class InvertibleModule(nn.Module):
         return Operation(
             name=self._name() + " (log_det)" * log_det,
             function=compiled(self._outputs_and_log_det if log_det else self.function),
-            inverse=compiled(self.inverse) if self._has_inverse() else None,
+            inverse=compiled(self._undo) if self._has_inverse() else None,
             replay=None if self._compiled else self.replay_with_log_det if log_det else self.replay,
             roots=self._roots(),
             policy=self._policy,
             keeps_input=self.saturating or self.slow_inverse,
-            takes_saved="saved" in SideNames.of(self.inverse).names,
+            takes_saved="saved" in SideNames.of(self._undo).names,
             log_det=log_det,
         )
 
@@ -219,6 +243,11 @@ class InvertibleModule(nn.Module):
         values = [value for name, value in vars(self).items() if name != "_compiled_call_impl"]
         functions = [value for value in values if isinstance(value, FunctionType | MethodType | partial)]
         return (self, *engine.modules_of(*functions)) if functions else (self,)
+
+    @property
+    def _undo(self) -> Callable[..., Any]:
+        """The inverse as the engine runs it, in replays too: it prepares nothing."""
+        return self.inverse
 
     def _policies(self) -> list[Policy]:
         return [self._policy]
@@ -261,7 +290,7 @@ def _as_it_is(method: Callable[..., Any]) -> Callable[..., Any]:
 def _callable(modules: Iterable[nn.Module]) -> Iterator[nn.Module]:
     """Yield modules that can be called, and what is in others instead of them: lists of modules, or matrices."""
     for module in modules:
-        if type(module).forward is nn.Module.forward:
+        if type(module).forward is nn.Module.forward or not getattr(module, "subnet", True):
             yield from _callable(module.children())
         else:
             yield module
@@ -291,8 +320,8 @@ class Inverse(InvertibleModule):
         self.layer, self.training = layer, layer.training
         self._policy = layer._policy
 
-    function = property(lambda self: self.layer.inverse)
-    inverse = property(lambda self: self.layer.function)
+    function = property(lambda self: self.layer._undo)
+    _undo = property(lambda self: self.layer.function)
     replay = property(lambda self: self.layer.replay_inverse)
     replay_with_log_det = property(lambda self: self.layer.replay_inverse_with_log_det)
     domain = property(lambda self: self.layer.codomain)
@@ -300,11 +329,19 @@ class Inverse(InvertibleModule):
     bijective = property(lambda self: self.layer.bijective)
     volume_preserving = property(lambda self: self.layer.volume_preserving)
     saturating = property(lambda self: self.layer.saturating)
+    slow_inverse = property(lambda self: not self.layer.two_way)  # then mode invert keeps the inputs as well
     exact = property(lambda self: self.layer.exact)
     composite = property(lambda self: self.layer.composite)
     streams = property(lambda self: self.layer.streams)
     inv = property(lambda self: self.layer)
     _compiled = property(lambda self: self.layer._compiled)
+
+    def inverse(self, *outputs: Any, **side: Any) -> Any:
+        self.prepare(outputs, inverted=True)
+        return self.layer.function(*outputs, **side)
+
+    def prepare(self, values: tuple[Any, ...], *, inverted: bool) -> None:
+        self.layer.prepare(values, inverted=not inverted)
 
     def compile(self, *args: Any, **options: Any) -> None:
         self.layer.compile(*args, **options)

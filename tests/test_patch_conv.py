@@ -112,7 +112,7 @@ def test_modes_agree(mode: str, kind: str, extra: int) -> None:
 def test_a_replay_builds_the_matrix_once(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, builds = conv(2, 2), []
     factors = layer.mix.matrix.factors
-    monkeypatch.setattr(layer.mix.matrix, "factors", lambda: builds.append(1) or factors())
+    monkeypatch.setattr(layer.mix.matrix, "factors", lambda *p: builds.append(1) or factors(*p))
     layer(image(2, (2, 2))).sum().backward()
     assert len(builds) == 2
 

@@ -9,7 +9,7 @@ from .freeing import freeing
 from .methods import CompiledMethods
 from .mode import Mode, Policy, check_of
 from .nested import map_tensors
-from .state import inside_container, place, steps_aside, transformed
+from .state import inside_container, place, steps_aside, transformed, unrecorded
 from .tape import Tape, tuple_of
 
 __all__ = [
@@ -34,4 +34,5 @@ __all__ = [
     "transformed",
     "tuple_of",
     "uncompiled",
+    "unrecorded",
 ]

@@ -1,12 +1,14 @@
 """What one thread is doing: the calls that run, where they stand, and what kept graphs hold for a while."""
 
 import contextlib
+import functools
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import torch
+from torch.autograd.graph import saved_tensors_hooks
 
 from ._torch import (
     at_end_of_backward,
@@ -23,8 +25,20 @@ from .slots import Slot
 if TYPE_CHECKING:
     from .call import Call
 
-__all__ = ["Place", "inside_container", "note", "nothing_saved", "place", "state", "steps_aside", "transformed"]
+__all__ = [
+    "Place",
+    "inside_container",
+    "note",
+    "nothing_saved",
+    "place",
+    "state",
+    "steps_aside",
+    "transformed",
+    "unrecorded",
+]
 
+P = ParamSpec("P")
+R = TypeVar("R")
 Place = tuple[Any, ...]  # what describes the innermost place, and the place around it
 
 
@@ -127,6 +141,28 @@ def note(error: Exception, where: Place) -> None:
     place = " of ".join(parts)
     if place and not any(known.endswith(place) for known in getattr(error, "__notes__", ())):
         error.add_note(f"in {place}")
+
+
+def unrecorded(search: Callable[P, R]) -> Callable[P, R]:
+    """Run a function without gradients, and past the records of all calls.
+
+    How many steps a search takes depends on values, and those of a replay are others. What its steps save, to take
+    derivatives of their own, must therefore not be counted.
+    """
+
+    @functools.wraps(search)
+    def run(*args: P.args, **options: P.kwargs) -> R:
+        with torch.no_grad():
+            if not (state.packing and hooks_enabled()):
+                return search(*args, **options)
+            with saved_tensors_hooks(_same, _same):
+                return search(*args, **options)
+
+    return run
+
+
+def _same(value: Any) -> Any:
+    return value
 
 
 def steps_aside() -> bool:

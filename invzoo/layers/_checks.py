@@ -4,7 +4,8 @@ from collections.abc import Collection
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from ..errors import refuse
 
@@ -19,6 +20,7 @@ __all__ = [
     "check_positive",
     "check_positive_int",
     "check_tensor",
+    "parameter_of",
     "refuse",
 ]
 
@@ -70,6 +72,14 @@ def check_features(owner: object, argument: str, x: Tensor, dim: int, size: int)
     """``x`` has ``size`` features in ``dim``."""
     if not -x.ndim <= dim < x.ndim or x.shape[dim] != size:
         refuse(owner, argument, f"have size {size} in dim {dim}", f"shape {tuple(x.shape)}")
+
+
+def parameter_of(module: nn.Module, name: str) -> Tensor:
+    """Return a parameter, or a part of what it is computed from, to read its dtype and device: nothing is computed."""
+    if (parameter := module._parameters.get(name)) is not None:
+        return parameter
+    parts: Any = module.parametrizations if parametrize.is_parametrized(module, name) else None
+    return getattr(module, name) if parts is None else next(parts[name].parameters())
 
 
 def autocast_enabled(x: Tensor) -> bool:

@@ -1,6 +1,7 @@
 """Normalisation of each feature by the first batch."""
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -49,11 +50,13 @@ class ActNorm(ElementwiseMap):
     ``s = a tanh(r / a)`` and ``b`` start at 0 and are learned, so that the bound holds relative to the data. The
     log-determinant is the sum of ``s - log std`` over the features, times the number of pixels.
 
-    Until it is initialised the layer takes the data as standardised. The first forward in training mode whose batch has
-    two values or more for each feature, all of them finite, initialises it, with or without gradients; the eval mode,
-    the inverse and backward never do. To initialise it again, ``reset_parameters()``. Initialise it, or load its state,
-    before you compile it. If `torch.distributed` is initialised, the statistics are those of all ranks' batches
-    together, so every rank of the default group has to run the layer.
+    Until it is initialised the layer takes the data as standardised. The first call in training mode whose batch has
+    two values or more for each feature, all of them finite, initialises it, with or without gradients. Whichever way it
+    goes, what comes out has a mean of 0 and a deviation of 1: that of ``layer(x)`` in a flow from data to noise, that
+    of ``layer.inverse(y)`` in one from noise to data, which is trained by its inverse. The eval mode and backward never
+    initialise it, nor do ``function`` and ``log_det``. To initialise it again, ``reset_parameters()``. Initialise it,
+    or load its state, before you compile it. If `torch.distributed` is initialised, the statistics are those of all
+    ranks' batches together, so every rank of the default group has to run the layer.
 
     Shapes: ``(B, ...) -> (B, ...)`` with ``features`` in ``dim``.
 
@@ -124,16 +127,19 @@ class ActNorm(ElementwiseMap):
         self._seen = None
 
     # A buffer that changed inside the engine's call would be as it was when backward inverts, so it changes before.
-    def forward(self, *inputs: Any, **side: Any) -> Any:
-        self._initialize_once(inputs)
-        return super().forward(*inputs, **side)
+    def prepare(self, values: tuple[Any, ...], *, inverted: bool) -> None:
+        if not self.training or is_fake(self.initialized) or self._known_to_be_initialized():
+            return
+        if not self.initialized:
+            self._initialize(*values, inverted=inverted)
+        self._read_flag()
 
-    def forward_and_log_det(self, *inputs: Any, **side: Any) -> tuple[Any, Tensor]:
-        self._initialize_once(inputs)
-        return super().forward_and_log_det(*inputs, **side)
+    def inverse(self, y: Tensor, context: Any = None) -> Tensor:
+        self.prepare((y,), inverted=True)
+        return self._undo(y, context)
 
     def check_argument(self, argument: str, x: Tensor) -> None:
-        check_per_feature(self, argument, x, self.log_scale)
+        check_per_feature(self, argument, x, "log_scale")
 
     def map_parameters(self, x: Tensor, context: Any = None) -> Tensor:
         log_scale = bounded(widen(self.log_scale), self.max_log_scale)
@@ -143,12 +149,12 @@ class ActNorm(ElementwiseMap):
     def extra_repr(self) -> str:
         return f"{self.features}, dim={self.dim}, max_log_scale={self.max_log_scale}, min_std={self.min_std}"
 
-    def _initialize_once(self, inputs: tuple[Any, ...]) -> None:
-        if not self.training or is_fake(self.initialized) or self._known_to_be_initialized():
-            return
-        if not self.initialized:
-            self._initialize(*inputs)
-        self._read_flag()
+    @property
+    def _undo(self) -> Callable[..., Any]:
+        return self._inverse
+
+    def _inverse(self, y: Tensor, context: Any = None) -> Tensor:
+        return super().inverse(y, context)
 
     def _read_flag(self) -> None:
         flag = self.initialized
@@ -166,11 +172,14 @@ class ActNorm(ElementwiseMap):
         self._read_flag()
 
     @torch.no_grad()
-    def _initialize(self, x: Tensor) -> None:
-        self.check_argument("x", x)
+    def _initialize(self, x: Tensor, *, inverted: bool) -> None:
+        self.check_argument("y" if inverted else "x", x)
         if engine.transformed() or tracing() is not None:
             refuse(self, "layer", "have seen a training batch before it is transformed or traced", "one that has not")
         mean, std, count = moments_of_all_ranks(x, self.dim)
+        if inverted:  # what is learned is undone first
+            scale = bounded(widen(self.log_scale), self.max_log_scale).exp()
+            mean, std = (mean - self.bias) / scale, std / scale
         if count < 2 or not torch.stack((mean, std)).isfinite().all():
             return
         if low := (std < self.min_std).nonzero().flatten().tolist():
@@ -179,6 +188,7 @@ class ActNorm(ElementwiseMap):
                 f"std below min_std={self.min_std} in features {low}, which are divided by min_std instead",
                 stacklevel=5,
             )
-        self.mean.copy_(mean)
-        self.std.copy_(std.clamp_min(self.min_std))
+        std = std.clamp_min(self.min_std)
+        self.mean.copy_(-mean / std if inverted else mean)
+        self.std.copy_(1 / std if inverted else std)
         self.initialized.fill_(True)

@@ -76,7 +76,7 @@ class ElementwiseAffine(ElementwiseMap):
             nn.init.zeros_(parameter)
 
     def check_argument(self, argument: str, x: Tensor) -> None:
-        check_per_feature(self, argument, x, self.log_scale)
+        check_per_feature(self, argument, x, "log_scale")
 
     def map_parameters(self, x: Tensor, context: Any = None) -> Tensor:
         shift = torch.zeros_like(self.log_scale) if self.bias is None else self.bias

@@ -139,8 +139,12 @@ class MaskedAutoregressive(InvertibleModule):
         return self._restored(self.map.forward(x, h, -1).to(x.dtype))
 
     def inverse(self, y: Tensor, context: Tensor | None = None) -> Tensor:
-        y, context = self._enter("y", y, context)
-        return self._restored(self.net.solve(y, self.map.inverse, context))
+        return self._solution(y, context, self.map.inverse)
+
+    def inverse_at(self, inputs: tuple[Any, ...], /, *outputs: Any, **side: Any) -> Tensor:
+        (x,), (y,) = inputs, outputs
+        found = iter(x.index_select(-1, self.permutation).split(1, -1))
+        return self._solution(y, side.get("context"), lambda v, h, dim: self.map.inverse_at(v, h, dim, next(found)))
 
     def log_det(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         return sum_per_sample(self, self.map.log_slope(*self._parameters_at(x, context), -1))
@@ -149,6 +153,10 @@ class MaskedAutoregressive(InvertibleModule):
         x, h = self._parameters_at(x, context)
         y, log_slope = self.map.forward_and_log_slope(x, h, -1)
         return self._restored(y.to(x.dtype)), sum_per_sample(self, log_slope)
+
+    def _solution(self, y: Tensor, context: Tensor | None, inverse: Callable[[Tensor, Tensor, int], Tensor]) -> Tensor:
+        y, context = self._enter("y", y, context)
+        return self._restored(self.net.solve(y, inverse, context))
 
     def side_names(self) -> SideNames:
         return SideNames(frozenset(() if self.context_features is None else ("context",)), any=False)
@@ -160,17 +168,17 @@ class MaskedAutoregressive(InvertibleModule):
 
     def _enter(self, argument: str, x: Tensor, context: Any) -> tuple[Tensor, Tensor | None]:
         """Check x and the context; return x in the layer's order, and the context in dims that fit."""
-        weight: Any = self.net.layers[0].weight
+        parameter = next(self.net.parameters(), x)  # what takes a layer's place may have none
         check_real(self, argument, x)
         self.map.check_value(self, argument, x)
-        check_like(self, argument, x, weight)
+        check_like(self, argument, x, parameter)
         check_dims(self, argument, x, range(2, sys.maxsize), "(batch, ..., features)")
         check_features(self, argument, x, -1, self.features)
         if self.context_features is None:
             self.side_names().check(self, {} if context is None else {"context": context})
         else:
             check_real(self, "context", context)
-            check_like(self, "context", context, weight)
+            check_like(self, "context", context, parameter)
             context = self._aligned(context, x.shape[:-1])
         return x.index_select(-1, self.permutation), context
 

@@ -119,10 +119,12 @@ class InvertibleBatchNorm(HiddenStatistics):
         return (y, mean, std) if self._uses_batch else y
 
     def inverse(self, y: Tensor, *statistics: Tensor) -> Tensor:
-        if len(statistics) not in (0, 2):
-            self._refuse_inverse(f"y and {len(statistics)} statistics")
-        mean, std = statistics or self.running_statistics()
-        return _AFFINE.inverse(y, self.map_parameters(y, mean, std), 1)
+        return _AFFINE.inverse(y, self._given(y, statistics), 1)
+
+    def inverse_with_log_det(self, y: Tensor, *statistics: Tensor) -> tuple[Tensor, Tensor]:
+        h = self._given(y, statistics)
+        x = _AFFINE.inverse(y, h, 1)
+        return x, -sum_per_sample(self, _AFFINE.log_slope(x, h, 1))
 
     def log_det(self, x: Tensor) -> Tensor:
         h = self.map_parameters(x, *self._statistics(x, track=False))
@@ -140,6 +142,13 @@ class InvertibleBatchNorm(HiddenStatistics):
         log_scale = zero if self.log_scale is None else bounded(widen(self.log_scale), self.max_log_scale)
         shift = zero if self.bias is None else widen(self.bias)
         return per_feature(torch.cat(standardised(log_scale, shift, mean, std)), x, 1)
+
+    def _given(self, y: Tensor, statistics: tuple[Tensor, ...]) -> Tensor:
+        """Return the map's parameters by given statistics, or by the running ones."""
+        if len(statistics) not in (0, 2):
+            self._refuse_inverse(f"y and {len(statistics)} statistics")
+        mean, std = statistics or self.running_statistics()
+        return self.map_parameters(y, mean, std)
 
     def running_statistics(self) -> tuple[Tensor, Tensor]:
         """Return the running mean and std, in at least float32."""

@@ -156,7 +156,7 @@ class _Update:
             h = tape.run(self._evaluate, tape.input(len(outputs) - 1, outputs[-1]), **side)
             x = tape.input(0, self._move_back(outputs[0], h, in_place=tape.owns(outputs[0])))
             if self.coupling.map.records or self.coupling.streams is None:  # a mask is saved
-                tape.run(there, x, h)
+                tape.run(there, x, h, outputs[0])
 
         there = self._there_and_log_det if log_det else self._there
         title = f"{type(self.coupling).__name__}{'.inv' * self.inverted} ({self.name}{', log_det' * log_det})"
@@ -170,16 +170,26 @@ class _Update:
         h = self.net(x.to(dtype), **side)
         return h.to(source.dtype) if isinstance(h, Tensor) else h
 
-    def _there(self, x: Tensor, h: Tensor) -> tuple[Tensor]:
-        step = self.coupling.map.inverse if self.inverted else self.coupling.map.forward
-        return (self._masked(step(x, h, self.coupling.dim), x, self.target),)
+    def _there(self, x: Tensor, h: Tensor, moved: Tensor | None = None) -> tuple[Tensor]:
+        map_, dim, known = self.coupling.map, self.coupling.dim, self._known(moved)
+        if not self.inverted:
+            moved = map_.forward(x, h, dim)
+        else:
+            moved = map_.inverse(x, h, dim) if known is None else map_.inverse_at(x, h, dim, known)
+        return (self._masked(moved, x, self.target),)
 
-    def _there_and_log_det(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-        map_ = self.coupling.map
-        step = map_.inverse_and_log_slope if self.inverted else map_.forward_and_log_slope
-        moved, log_slope = step(x, h, self.coupling.dim)
+    def _there_and_log_det(self, x: Tensor, h: Tensor, moved: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        map_, dim = self.coupling.map, self.coupling.dim
+        if self.inverted:
+            moved, log_slope = map_.inverse_and_log_slope(x, h, dim, self._known(moved))
+        else:
+            moved, log_slope = map_.forward_and_log_slope(x, h, dim)
         log_det = sum_per_sample(self.coupling, self._masked(log_slope, 0, self.target))
         return self._masked(moved, x, self.target), -log_det if self.inverted else log_det
+
+    def _known(self, moved: Tensor | None) -> Tensor | None:
+        """Return the value of the map's inverse that a replay knows; a checkerboard's mask hides some of it."""
+        return None if self.coupling.streams is None else moved
 
     def _move_back(self, y: Tensor, h: Tensor, *, in_place: bool = False) -> Tensor:
         map_ = self.coupling.map

@@ -3,6 +3,7 @@
 import math
 from abc import abstractmethod
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -27,6 +28,10 @@ class Curve(Map):
     def root(self, y: Tensor, p: Tensor) -> Tensor:
         """Undo :meth:`value`."""
 
+    def root_at(self, y: Tensor, p: Tensor, x: Tensor) -> Tensor:
+        """As :meth:`root`, where its values are known to be ``x``; override it to spare a search for them."""
+        return self.root(y, p)
+
     @abstractmethod
     def log_derivative(self, x: Tensor, p: Tensor) -> Tensor:
         """Compute the logarithm of the derivative of :meth:`value`."""
@@ -35,9 +40,9 @@ class Curve(Map):
         """Compute both; override it where they share work."""
         return self.value(x, p), self.log_derivative(x, p)
 
-    def root_and_log_derivative(self, y: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute x, and the logarithm of the derivative of :meth:`value` there; override it as before."""
-        x = self.root(y, p)
+    def root_and_log_derivative(self, y: Tensor, p: Tensor, known: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Compute x, which may be ``known``, and the logarithm of the derivative there; override it as before."""
+        x = self.root(y, p) if known is None else self.root_at(y, p, known)
         return x, self.log_derivative(x, p)
 
     def forward(self, x: Tensor, h: Tensor, dim: int) -> Tensor:
@@ -46,6 +51,9 @@ class Curve(Map):
     def inverse(self, y: Tensor, h: Tensor, dim: int) -> Tensor:
         return self.root(widen(y), self._stack(h, dim)).to(y.dtype)
 
+    def inverse_at(self, y: Tensor, h: Tensor, dim: int, x: Tensor) -> Tensor:
+        return self.root_at(widen(y), self._stack(h, dim), widen(x)).to(y.dtype)
+
     def log_slope(self, x: Tensor, h: Tensor, dim: int) -> Tensor:
         return self.log_derivative(widen(x), self._stack(h, dim)).expand_as(x)
 
@@ -53,8 +61,11 @@ class Curve(Map):
         y, log_slope = self.value_and_log_derivative(widen(x), self._stack(h, dim))
         return y.to(x.dtype), log_slope.expand_as(x)
 
-    def inverse_and_log_slope(self, y: Tensor, h: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-        x, log_slope = self.root_and_log_derivative(widen(y), self._stack(h, dim))
+    def inverse_and_log_slope(
+        self, y: Tensor, h: Tensor, dim: int, known: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        known = None if known is None else widen(known)
+        x, log_slope = self.root_and_log_derivative(widen(y), self._stack(h, dim), known)
         return x.to(y.dtype), log_slope.expand_as(y)
 
     def _stack(self, h: Tensor, dim: int) -> Tensor:
@@ -70,13 +81,14 @@ class ImplicitCurve(Curve):
         """Return bounds on the root, and a guess of it."""
 
     def root(self, y: Tensor, p: Tensor) -> Tensor:
-        fixed = p.detach()
+        start = self.bracket(y.detach(), p.detach())
+        return self.root_at(y, p, newton(partial(self.value, p=p), partial(self._slope, p=p), y, *start))
 
-        def slope(x: Tensor) -> Tensor:
-            return self.log_derivative(x, fixed).exp()
+    def root_at(self, y: Tensor, p: Tensor, x: Tensor) -> Tensor:
+        return with_gradients(partial(self.value, p=p), partial(self._slope, p=p), y, x)
 
-        root = newton(lambda x: self.value(x, fixed), slope, y, *self.bracket(y.detach(), fixed))
-        return with_gradients(lambda x: self.value(x, p), y, root, slope(root))
+    def _slope(self, x: Tensor, p: Tensor) -> Tensor:
+        return self.log_derivative(x, p).exp()
 
 
 @dataclass(frozen=True)
@@ -141,7 +153,7 @@ class SinhArcsinhCurve(Curve):
         u = x.asinh()
         return _sinh_log_slope(u, log_tail.exp() * u + skew, skew, log_tail)
 
-    def root_and_log_derivative(self, y: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+    def root_and_log_derivative(self, y: Tensor, p: Tensor, known: Tensor | None = None) -> tuple[Tensor, Tensor]:
         skew, log_tail = self._parts(p)
         v = y.asinh()
         u = (v - skew) * (-log_tail).exp()

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..engine import Tape
 from ..log_dets import sum_per_sample
-from ._checks import check_features, check_like, check_positive_int, refuse
+from ._checks import check_features, check_like, check_positive_int, parameter_of, refuse
 from .conditioned import Conditioned, Conditioner
 from .maps import Map
 from .matrix import widen
@@ -24,10 +24,10 @@ def per_feature(values: Tensor, x: Tensor, dim: int) -> Tensor:
     return values.view(shape)
 
 
-def check_per_feature(owner: Any, argument: str, x: Any, parameter: Tensor) -> None:
-    """``x`` is what the layer's map takes, like the layer's ``parameter``, and has its features in its dim."""
+def check_per_feature(owner: Any, argument: str, x: Any, parameter: str) -> None:
+    """``x`` is what the layer's map takes, like its parameter of that name, and has its features in its dim."""
     owner.map.check_value(owner, argument, x)
-    check_like(owner, argument, x, parameter)
+    check_like(owner, argument, x, parameter_of(owner, parameter))
     check_features(owner, argument, x, owner.dim, owner.features)
 
 
@@ -91,10 +91,12 @@ class ElementwiseMap(Conditioned):
         tape.run(self._map_and_log_det, *self._rebuild(self.map.inverse, tape, *outputs, **side))
 
     def replay_inverse(self, tape: Tape, *inputs: Tensor, **side: Any) -> None:
-        tape.run(self.map.inverse, *self._rebuild(self.map.forward, tape, *inputs, **side), self.dim)
+        y, h = self._rebuild(self.map.forward, tape, *inputs, **side)
+        tape.run(self.map.inverse_at, y, h, self.dim, *inputs)
 
     def replay_inverse_with_log_det(self, tape: Tape, *inputs: Tensor, **side: Any) -> None:
-        tape.run(self._undo_and_log_det, *self._rebuild(self.map.forward, tape, *inputs, **side))
+        y, h = self._rebuild(self.map.forward, tape, *inputs, **side)
+        tape.run(self._undo_and_log_det, y, h, *inputs)
 
     def conditioned(self, own: Tensor, x: Tensor, context: Any) -> Tensor:
         """Return parameters of the layer, one per feature, plus what the conditioner makes of the context."""
@@ -123,8 +125,8 @@ class ElementwiseMap(Conditioned):
         y, log_slope = self.map.forward_and_log_slope(x, h, self.dim)
         return y, self._sum(log_slope)
 
-    def _undo_and_log_det(self, y: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-        x, log_slope = self.map.inverse_and_log_slope(y, h, self.dim)
+    def _undo_and_log_det(self, y: Tensor, h: Tensor, known: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        x, log_slope = self.map.inverse_and_log_slope(y, h, self.dim, known)
         return x, -self._sum(log_slope)
 
     def _sum(self, log_slope: Tensor) -> Tensor:
@@ -189,7 +191,7 @@ class PerFeatureMap(ElementwiseMap):
         self.map.reset(self.weight)
 
     def check_argument(self, argument: str, x: Tensor) -> None:
-        check_per_feature(self, argument, x, self.weight)
+        check_per_feature(self, argument, x, "weight")
 
     def map_parameters(self, x: Tensor, context: Any = None) -> Tensor:
         return self.conditioned(self.weight.flatten(), x, context)

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from ..engine import unrecorded
+
 __all__ = ["Limits", "differentiable", "fixed_point", "vjp"]
 
 Map = Callable[[Tensor], Tensor]
@@ -62,7 +64,7 @@ def _accelerated(value: Tensor, residual: Tensor, history: list[tuple[Tensor, Te
     return value - (d_values @ weights).squeeze(-1)
 
 
-@torch.no_grad()
+@unrecorded
 def fixed_point(step: Map, start: Tensor, limits: Limits) -> Tensor:
     """Iterate ``x = step(x)`` until no value of a sample moves by more than the tolerance times its largest one.
 

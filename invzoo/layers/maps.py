@@ -52,9 +52,15 @@ class Map(ABC):
         """Compute both; override it where they share work."""
         return self.forward(x, h, dim), self.log_slope(x, h, dim)
 
-    def inverse_and_log_slope(self, y: Tensor, h: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-        """Compute x, and the log-slope of :meth:`forward` there; override it where they share work."""
-        x = self.inverse(y, h, dim)
+    def inverse_at(self, y: Tensor, h: Tensor, dim: int, x: Tensor) -> Tensor:
+        """As :meth:`inverse`, where the values are known to be ``x``; override it to spare a search for them."""
+        return self.inverse(y, h, dim)
+
+    def inverse_and_log_slope(
+        self, y: Tensor, h: Tensor, dim: int, known: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Compute x, which may be ``known``, and the log-slope of :meth:`forward` there; override it as before."""
+        x = self.inverse(y, h, dim) if known is None else self.inverse_at(y, h, dim, known)
         return x, self.log_slope(x, h, dim)
 
     def forward_(self, x: Tensor, h: Tensor, dim: int) -> Tensor:
@@ -159,7 +165,9 @@ class Affine(Map):
         log_scale, shift = self._parts(x, h, dim)
         return (x * log_scale.exp() + shift).to(x.dtype), log_scale.expand_as(x)
 
-    def inverse_and_log_slope(self, y: Tensor, h: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    def inverse_and_log_slope(
+        self, y: Tensor, h: Tensor, dim: int, known: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         log_scale, shift = self._parts(y, h, dim)
         return ((y - shift) * (-log_scale).exp()).to(y.dtype), log_scale.expand_as(y)
 

@@ -31,14 +31,16 @@ def bounded(x: Tensor, bound: float) -> Tensor:
 class Matrix(nn.Module):
     """A learned matrix W of shape (rows, columns), rows >= columns, and its left inverse. Abstract.
 
-    ``factors`` does what W and its inverse share, in at least float32; both take what it returns. It and ``log_det``
-    take parameters in the order of ``names``, with leading batch dims, or the matrix's own; the first has its dtype.
+    Called as a module, so that hooks on it fire, it does what W and its inverse share; both take what it returns.
+    ``factors`` and ``log_det`` take parameters in the order of ``names``, in at least float32 and with leading batch
+    dims if they have any; the first has the matrix's dtype.
     """
 
     names: ClassVar[tuple[str, ...]]
     square: ClassVar[bool] = False
     volume_preserving: ClassVar[bool] = False
     options: ClassVar[tuple[str, ...]] = ()
+    subnet: ClassVar[bool] = False  # it is compiled with its layer, not for itself
 
     def __init__(self, owner: str, rows: int, columns: int) -> None:
         super().__init__()
@@ -51,18 +53,17 @@ class Matrix(nn.Module):
         """The matrix's own parameters."""
         return tuple(getattr(self, name) for name in self.names)
 
+    def forward(self, *offsets: Tensor, log_det: bool = False) -> tuple[tuple[Tensor, ...], Tensor | None]:
+        """What W and its inverse are made of, with ``offsets`` added to its parameters; and log abs det W, if asked."""
+        parameters = [widen(p) for p in self.own()]
+        if offsets:
+            parameters = [p + widen(h) for p, h in zip(parameters, offsets, strict=True)]
+        return self.factors(*parameters), self.log_det(*parameters) if log_det else None
+
     def factors(self, *parameters: Tensor) -> tuple[Tensor, ...]:
-        """What W and its inverse are made of, for these parameters or the matrix's own."""
-        return self.build(*map(widen, parameters or self.own()))
-
-    def log_det(self, *parameters: Tensor) -> Tensor:
-        """Compute log abs det W of a square W, for these parameters or the matrix's own."""
-        return self.log_volume(*map(widen, parameters or self.own()))
-
-    def build(self, *parameters: Tensor) -> tuple[Tensor, ...]:
         raise NotImplementedError
 
-    def log_volume(self, *parameters: Tensor) -> Tensor:
+    def log_det(self, *parameters: Tensor) -> Tensor:
         raise NotImplementedError
 
     def weight(self, *factors: Tensor) -> Tensor:
@@ -80,7 +81,7 @@ class Orthonormal(Matrix):
 
     volume_preserving = True
 
-    def log_volume(self, *parameters: Tensor) -> Tensor:
+    def log_det(self, *parameters: Tensor) -> Tensor:
         return parameters[0].real.new_zeros(parameters[0].shape[:-2])
 
     def weight(self, *factors: Tensor) -> Tensor:
@@ -117,7 +118,7 @@ class Householder(Orthonormal):
     def reset_parameters(self) -> None:
         nn.init.normal_(self.vectors, std=self.rows**-0.5)
 
-    def build(self, *parameters: Tensor) -> tuple[Tensor, ...]:
+    def factors(self, *parameters: Tensor) -> tuple[Tensor, ...]:
         return (householder(parameters[0], self.columns),)
 
 
@@ -136,7 +137,7 @@ class Cayley(Orthonormal):
     def reset_parameters(self) -> None:
         nn.init.normal_(self.generator, std=self.rows**-0.5)
 
-    def build(self, *parameters: Tensor) -> tuple[Tensor, ...]:
+    def factors(self, *parameters: Tensor) -> tuple[Tensor, ...]:
         return (cayley(parameters[0], self.columns),)
 
 
@@ -176,12 +177,12 @@ class Scaled(Matrix):
         nn.init.normal_(self.right, std=self.columns**-0.5)
         nn.init.zeros_(self.log_scale)
 
-    def build(self, *parameters: Tensor) -> tuple[Tensor, ...]:
+    def factors(self, *parameters: Tensor) -> tuple[Tensor, ...]:
         left, right, log_scale = parameters
         u, v = (householder(vectors, self.columns) for vectors in (left, right))
         return u, bounded(log_scale, self.max_log_scale).unsqueeze(-2), v
 
-    def log_volume(self, *parameters: Tensor) -> Tensor:
+    def log_det(self, *parameters: Tensor) -> Tensor:
         return bounded(parameters[2], self.max_log_scale).sum(-1)
 
     def weight(self, *factors: Tensor) -> Tensor:
@@ -227,14 +228,14 @@ class PLU(Matrix):
         log_scale = packed.diagonal(dim1=-2, dim2=-1)
         return log_scale - log_scale.real + bounded(log_scale.real, self.max_log_scale)
 
-    def build(self, *parameters: Tensor) -> tuple[Tensor, ...]:
+    def factors(self, *parameters: Tensor) -> tuple[Tensor, ...]:
         """L and U + diag(sigma e^s)."""
         (packed,) = parameters
         units = packed * self.rows**-0.5
         diagonal = self.sigma * self.log_scales(packed).exp()
         return units.tril(-1) + identity(packed, self.rows), units.triu(1) + diagonal.diag_embed()
 
-    def log_volume(self, *parameters: Tensor) -> Tensor:
+    def log_det(self, *parameters: Tensor) -> Tensor:
         return self.log_scales(parameters[0]).real.sum(-1)
 
     def weight(self, *factors: Tensor) -> Tensor:
@@ -265,10 +266,13 @@ class Free(Matrix):
     def reset_parameters(self) -> None:
         self.entries.copy_(householder(widen(self.entries.normal_()), self.rows))
 
-    def build(self, *parameters: Tensor) -> tuple[Tensor, ...]:
-        return parameters
+    def factors(self, *parameters: Tensor) -> tuple[Tensor, ...]:
+        (entries,) = parameters
+        return (
+            entries.clone() if self._forward_hooks else entries,
+        )  # behind the call, FSDP2 frees a parameter's memory
 
-    def log_volume(self, *parameters: Tensor) -> Tensor:
+    def log_det(self, *parameters: Tensor) -> Tensor:
         return torch.linalg.slogdet(parameters[0]).logabsdet
 
     def weight(self, *factors: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from ._checks import (
     check_floating,
     check_like,
     check_positive_int,
+    parameter_of,
     refuse,
 )
 from .conditioned import Conditioned, Conditioner
@@ -32,11 +33,11 @@ def times(matrix: Tensor, vector: Tensor) -> Tensor:
     return matrix @ vector if vector.ndim == 1 else (matrix @ vector.unsqueeze(-1)).squeeze(-1)
 
 
-def add_per_sample(parameters: Sequence[Tensor], offsets: Tensor) -> tuple[Tensor, ...]:
-    """Add a flat vector per sample, (B, numbers), to the parameters in their order; real ones take its real part."""
+def per_sample(parameters: Sequence[Tensor], offsets: Tensor) -> list[Tensor]:
+    """Cut a flat vector per sample, (B, numbers), to the shapes of parameters; real ones take its real part."""
     pieces = offsets.split([p.numel() for p in parameters], 1)
     pieces = [h.real if h.is_complex() and not p.is_complex() else h for h, p in zip(pieces, parameters, strict=True)]
-    return tuple(widen(p) + widen(h).reshape(len(h), *p.shape) for h, p in zip(pieces, parameters, strict=True))
+    return [h.reshape(len(h), *p.shape) for h, p in zip(pieces, parameters, strict=True)]
 
 
 class MatrixLayer(Conditioned):
@@ -99,7 +100,7 @@ class MatrixLayer(Conditioned):
     def weight(self) -> Tensor:
         """W, of shape (rows, columns), in at least float32."""
         with full_precision(self._parameter):
-            return self.matrix.weight(*self.matrix.factors())
+            return self.matrix.weight(*self.matrix()[0])
 
     @property
     def num_parameters(self) -> int:
@@ -111,51 +112,48 @@ class MatrixLayer(Conditioned):
 
     def function(self, x: Tensor, context: Any = None) -> Tensor:
         self._check("x", x, self.matrix.columns)
-        _, factors = self._build(x, context)
+        factors, _ = self._build(x, context)
         return self._apply_weight(x, *factors)
 
     def inverse(self, y: Tensor, context: Any = None) -> Tensor:
         self._check("y", y, self.matrix.rows)
-        _, factors = self._build(y, context)
+        factors, _ = self._build(y, context)
         return self._apply_inverse(y, *factors)
 
     def log_det(self, x: Tensor, context: Any = None) -> Tensor:
         self._check("x", x, self.matrix.columns)
-        parameters, _ = self._weights(x, context)
-        return self._log_det(x, *parameters)
+        _, log_det = self._build(x, context, log_det=True)
+        return self._log_det(x, log_det)
 
     def function_and_log_det(self, x: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
         self._check("x", x, self.matrix.columns)
-        parameters, factors = self._build(x, context)
-        return self._apply_weight(x, *factors), self._log_det(x, *parameters)
+        factors, log_det = self._build(x, context, log_det=True)
+        return self._apply_weight(x, *factors), self._log_det(x, log_det)
 
     def inverse_with_log_det(self, y: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
         self._check("y", y, self.matrix.rows)
-        parameters, factors = self._build(y, context)
+        factors, log_det = self._build(y, context, log_det=True)
         x = self._apply_inverse(y, *factors)
-        return x, -self._log_det(x, *parameters)
+        return x, -self._log_det(x, log_det)
 
     def replay(self, tape: Tape, *outputs: Tensor, **side: Any) -> None:
         self._replay(self._apply_inverse, self._apply_weight, tape, *outputs, **side)
 
     def replay_with_log_det(self, tape: Tape, *outputs: Tensor, **side: Any) -> None:
-        x, _, parameters = self._replay(self._apply_inverse, self._apply_weight, tape, *outputs, **side)
-        tape.run(self._log_det, x, *parameters)
+        self._replay(self._apply_inverse, self._apply_weight, tape, *outputs, log_det=True, **side)
 
     def replay_inverse(self, tape: Tape, *inputs: Tensor, **side: Any) -> None:
         self._replay(self._apply_weight, self._apply_inverse, tape, *inputs, **side)
 
     def replay_inverse_with_log_det(self, tape: Tape, *inputs: Tensor, **side: Any) -> None:
-        _, x, parameters = self._replay(self._apply_weight, self._apply_inverse, tape, *inputs, **side)
-        tape.run(lambda: -self._log_det(x, *parameters))
+        self._replay(self._apply_weight, self._apply_inverse, tape, *inputs, log_det=True, **side)
 
     def _replay(
-        self, back: Product, there: Product, tape: Tape, value: Tensor, context: Any = None
-    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        self, back: Product, there: Product, tape: Tape, value: Tensor, context: Any = None, *, log_det: bool = False
+    ) -> None:
         """Run the conditioner, and build the factors, once for both directions."""
-        parameters, factors = tape.run(self._build, value, context)
-        rebuilt = tape.input(0, back(value, *factors))
-        return rebuilt, tape.run(there, rebuilt, *factors), parameters
+        factors, _ = tape.run(self._build, value, context, log_det=log_det)  # of log_det nothing more is saved
+        tape.run(there, tape.input(0, back(value, *factors)), *factors)
 
     @staticmethod
     def affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -164,7 +162,7 @@ class MatrixLayer(Conditioned):
 
     @property
     def _parameter(self) -> Tensor:
-        return getattr(self.matrix, self.matrix.names[0])
+        return parameter_of(self.matrix, self.matrix.names[0])
 
     @property
     def _shift(self) -> Tensor:
@@ -179,20 +177,20 @@ class MatrixLayer(Conditioned):
         check_dims(self, argument, x, self.dims, self.layout)
         check_features(self, argument, x, self.dim, size)
 
-    def _build(self, x: Tensor, context: Any) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """Return W's parameters if they are not the layer's own; and b, and behind it what W and its inverse share."""
-        parameters, shift = self._weights(x, context)
-        with full_precision(x):
-            return parameters, (shift, *self.matrix.factors(*parameters))
-
-    def _weights(self, x: Tensor, context: Any) -> tuple[tuple[Tensor, ...], Tensor]:
+    def _build(self, x: Tensor, context: Any, *, log_det: bool = False) -> tuple[tuple[Tensor, ...], Tensor | None]:
+        """Return b, and behind it what W and its inverse share; and log abs det W, if asked for."""
         if self.conditioner is not None:
             check_dims(self, "input", x, range(2, sys.maxsize), "(batch, ...), with a conditioner")
-        if (offsets := self.evaluate_conditioner(context)) is None:
-            return (), self._shift
-        self._check_offsets(offsets, (len(x), self.num_parameters))
-        parameters, count = add_per_sample(self._own(), offsets), len(self.matrix.names)
-        return parameters[:count], self._shift if self.bias is None else parameters[count]
+        offsets, shift = self.evaluate_conditioner(context), self._shift
+        with full_precision(x):
+            if offsets is None:
+                factors, volume = self.matrix(log_det=log_det)
+            else:
+                self._check_offsets(offsets, (len(x), self.num_parameters))
+                pieces, count = per_sample(self._own(), offsets), len(self.matrix.names)
+                factors, volume = self.matrix(*pieces[:count], log_det=log_det)
+                shift = shift if self.bias is None else shift + widen(pieces[count])
+        return (shift, *factors), volume
 
     def _check_offsets(self, offsets: Tensor, shape: tuple[int, int]) -> None:
         if offsets.shape != shape:
@@ -207,14 +205,14 @@ class MatrixLayer(Conditioned):
             inverse = self.matrix.inverse(*factors)
             return self._map(y, inverse, -times(inverse, shift))
 
-    def _log_det(self, x: Tensor, *parameters: Tensor) -> Tensor:
-        if self.matrix.rows != self.matrix.columns:
+    def _log_det(self, x: Tensor, volume: Tensor | None) -> Tensor:
+        if self.matrix.rows != self.matrix.columns or volume is None:
             return super().log_det(x)
         if x.ndim < 2:
             refuse(self, "x", "have a batch dim, for a log-determinant", f"shape {tuple(x.shape)}")
         positions = math.prod(x.shape[1:]) // self.matrix.columns * (2 if x.is_complex() else 1)
         with full_precision(x):
-            log_det = positions * self.matrix.log_det(*parameters).to(log_det_dtype(x))
+            log_det = positions * volume.to(log_det_dtype(x))
         return log_det.expand(len(x)).contiguous()
 
     def _map(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

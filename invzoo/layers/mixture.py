@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..engine import unrecorded
 from ._checks import check_positive, check_positive_int
 from .coupling import Coupling, Subnet, zero_last
 from .curves import Curve
@@ -89,8 +90,10 @@ class MixtureOfLogistics(Curve):
         return mixture.logit(x) * log_scale.exp() + shift
 
     def root(self, y: Tensor, p: Tensor) -> Tensor:
-        mixture, log_scale, shift = self._parts(p)
-        return _solve(mixture, (y - shift) * (-log_scale).exp())
+        return self._root(y, p, None)
+
+    def root_at(self, y: Tensor, p: Tensor, x: Tensor) -> Tensor:
+        return self._root(y, p, x)
 
     def log_derivative(self, x: Tensor, p: Tensor) -> Tensor:
         mixture, log_scale, _ = self._parts(p)
@@ -99,6 +102,11 @@ class MixtureOfLogistics(Curve):
     def value_and_log_derivative(self, x: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
         mixture, log_scale, shift = self._parts(p)
         return mixture.logit(x) * log_scale.exp() + shift, mixture.log_slope(x) + log_scale
+
+    def _root(self, y: Tensor, p: Tensor, x: Tensor | None) -> Tensor:
+        mixture, log_scale, shift = self._parts(p)
+        y = (y - shift) * (-log_scale).exp()
+        return with_gradients(mixture.logit, mixture.slope, y, _search(mixture, y.detach()) if x is None else x)
 
     def _parts(self, p: Tensor) -> tuple[_Mixture, Tensor, Tensor]:
         k = self.components
@@ -117,17 +125,16 @@ class MixtureOfLogistics(Curve):
         return start.view(-1, *[1] * (mean.ndim - 1))
 
 
-def _solve(mixture: _Mixture, y: Tensor) -> Tensor:
+@unrecorded
+def _search(mixture: _Mixture, y: Tensor) -> Tensor:
     """Solve ``logit(x) = y``."""
 
     def curve(x: Tensor) -> Tensor:  # y itself where rounding can tell no difference: there Newton's method settles
         values = mixture.logit(x)
         return torch.where((values - y).abs() <= rounding, y, values)
 
-    with torch.no_grad():
-        rounding = 4 * torch.finfo(y.dtype).eps * (1 + y.abs())
-        root = newton(curve, mixture.slope, y, *mixture.roots(y), steps=_STEPS)
-    return with_gradients(mixture.logit, y, root, mixture.slope(root))
+    rounding = 4 * torch.finfo(y.dtype).eps * (1 + y.abs())
+    return newton(curve, mixture.slope, y, *mixture.roots(y), steps=_STEPS)
 
 
 class MixtureLogisticCoupling(Coupling):

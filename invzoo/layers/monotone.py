@@ -28,9 +28,11 @@ def _slope(curve: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """Differentiate an elementwise function by autograd."""
     if functorch_active():
         return torch.func.grad(lambda v: curve(v).sum())(x)
+    recording = torch.is_grad_enabled()
     with torch.enable_grad():
-        x = x if x.requires_grad else x.detach().requires_grad_()
-        (slope,) = torch.autograd.grad(curve(x).sum(), x, create_graph=True)
+        # Of its own, so that this calls no hooks of x.
+        point = x.view_as(x) if recording and x.requires_grad else x.detach().requires_grad_()
+        (slope,) = torch.autograd.grad(curve(point).sum(), point, create_graph=recording)
     return slope
 
 
@@ -98,7 +100,11 @@ class Monotone(InvertibleModule):
         if readable(low) and low.isnan().any():
             refuse(self, "y", "have values that the curve takes", f"{y[low.isnan()][0].item():.8g}")
         root = newton(curve, partial(_slope, curve), y, low, high, low + (high - low) / 2)
-        return with_gradients(curve, y, root, _slope(curve, root))
+        return with_gradients(curve, partial(_slope, curve), y, root)
+
+    def inverse_at(self, inputs: tuple[Any, ...], /, *outputs: Any, **side: Any) -> Tensor:
+        (x,), (y,), curve = inputs, outputs, partial(self.curve, **side)
+        return with_gradients(curve, partial(_slope, curve), y, x)
 
     def log_det(self, x: Tensor, **side: Any) -> Tensor:
         check_real(self, "x", x)

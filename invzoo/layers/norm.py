@@ -9,7 +9,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..engine import tuple_of
-from ..module import Inverse, InvertibleModule
+from ..module import InvertibleModule
 from ._checks import check_features, check_like, check_positive, check_positive_int, refuse
 from .elementwise import check_real
 from .elementwise_map import per_feature
@@ -19,7 +19,12 @@ __all__ = ["HiddenStatistics", "InvertibleGroupNorm", "SampleNorm", "moments", "
 
 
 class HiddenStatistics(InvertibleModule):
-    """A layer whose function returns statistics of x behind y, for its inverse; callers get y alone. Abstract."""
+    """A layer whose function returns statistics of x behind y, for its inverse; callers get y alone. Abstract.
+
+    The function does not undo an inverse that was given other statistics, since it takes its own.
+    """
+
+    two_way = False
 
     def forward(self, *inputs: Any, **side: Any) -> Any:
         return tuple_of(super().forward(*inputs, **side))[0]
@@ -27,12 +32,6 @@ class HiddenStatistics(InvertibleModule):
     def forward_and_log_det(self, *inputs: Any, **side: Any) -> tuple[Any, Tensor]:
         outputs, log_det = super().forward_and_log_det(*inputs, **side)
         return tuple_of(outputs)[0], log_det
-
-
-class _KeepingInputs(Inverse):
-    """The inverse by given statistics. The layer does not undo it, since it takes statistics of its own."""
-
-    slow_inverse = True  # so that mode invert keeps the inputs
 
 
 def moments(x: Tensor, dims: tuple[int, ...], *, keepdim: bool) -> tuple[Tensor, Tensor]:
@@ -85,11 +84,6 @@ class SampleNorm(HiddenStatistics):
     def reset_parameters(self) -> None:
         for parameter in self.parameters():
             nn.init.zeros_(parameter)
-
-    @property
-    def inv(self) -> InvertibleModule:
-        """The inverse by given statistics."""
-        return _KeepingInputs(self)
 
     @property
     def weight(self) -> Tensor | None:

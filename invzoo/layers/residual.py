@@ -118,13 +118,22 @@ class InvertibleResidual(BranchLayer):
 
     @uncompiled
     def inverse(self, y: Tensor, **side: Any) -> Tensor:
+        return self._solution(y, None, side)
+
+    def inverse_at(self, inputs: tuple[Any, ...], /, *outputs: Any, **side: Any) -> Tensor:
+        (x,), (y,) = inputs, outputs
+        return self._solution(y, x, side)
+
+    def _solution(self, y: Tensor, x: Tensor | None, side: dict[str, Any]) -> Tensor:
+        """Solve for x, unless it is known; give it its derivatives."""
+
         def step(x: Tensor) -> Tensor:
             return y - self.evaluate(x, side)
 
         check_real(self, "y", y)
         limits = Limits(self._name(), self.tolerance_for(y.dtype), self.max_iterations)
         with full_precision(y):
-            x = fixed_point(step, y, limits)
+            x = fixed_point(step, y, limits) if x is None else x
             return differentiable(step, x, limits) if torch.is_grad_enabled() else x
 
     def tolerance_for(self, dtype: torch.dtype) -> float:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..engine import unrecorded
 from .elementwise import readable
 
 __all__ = ["bracket", "newton", "with_gradients"]
@@ -15,7 +16,7 @@ __all__ = ["bracket", "newton", "with_gradients"]
 Function = Callable[[Tensor], Tensor]
 
 
-@torch.no_grad()
+@unrecorded
 def bracket(curve: Function, y: Tensor, least: float, most: float, doublings: int = 40) -> tuple[Tensor, Tensor]:
     """Find bounds in [least, most] on the roots of ``curve(x) = y``; NaN where there is none within 2^doublings."""
     y = y.detach()
@@ -29,7 +30,7 @@ def bracket(curve: Function, y: Tensor, least: float, most: float, doublings: in
     return low.masked_fill(missing, torch.nan), high
 
 
-@torch.no_grad()
+@unrecorded
 def newton(
     curve: Function, slope: Function, y: Tensor, low: Tensor, high: Tensor, guess: Tensor, steps: int = 60
 ) -> Tensor:
@@ -55,17 +56,17 @@ def newton(
     return x
 
 
-def with_gradients(curve: Function, y: Tensor, root: Tensor, slope: Tensor) -> Tensor:
+def with_gradients(curve: Function, slope: Function, y: Tensor, root: Tensor) -> Tensor:
     """Give a root, found without gradients, the first two derivatives that it has by ``curve(x) = y``.
 
     Each step with the slope held constant changes the value by no more than rounding, and makes one more derivative
     right: with e the error of x as a function of y and of the curve's parameters, e becomes e (1 - curve'(x) / slope),
     whose second factor is 0 at the root. A root at infinity stays there.
     """
-    root, slope = root.detach(), slope.detach()
+    root, fixed = root.detach(), unrecorded(slope)(root.detach())
     infinite = root.isinf()
     x = root.masked_fill(infinite, 0)
     for _ in range(2):
         residual = curve(x) - y
-        x = x - residual.masked_fill(residual.isinf(), 0) / slope  # it overflows close to the largest number
+        x = x - residual.masked_fill(residual.isinf(), 0) / fixed  # it overflows close to the largest number
     return x.where(~infinite, root)

@@ -123,7 +123,7 @@ class _OrthogonalSampling(InvertibleModule):
         """The orthogonal matrix of each channel, (channels, prod(stride), prod(stride)), in at least float32."""
         with full_precision(self.basis):
             # The basis may have been in half precision, or come from there: two steps make it orthogonal again.
-            return polish(polish(widen(self.basis))) @ self.matrix.weight(*self.matrix.factors())
+            return polish(polish(widen(self.basis))) @ self.matrix.weight(*self.matrix()[0])
 
     def _down(self, argument: str, x: Tensor) -> Tensor:
         self._check(argument, x, deep=False)

@@ -129,7 +129,9 @@ class RationalQuadratic(Map):
         bin_ = self._find(inner, h, dim)
         return self._leave(x, inner, bin_.forward(inner)), self._log_slope(x, inner, bin_)
 
-    def inverse_and_log_slope(self, y: Tensor, h: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    def inverse_and_log_slope(
+        self, y: Tensor, h: Tensor, dim: int, known: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         inner = self._enter(y)
         bin_ = self._find(inner, h, dim, of_output=True)
         moved = bin_.inverse(inner)

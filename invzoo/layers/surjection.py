@@ -226,7 +226,7 @@ class Augment(_Features):
 
 
 class Abs(Surjection):
-    """Drop the signs, ``x -> |x|``; the inverse draws them.
+    """Drop the signs, ``x -> |x|``; the inverse draws them. That of 0 counts as minus.
 
     The log-likelihood term is ``log p(sign | y)``, which is ``-n log(2)`` for fair signs, and the likelihood exact.
 

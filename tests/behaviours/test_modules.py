@@ -464,6 +464,50 @@ def test_cached_parametrizations(subject, x):
     subject.holds(program, block)
 
 
+HOOKED = {
+    "L1Unstructured": lambda m: prune.l1_unstructured(m, "weight", 0.5),
+    "CustomFromMask": lambda m: prune.global_unstructured([(m, "weight")], prune.L1Unstructured, amount=0.5),
+    "WeightNorm": torch.nn.utils.weight_norm,
+    "SpectralNorm": torch.nn.utils.spectral_norm,
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning")
+@pytest.mark.parametrize("kind", HOOKED)
+def test_hooks_that_compute_a_parameter_of_the_layer_itself_are_refused(kind):
+    """Only ``layer(x)`` calls hooks: other methods would go by the value of its last call."""
+    layer = iz.InvertiblePReLU(4)
+    weight, state = layer.weight, {name: value.clone() for name, value in layer.state_dict().items()}
+    match = rf"InvertiblePReLU: Expected weight to be computed by a parametrization .*; got {kind}, a hook that layer"
+    with pytest.raises(TypeError, match=match):
+        HOOKED[kind](layer)
+    assert isinstance(layer.weight, nn.Parameter)
+    assert kind == "WeightNorm" or layer.weight is weight
+    torch.testing.assert_close(layer.state_dict(), state, rtol=0, atol=0)
+    assert not layer._forward_pre_hooks
+
+
+@pytest.mark.parametrize("mode", iz.Mode)
+@pytest.mark.parametrize(
+    "tool", [parametrizations.weight_norm, parametrizations.spectral_norm], ids=["weight", "spectral"]
+)
+def test_parametrizations_of_the_layer_itself_are_seen_by_every_method(tool, mode):
+    layer, x = iz.InvertiblePReLU(4, dtype=torch.float64, mode=mode), torch.randn(5, 4, dtype=torch.float64)
+    nn.init.normal_(layer.weight)  # weight norm takes no rows of zeros
+    tool(layer)
+    optimizer = torch.optim.SGD(layer.parameters(), 0.05)
+    for _ in range(2):
+        y, log_det = layer.forward_and_log_det(x)
+        optimizer.zero_grad()
+        (y.square().sum() - log_det.sum() + layer.inv(x).square().sum()).backward()
+        optimizer.step()
+    layer.eval()
+    with torch.no_grad():
+        back, inverse_log_det = layer.inverse_and_log_det(x)  # the first to see the last step
+        torch.testing.assert_close((layer(back), layer.log_det(back)), (x, -inverse_log_det))
+        torch.testing.assert_close(layer.inverse(x), back)
+
+
 def test_requires_grad_switched_between_forward_and_backward(subject, x):
     """As a discriminator is frozen for the generator's turn."""
 

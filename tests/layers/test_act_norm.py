@@ -66,16 +66,82 @@ def test_only_the_first_batch_counts():
     assert_close(state_of(layer), before, rtol=0, atol=0)
 
 
-def test_neither_eval_mode_nor_the_inverse_initialises():
+CALLS = {
+    "layer": lambda layer, x: layer(x),
+    "forward_and_log_det": lambda layer, x: layer.forward_and_log_det(x)[0],
+    "inverse": lambda layer, x: layer.inverse(x),
+    "inverse_and_log_det": lambda layer, x: layer.inverse_and_log_det(x)[0],
+    "inv": lambda layer, x: layer.inv(x),
+    "inv.forward_and_log_det": lambda layer, x: layer.inv.forward_and_log_det(x)[0],
+    "inv.inverse": lambda layer, x: layer.inv.inverse(x),
+    "Inverse": lambda layer, x: iz.Inverse(layer)(x),
+    "Inverse twice": lambda layer, x: iz.Inverse(iz.Inverse(layer))(x),
+    "Inverse.inverse_and_log_det": lambda layer, x: iz.Inverse(layer).inverse_and_log_det(x)[0],
+    "container": lambda layer, x: iz.InvertibleSequential(iz.Reverse(), layer)(x),
+    "container.inverse": lambda layer, x: iz.InvertibleSequential(layer, iz.Reverse()).inverse(x),
+    "container.inverse_and_log_det": lambda layer, x: iz.InvertibleSequential(layer).inverse_and_log_det(x)[0],
+    "Inverse of a container": lambda layer, x: iz.Inverse(iz.InvertibleSequential(layer))(x),
+    "Parallel.inverse": lambda layer, x: torch.cat(iz.Parallel(layer, iz.Identity()).inverse(x, x[:0]), 0),
+    "MultiScale.inverse": lambda layer, x: iz.MultiScale(layer).inverse(x),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("mode", MODES)
+def test_the_first_call_in_any_direction_standardises_what_it_returns(call, mode):
+    layer, x = act_norm_of(mode=mode, max_log_scale=0.5), data(9, 3, 2).requires_grad_()
+    y = CALLS[call](layer, x)
+    assert_close(y.mean((0, 2)), torch.zeros(3, dtype=y.dtype), rtol=0, atol=1e-12)
+    assert_close(y.std((0, 2), correction=0), torch.ones(3, dtype=y.dtype), rtol=1e-12, atol=1e-12)
+    before = state_of(layer)
+    y.sin().sum().backward()
+    for other in CALLS.values():
+        other(layer, 7 * x)
+    assert_close(state_of(layer), before, rtol=0, atol=0)
+
+
+def test_an_inverse_that_starts_it_again_undoes_what_is_learned_first():
+    layer, x = act_norm_of(max_log_scale=0.5), data(9, 3)
+    nn.init.normal_(layer.log_scale)
+    nn.init.normal_(layer.bias)
+    y = layer.inverse(x)
+    assert_close(y.mean(0), torch.zeros(3, dtype=y.dtype), rtol=0, atol=1e-12)
+    assert_close(y.std(0, correction=0), torch.ones(3, dtype=y.dtype), rtol=1e-12, atol=1e-12)
+    assert_close(layer(y), x, rtol=1e-12, atol=1e-12)
+
+
+def test_a_constant_feature_of_an_inverse_stays_finite():
+    layer, x = act_norm_of(min_std=0.01), data(9, 3)
+    x[:, 1] = 4
+    with pytest.warns(UserWarning, match=r"ActNorm: Expected every feature to vary .* min_std=0.01 in features \[1\]"):
+        y = layer.inverse(x)
+    assert_close(y[:, 1], torch.zeros(9, dtype=torch.float64), rtol=0, atol=1e-12)
+    assert_close(layer.std[1].item(), 100.0)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("inverted", [False, True])
+def test_backward_of_a_batch_that_says_too_little_does_not_initialise_it(mode, inverted, monkeypatch):
+    layer, x = act_norm_of(mode=mode, check="always"), data(9, 3)
+    net = iz.InvertibleSequential(iz.Reverse(), layer, iz.Reverse(), mode=mode)
+    x[0, 0] = torch.nan
+    x.requires_grad_()
+    y = net.inverse(x) if inverted else net(x)
+    monkeypatch.setattr(act_norm, "moments_of_all_ranks", None)  # other ranks would wait for this one
+    layer.check = "never"
+    y.sum().backward()
+    assert not layer.initialized
+
+
+def test_neither_eval_mode_nor_a_look_at_one_direction_initialises():
     layer, x = act_norm_of(), data(9, 3)
-    layer.inverse(x)
-    layer.inv(x)
-    layer.inv.forward_and_log_det(x)
     layer.function(x)
     layer.log_det(x)
+    assert layer.check_inverse(x)
     layer.eval()
+    for call in CALLS.values():
+        call(layer, x)
     assert_close(layer(x), x, rtol=0, atol=0)
-    layer.forward_and_log_det(x)
     assert not layer.initialized
     layer.train()
     with torch.no_grad():

@@ -1,7 +1,9 @@
 """Masked autoregressive layers: who sees whom, the sequential inverse, and the inverse autoregressive flow."""
 
 import copy
+import functools
 import itertools
+import warnings
 from collections import Counter
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
+from torch.nn.utils import prune
 from torch.testing import assert_close
 
 import invzoo as iz
@@ -230,6 +233,18 @@ def test_every_parameter_depends_on_the_context(order):
         assert torch.autograd.grad(value, context, retain_graph=True)[0].ne(0).all()
 
 
+@pytest.mark.parametrize(("features", "hidden"), [(128, (64, 64)), (6, (2,)), (7, (1, 2, 20)), (5, (1,)), (1, (1,))])
+def test_every_feature_sees_the_context_however_narrow_the_net(features, hidden):
+    layer, x = made(features, hidden, context_features=2), inputs(1, features)
+    with torch.no_grad():
+        moved = [layer.net(x, torch.full((1, 2), value, dtype=x.dtype)) for value in (-1.0, 1.0)]
+        assert moved[0].ne(moved[1]).all()
+        context = inputs(1, 2)
+        assert_close(layer.inverse(layer(x, context=context), context=context), x)
+    seen = jacobian(lambda x: layer(x, context=context), x[0].detach())
+    assert torch.equal(seen.triu(1), torch.zeros_like(seen))
+
+
 def test_every_hidden_layer_sees_the_context():
     layer, x, context = made(context_features=2, hidden=(6, 7, 8)), inputs(3, 5), inputs(3, 2)
     layer(x, context=context).square().sum().backward()
@@ -247,6 +262,111 @@ def test_positions_share_a_context_or_have_their_own(shape):
     assert_close(y.flatten(0, 2), flat)
     assert_close(log_det, log_dets.view(2, -1).sum(1))
     assert_close(layer.inverse(y, context=context), x)
+
+
+# ---- tools that change the net's linear layers ----------------------------------------------------------------------
+
+
+class LowRank(nn.Module):
+    """A linear layer and what is added to it while it is adapted to another task."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base = base
+        self.down = nn.Parameter(0.5 * torch.randn(base.in_features, 2, dtype=torch.float64))
+        self.up = nn.Parameter(0.5 * torch.randn(2, base.out_features, dtype=torch.float64))
+
+    def forward(self, x):
+        return self.base(x) + x @ self.down @ self.up
+
+
+def adapt(net):
+    for layers in (net.layers, net.contexts):
+        for name, layer in layers.named_children():
+            setattr(layers, name, LowRank(layer))
+
+
+def normalise_weights(net):
+    for layer in [m for m in net.modules() if isinstance(m, nn.Linear)]:
+        nn.utils.parametrizations.weight_norm(layer)
+
+
+def normalise_weights_by_hooks(net):
+    for layer in [m for m in net.modules() if isinstance(m, nn.Linear)]:
+        nn.utils.weight_norm(layer)
+
+
+def prune_weights(net):
+    for layer in [m for m in net.modules() if isinstance(m, nn.Linear)]:
+        prune.l1_unstructured(layer, "weight", 0.3)
+
+
+def wrap_forward(net):
+    for layer in net.layers:
+        layer.forward = functools.partial(lambda forward, x: 1.5 * forward(x), layer.forward)
+
+
+TOOLS = [adapt, normalise_weights, normalise_weights_by_hooks, prune_weights, wrap_forward]
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated:FutureWarning")
+@pytest.mark.parametrize("tool", TOOLS, ids=lambda tool: tool.__name__)
+@pytest.mark.parametrize("mode", iz.Mode)
+@directions
+def test_tools_act_on_the_net_in_both_directions(tool, mode, inverted):
+    layer = made(4, (9, 3), order="reversed", context_features=2, mode=mode)
+    x, context, plain = inputs(3, 4), inputs(3, 2), copy.deepcopy(layer)
+    tool(layer.net)
+    optimizer = torch.optim.SGD([p for p in layer.parameters() if p.requires_grad], 0.01)
+    for _ in range(3):
+        y, log_det = (layer.inv if inverted else layer).forward_and_log_det(x, context=context)
+        optimizer.zero_grad()
+        (y.square().sum() - log_det.sum()).backward()
+        optimizer.step()
+    with torch.no_grad():
+        y, log_det = layer.forward_and_log_det(x, context=context)
+        assert_close(layer.inverse(y, context=context), x)
+        assert not torch.allclose(y, plain(x, context=context), atol=1e-3)
+    each = [jacobian(lambda v, c=c: layer(v, context=c[None]), v) for v, c in zip(x.detach(), context, strict=True)]
+    assert torch.equal(torch.stack(each).tril(-1), torch.zeros(3, 4, 4, dtype=torch.float64))  # reversed
+    assert_close(log_det, torch.stack([torch.linalg.slogdet(j).logabsdet for j in each]))
+
+
+@pytest.mark.parametrize("mode", iz.Mode)
+@directions
+def test_hooks_on_the_nets_layers_fire_in_both_directions(mode, inverted):
+    layer, calls = made(3, (6,), context_features=2, mode=mode), []
+    hooked = [m for m in layer.net.modules() if isinstance(m, nn.Linear)]
+    x, context = inputs(2, 3), inputs(2, 2)
+    found = []
+    for watched in (False, True):
+        for m in hooked if watched else ():
+            m.register_forward_hook(lambda m, *_: calls.append(m))
+        y, log_det = (layer.inv if inverted else layer).forward_and_log_det(x, context=context)
+        assert all(m in calls for m in hooked) == watched
+        found.append(
+            (y, log_det, torch.autograd.grad(y.sin().sum() + log_det.sum(), [x, context, *layer.parameters()]))
+        )
+    assert_close(*found)
+
+
+def test_a_step_by_calls_does_not_see_features_to_come():
+    layer = made(3, (6,))
+    layer.net.layers[0].register_forward_hook(lambda *_: None)
+    y = inputs(2, 3).detach()
+    y[:, 2] = torch.nan
+    assert layer.inverse(y)[:, :2].isfinite().all()
+
+
+def test_dynamic_quantization_leaves_it_right():
+    layer, x = made(dtype=torch.float32, context_features=2), torch.randn(4, 5)
+    context = torch.randn(4, 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        quantized = torch.ao.quantization.quantize_dynamic(layer, {nn.Linear}, torch.qint8)
+    y = quantized(x, context=context)
+    assert_close(y, layer(x, context=context), rtol=0.1, atol=0.1)
+    assert_close(quantized.inverse(y, context=context), x, rtol=1e-4, atol=1e-4)
 
 
 # ---- start, precision, long stacks ----------------------------------------------------------------------------------
@@ -323,7 +443,8 @@ def test_parameters_are_made_anew_after_to_empty():
     empty = iz.MaskedAutoregressive(5, (6, 7), order="random", device="meta").to_empty(device="cpu")
     empty.reset_parameters()
     assert sorted(empty.permutation.tolist()) == [*range(5)]
-    assert torch.equal(empty.net.degrees, layer.net.degrees)
+    for ours, theirs in zip(empty.net.layers, layer.net.layers, strict=True):
+        assert torch.equal(ours.degrees, theirs.degrees)
     empty.load_state_dict(layer.state_dict())
     x = torch.randn(3, 5)
     assert_close(empty(x), layer(x), rtol=0, atol=0)

@@ -1,5 +1,7 @@
 """InvertibleBatchNorm against torch's batch norm, in training and eval mode, and its two inverses."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -177,8 +179,13 @@ def test_the_inverse_uses_running_statistics(mode, training):
     assert_close(torchs(x), y, rtol=1e-10, atol=1e-10)
     slopes = weight_of(ours) / (ours.running_var + ours.eps).sqrt()
     assert_close(log_det, (-2 * slopes.log().sum()).expand(4), rtol=1e-10, atol=1e-10)
-    for other in (ours.inverse(y), ours.inv(y), iz.InvertibleSequential(ours).inverse(y)):
+    for other in (ours.inverse(y), ours.inv(y), iz.Inverse(ours)(y), iz.InvertibleSequential(ours).inverse(y)):
         assert_close(other, x, rtol=0, atol=0)
+    other, other_log_det = iz.Inverse(ours).forward_and_log_det(y)
+    assert_close(other_log_det, log_det, rtol=1e-12, atol=1e-12)
+    got, expected = (torch.autograd.grad(z.sin().sum() + w.sum(), y) for z, w in ((other, other_log_det), (x, log_det)))
+    assert_close(got, expected, rtol=1e-10, atol=1e-10)
+    x, log_det = ours.inverse_and_log_det(y)
     plain = (y - ours.bias.view(-1, 1)) / slopes.view(-1, 1) + ours.running_mean.view(-1, 1)
     given = y, ours.log_scale, ours.bias
     gradients = [torch.autograd.grad(value.sin().sum(), given) for value in (x, plain)]
@@ -223,6 +230,20 @@ def test_half_precision_keeps_its_statistics_in_single(dtype):
     y, log_det = layer.forward_and_log_det(x)
     (y.float().sin().sum() + log_det.sum()).backward()
     assert x.grad.isfinite().all()
+    wide = copy.deepcopy(layer).double()
+    log_dets = [each.inverse_and_log_det(y)[1].double() for each, y in ((layer, x), (wide, x.double()))]
+    assert_close(*log_dets, rtol=1e-5, atol=1e-5)
+
+
+def test_the_inverse_is_in_the_mode_of_its_layer_and_compiled_with_it():
+    layer, graphs = iz.InvertibleBatchNorm(3).eval(), []
+    assert not layer.inv.training
+    assert layer.train().inv.training
+    torch.compiler.reset()
+    layer.compile(backend=lambda graph, _: graphs.append(graph) or graph)
+    with torch.no_grad():
+        layer.inv(torch.randn(4, 3))
+    assert graphs
 
 
 def test_autocast():
@@ -270,6 +291,11 @@ def test_a_constant_feature_comes_back():
         (lambda: iz.InvertibleBatchNorm(3)(torch.ones(2, 4)), ValueError, r"have size 3 in dim 1; got shape \(2, 4\)"),
         (lambda: iz.InvertibleBatchNorm(3)(torch.ones(3)), ValueError, r"have size 3 in dim 1; got shape \(3,\)"),
         (lambda: iz.InvertibleBatchNorm(3)(torch.ones(2, 3).double()), TypeError, "of the layer's dtype torch.float32"),
+        (
+            lambda: iz.InvertibleBatchNorm(3, affine=False)(torch.ones(2, 3).double()),
+            TypeError,
+            "Expected input to be of the layer's dtype torch.float32; got torch.float64",
+        ),
         (
             lambda: iz.InvertibleBatchNorm(3)(torch.ones(2, 3).long()),
             TypeError,

@@ -72,6 +72,15 @@ def test_convolutions_are_bounded_closely(make):
         assert bound <= slack * exact
 
 
+@pytest.mark.parametrize("make", [CONVS[3], CONVS[6], CONVS[9]])
+def test_groups_are_bounded_each_for_itself(make):
+    layer = make(dtype=torch.float64)
+    nn.init.normal_(layer.weight, std=10)
+    iz.lipschitz(layer, 0.5)
+    exact = torch.linalg.matrix_norm(matrix_of(layer, *[9] * (layer.weight.ndim - 2)), 2)
+    assert 0.4 < exact <= 0.5
+
+
 @pytest.mark.parametrize("kernel", [2, 3, 5])
 @pytest.mark.parametrize("dims", [1, 2])
 def test_the_transfer_function_is_bounded_between_its_samples(kernel, dims):

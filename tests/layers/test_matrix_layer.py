@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
+from torch.nn.utils import prune
 from torch.testing import assert_close
 
 import invzoo as iz
@@ -43,6 +44,13 @@ def conditioned(
     layer = plain(name, kind, dtype, **options)
     layer.conditioner = net(2, layer.num_parameters, dtype=dtype)
     return layer
+
+
+TOOLS: dict[str, Callable[[nn.Module], Any]] = {
+    "prune": lambda matrix: prune.l1_unstructured(matrix, "packed", 0.5),
+    "hook": lambda matrix: nn.utils.weight_norm(matrix, "packed"),
+    "parametrization": lambda matrix: nn.utils.parametrizations.spectral_norm(matrix, "packed"),
+}
 
 
 def draw(name: str, batch: int = 3, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
@@ -110,6 +118,64 @@ def test_wide_matrices_take_parameters_with_leading_dims(kind: str) -> None:
 def test_own_parameters_are_all_in_order(kind: str) -> None:
     matrix = MATRICES[kind]("Layer", 4, 4)
     assert [*map(id, matrix.own())] == [*map(id, matrix.parameters())]
+
+
+# Tools that change the matrix
+
+
+@pytest.mark.parametrize("method", ["forward", "forward_and_log_det", "inverse_and_log_det", "inverse", "log_det"])
+@pytest.mark.parametrize("with_context", [False, True], ids=["plain", "context"])
+@all_modes
+def test_hooks_on_the_matrix_fire_once_in_every_method(method: str, with_context: bool, mode: str) -> None:
+    layer = (conditioned if with_context else plain)("linear", "plu", mode=mode)
+    (x, context), calls = draw("linear"), []
+    layer.matrix.register_forward_hook(lambda *_: calls.append(1))
+    values = iz.engine.tuple_of(getattr(layer, method)(x, **({"context": context} if with_context else {})))
+    sum(value.sum() for value in values).backward()
+    assert len(calls) == 1
+
+
+@all_kinds
+@torch.no_grad()
+def test_no_parameter_is_read_behind_the_call_of_the_matrix(kind: str) -> None:
+    """FSDP2 frees them there."""
+    layer, (x, _) = plain("linear", kind), draw("linear")
+    expected = layer.forward_and_log_det(x), layer.inverse_and_log_det(x)
+    values = [p.data for p in layer.matrix.parameters()]
+
+    def gather(matrix: nn.Module, *_: Any) -> None:
+        for p, value in zip(matrix.parameters(), values, strict=True):
+            p.data = value
+
+    def free(matrix: nn.Module, *_: Any) -> None:
+        for p in matrix.parameters():
+            p.data = p.data.new_empty(0)
+
+    layer.matrix.register_forward_pre_hook(gather)
+    layer.matrix.register_forward_hook(free)
+    assert_close((layer.forward_and_log_det(x), layer.inverse_and_log_det(x)), expected)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated:FutureWarning")
+@pytest.mark.parametrize("with_context", [False, True], ids=["plain", "context"])
+@pytest.mark.parametrize("tool", TOOLS)
+@all_modes
+def test_tools_on_the_matrix_act_in_every_method(tool: str, with_context: bool, mode: str) -> None:
+    layer = (conditioned if with_context else plain)("linear", "plu", mode=mode)
+    x, context = draw("linear")
+    side = {"context": context} if with_context else {}
+    TOOLS[tool](layer.matrix)
+    optimizer = torch.optim.SGD(layer.parameters(), 0.01)
+    for _ in range(3):
+        y, log_det = layer.forward_and_log_det(x, **side)
+        optimizer.zero_grad()
+        (y.square().sum() - log_det.sum() + layer.inv(x, **side).square().sum()).backward()
+        optimizer.step()
+    layer.eval()
+    with torch.no_grad():
+        x_again, inverse_log_det = layer.inverse_and_log_det(x, **side)  # the first to see the last step
+        assert_close(layer(x_again, **side), x)
+        assert_close(layer.log_det(x_again, **side), -inverse_log_det)
 
 
 # Log-determinants

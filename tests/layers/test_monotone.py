@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,8 +12,13 @@ from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.testing import assert_close
 
+import invzoo as iz
+from invzoo.engine import tuple_of
+from invzoo.engine.call import Call
+from invzoo.layers import curves, mixture, monotone, residual
 from invzoo.layers.elementwise_map import PerFeatureMap
 from invzoo.layers.integrals import clenshaw_curtis
+from invzoo.layers.mixture import MixtureOfLogistics
 from invzoo.layers.monotone import BernsteinPolynomial, Monotone, SumOfSquares, UnconstrainedMonotonic
 from invzoo.layers.roots import bracket, newton, with_gradients
 from invzoo.module import InvertibleModule, mode
@@ -80,6 +86,21 @@ def test_newton_bisects_where_the_slope_is_useless(slope: float, error: float) -
     assert_close(x**3, y, rtol=0, atol=error)
 
 
+def test_no_root_depends_on_how_long_others_take() -> None:
+    def solve(y: Tensor) -> Tensor:
+        return newton(lambda x: x**3 + x, lambda x: 3 * x**2 + 1, y, y - 9, y + 10, y)
+
+    y = torch.tensor([0.0, 0.1, 2.0, 1.0, 1e-6], dtype=torch.float32)
+    assert torch.equal(solve(y), torch.cat([solve(value) for value in y.split(1)]))
+
+
+def test_a_root_that_is_met_stays_though_the_slope_is_none() -> None:
+    y = torch.tensor([0.0, 8.0], dtype=torch.float64)
+    x = newton(lambda x: x**3, lambda x: 3 * x**2, y, y - 1, y + 2, torch.zeros_like(y))
+    assert x[0] == 0
+    assert_close(x[1].item(), 2.0)
+
+
 def test_bracket_doubles_until_it_holds_and_says_where_it_does_not() -> None:
     y = torch.tensor([0.0, 1000.0, 0.5, torch.nan], dtype=torch.float64)
     low, high = bracket(lambda x: x, y, -math.inf, math.inf)
@@ -95,7 +116,7 @@ def test_gradients_are_those_of_the_implicit_function() -> None:
 
     def solve(y: Tensor, a: Tensor) -> Tensor:
         root = (y / a).sinh().detach()
-        return with_gradients(lambda x: a * x.asinh(), y, root, a / (1 + root**2).sqrt())
+        return with_gradients(lambda x: a * x.asinh(), lambda x: a / (1 + x**2).sqrt(), y, root)
 
     results = [solve(y, a), (y / a).sinh()]
     firsts = [torch.autograd.grad(x.sin().sum(), (y, a), create_graph=True) for x in results]
@@ -214,6 +235,88 @@ def test_what_is_refused(call: Callable[[], object], error: type[Exception], mes
     with pytest.raises(error) as caught:
         call()
     assert str(caught.value) == f"Monotone: {message}"
+
+
+# ---- searches in replays --------------------------------------------------------------------------------------------
+
+
+class Gradient(nn.Module):
+    """The gradient of a convex potential, half the slope of which is left where it is no curve for itself."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            point = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
+            potential = point.square().sum() / 2 + (point.cosh().log()).sum() / 2
+            return self.scale * torch.autograd.grad(potential, point, create_graph=True)[0]
+
+
+def moved(layer: nn.Module) -> Any:
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+    return layer.double()
+
+
+SEARCHES: dict[str, Callable[[], Any]] = {
+    "monotone": lambda: Monotone(Cubic()),
+    "monotone, differentiating": lambda: Monotone(Gradient(1.0)),
+    "snake": lambda: moved(iz.Snake(4)),
+    "net integral": lambda: moved(UnconstrainedMonotonic(4)),
+    "squares": lambda: moved(SumOfSquares(4)),
+    "bernstein": lambda: moved(BernsteinPolynomial(4)),
+    "mixture coupling": lambda: moved(iz.MixtureLogisticCoupling(nn.Linear(2, 28))),
+    "autoregressive": lambda: moved(iz.MaskedAutoregressive(4, (8,), map=MixtureOfLogistics(2))),
+    "residual": lambda: iz.InvertibleResidual(lambda x: x.sin() / 2),
+    "residual, differentiating": lambda: iz.InvertibleResidual(Gradient(0.4)),
+}
+searches = pytest.mark.parametrize("name", SEARCHES)
+
+
+@searches
+@kinds
+@pytest.mark.parametrize("with_log_det", [False, True])
+def test_what_is_saved_does_not_depend_on_how_long_a_search_takes(
+    name: str, kind: str, with_log_det: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer, saved, pack = SEARCHES[name](), list[int](), Call.pack
+    monkeypatch.setattr(Call, "pack", lambda self, tensor: saved.append(1) or pack(self, tensor))
+    layer.mode = kind
+    counts = set()
+    for y in (torch.zeros(3, 4, dtype=torch.float64), 5 * inputs(3, 4).detach(), inputs(3, 4).detach() / 100):
+        saved.clear()
+        values = tuple_of((layer.inv.forward_and_log_det if with_log_det else layer.inv)(y.requires_grad_()))
+        sum(v.sum() for v in values).backward()
+        counts.add(len(saved))
+    assert len(counts) == 1
+
+
+@searches
+@pytest.mark.parametrize("with_log_det", [False, True])
+def test_a_replay_that_knows_the_root_does_not_search(
+    name: str, with_log_det: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer, y = SEARCHES[name](), inputs(3, 4)
+    call = layer.inv.forward_and_log_det if with_log_det else layer.inv
+    expected = torch.autograd.grad(sum(v.sin().sum() for v in tuple_of(call(y * 1))), y)
+    values = tuple_of(call(y * 1))
+    for module in (curves, mixture, monotone, residual):
+        for search in ("newton", "bracket", "_search", "fixed_point"):
+            if hasattr(module, search):
+                monkeypatch.delattr(module, search)
+    assert_close(torch.autograd.grad(sum(v.sin().sum() for v in values), y), expected)
+
+
+def test_the_log_determinant_calls_no_hooks_of_the_input() -> None:
+    x, seen = inputs(2, 3), list[Tensor]()
+    x.register_hook(seen.append)
+    y, log_det = Monotone(Cubic()).forward_and_log_det(x)
+    assert not seen
+    (y.sum() + log_det.sum()).backward()
+    assert len(seen) == 1
 
 
 # ---- integrals ------------------------------------------------------------------------------------------------------

@@ -122,6 +122,7 @@ def test_derivatives_of_the_inverse_by_outputs_and_statistics(name):
     for mode in MODES:
         with iz.mode(ours, mode):
             assert gradcheck(ours.inv, given)
+            assert gradcheck(iz.Inverse(ours), given)
     assert gradcheck(lambda x: ours.inverse(*ours.function(x)), x.requires_grad_())
 
 

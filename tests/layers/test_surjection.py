@@ -368,6 +368,12 @@ def test_features_and_dims_are_checked(layer: type[Any]) -> None:
 # ---- Abs ------------------------------------------------------------------------------------------------------------
 
 
+def test_zero_counts_as_minus() -> None:
+    biased = Abs(distribution=lambda y: Bernoulli(torch.tensor(0.25)))
+    close(biased.log_det(torch.tensor([[0.0], [-0.0], [-1.0]])), torch.full((3,), math.log(0.75)), 1e-6)
+    close(biased.log_det(torch.tensor([[1e-30]])), torch.tensor([math.log(0.25)]), 1e-6)
+
+
 def test_abs_counts_signs() -> None:
     x = torch.tensor([[1.0, -2.0, 3.0]])
     close(Abs().log_det(x), torch.tensor([-3 * math.log(2)]), 1e-6)
