@@ -11,7 +11,7 @@ import invzoo as iz
 
 ROOT = pathlib.Path(iz.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
-ORDER = ["errors", "log_dets", "engine", "contract", "module", "layers", "shapes", "containers", "blocks"]
+ORDER = ["errors", "domains", "log_dets", "engine", "contract", "module", "layers", "shapes", "containers", "blocks"]
 ORDER += ["flows", "testing", "demo", "cli", "__main__"]
 
 

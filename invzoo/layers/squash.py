@@ -189,7 +189,7 @@ class InvertibleSoftplus(Elementwise):
         tensor([-50.,   0.,  50.])
     """
 
-    codomain = constraints.nonnegative
+    codomain = constraints.positive
     saturating = True
 
     def function(self, x: Tensor) -> Tensor:
@@ -221,7 +221,7 @@ class InvertibleExp(Elementwise):
         tensor([-inf, 0.])
     """
 
-    codomain = constraints.nonnegative
+    codomain = constraints.positive
     saturating = True
 
     def function(self, x: Tensor) -> Tensor:
@@ -239,8 +239,7 @@ class InvertibleExp(Elementwise):
 class InvertibleLog(Elementwise):
     """Stretch the positive numbers to the real line: ``x -> log(x)``, ``y -> exp(y)``.
 
-    The inverse saturates, so mode ``invert`` keeps the input. 0 is in the domain and goes to -inf. The log-slope is
-    -log(x).
+    The inverse saturates, so mode ``invert`` keeps the input. 0 goes to -inf. The log-slope is -log(x).
 
     Shapes: ``(...) -> (...)``.
 
@@ -254,7 +253,7 @@ class InvertibleLog(Elementwise):
         tensor([-inf, 0.])
     """
 
-    domain = constraints.nonnegative
+    domain = constraints.positive
     saturating = True
 
     def function(self, x: Tensor) -> Tensor:
