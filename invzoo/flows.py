@@ -72,7 +72,6 @@ class _Latest(NamedTuple):
     """The log-determinant of an inverse, and what it holds for."""
 
     x: weakref.ref[Tensor]
-    y: weakref.ref[Tensor]
     log_det: Callable[[], Tensor | None]
     circumstances: Any
 
@@ -122,23 +121,23 @@ class _LayerTransform(Transform):
         batch, outputs, side = self._flat(y, inverted=True)
         x, log_det = self.layer.inverse_and_log_det(outputs, **side)
         x = x.reshape(*batch, *x.shape[1:])
-        self._remember(x, y, -log_det.reshape(batch))
+        self._remember(x, -log_det.reshape(batch))
         return x
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         latest, self._latest = self._latest, None
-        if latest is not None and latest.x() is x and latest.y() is y:
+        if latest is not None and latest.x() is x:
             log_det = latest.log_det()
-            if log_det is not None and latest.circumstances == self._circumstances(x, y):
+            if log_det is not None and latest.circumstances == self._circumstances(x):
                 return log_det
         batch, inputs, side = self._flat(x, inverted=False)
         return self.layer.forward_and_log_det(inputs, **side)[1].reshape(batch)
 
-    def _remember(self, x: Tensor, y: Tensor, log_det: Tensor) -> None:
+    def _remember(self, x: Tensor, log_det: Tensor) -> None:
         """Keep a log-determinant for as long as x lives; that is a view of its own, which no graph of log_det holds."""
-        circumstances = self._circumstances(x, y)
+        circumstances = self._circumstances(x)
         if torch.compiler.is_compiling():  # references last as long as what is traced, which is enough
-            self._latest = _Latest(weakref.ref(x), weakref.ref(y), weakref.ref(log_det), circumstances)
+            self._latest = _Latest(weakref.ref(x), weakref.ref(log_det), circumstances)
             return
         this = weakref.ref(self)
 
@@ -147,20 +146,20 @@ class _LayerTransform(Transform):
             if transform is not None and transform._latest is not None and transform._latest.x is reference:
                 transform._latest = None
 
-        self._latest = _Latest(weakref.ref(x, forget), weakref.ref(y), lambda: log_det, circumstances)
+        self._latest = _Latest(weakref.ref(x, forget), lambda: log_det, circumstances)
 
-    def _circumstances(self, x: Tensor, y: Tensor) -> tuple[Any, ...]:
+    def _circumstances(self, x: Tensor) -> tuple[Any, ...]:
         """Return what a log-determinant depends on besides values, equal as long as nothing of it has changed."""
         if torch.compiler.is_compiling():
             return (torch.is_grad_enabled(),)
         modules = reached(self.layer)
-        state = [*tensors_in(self.side)]
+        state = _Same(tensors_in(self.side))
         for module in modules:
             for table in (module._parameters, module._buffers, loose_tensors(module)):
                 state += [tensor for tensor in table.values() if tensor is not None]
-        unversioned = [fingerprint(tensor) for tensor in (x, y, *state) if tensor.is_inference()]
+        unversioned = [fingerprint(tensor) for tensor in (x, *state) if tensor.is_inference()]
         flags = [module.training for module in modules]
-        return torch.is_grad_enabled(), flags, _Same(state), stamps([x, y, *state]), unversioned
+        return torch.is_grad_enabled(), flags, state, stamps([x, *state]), unversioned
 
     def _split(self, shape: Sequence[int], event_dim: int) -> tuple[Size, Size]:
         """Return the batch shape and the event shape."""
