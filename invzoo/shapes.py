@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from .domains import inside
 from .engine import map_tensors, tuple_of
-from .engine._torch import compiling_nothing
+from .engine._torch import compiling_nothing, is_hollow
 from .engine.devices import accelerators
 from .engine.observers import Observers
 from .engine.surroundings import walk
@@ -41,13 +41,18 @@ def _run(layer: InvertibleModule, shape: Sequence[int], side: dict[str, Any], *,
         x, side = map_tensors(_to_meta, (x, side))
     else:
         with suppress(Exception):  # what holds a lock, say, cannot be copied
-            layer = copy.deepcopy(layer, {id(t): t if isinstance(t, nn.Parameter) else t.clone() for t in state})
+            layer = copy.deepcopy(layer, {id(t): _apart(t) for t in state})
     with _unnoticed(reached(layer), accelerators([like, *state])):
         return [y.shape for y in tuple_of(layer(x, **side))]
 
 
 def _to_meta(tensor: Tensor) -> Tensor:
     return tensor.to("meta")
+
+
+def _apart(tensor: Tensor) -> Tensor:
+    """Copy what a run may write into; no parameter is, nor what has no memory to copy."""
+    return tensor if isinstance(tensor, nn.Parameter) or is_hollow(tensor) else tensor.clone()
 
 
 def reached(layer: InvertibleModule) -> list[nn.Module]:
@@ -76,7 +81,7 @@ def _unnoticed(modules: list[nn.Module], devices: set[torch.device]) -> Iterator
         try:
             for module, table in zip(modules, before, strict=True):
                 state = {name: x for name, x in table.items() if name == "_buffers" or not name.startswith("_")}
-                vars(module).update(map_tensors(Tensor.clone, state), training=False)
+                vars(module).update(map_tensors(_apart, state), training=False)
             yield
         finally:
             for module, table in zip(modules, before, strict=True):
