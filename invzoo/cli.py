@@ -17,6 +17,7 @@ import torch
 import invzoo as iz
 
 from . import testing
+from .domains import of_each
 from .engine import Mode
 from .module import InvertibleModule
 
@@ -108,7 +109,7 @@ def _check(
         torch.manual_seed(seed)
         layer = _build(factory).to(dtype)
     generator = torch.Generator().manual_seed(seed)
-    domains = layer.domain if isinstance(layer.domain, tuple) else (layer.domain,) * len(shape)
+    domains = of_each(layer.domain, len(shape))
     if len(domains) != len(shape):
         raise _UsageError(f"argument --shape: expected {len(domains)} of them, as the layer's domain; got {len(shape)}")
     inputs = [testing.draw_from(d, s, generator).to(dtype) for d, s in zip(domains, shape, strict=True)]

@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import constraints
 from torch.nn.modules import module as torch_module
 
 from . import engine
+from .domains import Domain, end_of, of_parts, uniform
 from .engine import CompiledMethods, Policy, SideNames
 from .errors import refuse
 from .layers.split import Partition, SplitSpec, cut, join, merging, splitting
@@ -93,12 +95,24 @@ class _Composite(InvertibleModule):
     def volume_preserving(self) -> bool:  # type: ignore[override]
         return all(layer.volume_preserving for _, layer in self._layers())
 
+    @property
+    def rearranges(self) -> bool:  # type: ignore[override]
+        return all(layer.rearranges for _, layer in self._layers())
+
 
 class Chain(_Composite):
     """Layers one after the other. Abstract: a subclass says which.
 
     Neighbours that split one tensor into the same streams run on the streams, which are merged behind the last of them.
     """
+
+    @property
+    def domain(self) -> Domain:  # type: ignore[override]
+        return end_of((layer.rearranges, layer.domain) for _, layer in self._layers())
+
+    @property
+    def codomain(self) -> Domain:  # type: ignore[override]
+        return end_of((layer.rearranges, layer.codomain) for _, layer in reversed([*self._layers()]))
 
     def _there(self, values: tuple[Any, ...], side: dict[str, Any], log_dets: LogDets | None) -> Any:
         return _pass(self._layers(), values, side, log_dets)
@@ -253,6 +267,14 @@ class Parallel(_Composite):
     def _layers(self) -> Iterable[tuple[str, InvertibleModule]]:
         return self.layers.named_children()  # type: ignore[return-value]
 
+    @property
+    def domain(self) -> constraints.Constraint:  # type: ignore[override]
+        return of_parts((layer.domain for _, layer in self._layers()), self.dim, self.sizes)
+
+    @property
+    def codomain(self) -> constraints.Constraint:  # type: ignore[override]
+        return of_parts((layer.codomain for _, layer in self._layers()), self.dim, self.sizes)
+
     def _there(self, values: tuple[Any, ...], side: dict[str, Any], log_dets: LogDets | None) -> Any:
         return self._each([*self._layers()], values, side, log_dets)
 
@@ -348,6 +370,20 @@ class MultiScale(_Composite):
 
     def _layers(self) -> Iterable[tuple[str, InvertibleModule]]:
         return self.stages.named_children()  # type: ignore[return-value]
+
+    @property
+    def domain(self) -> Domain:  # type: ignore[override]
+        first, *others = (layer for _, layer in self._layers())
+        return first.domain if not (first.rearranges and others) else constraints.real  # that of some entries alone
+
+    @property
+    def codomain(self) -> Domain:  # type: ignore[override]
+        latents: list[constraints.Constraint] = [constraints.real]
+        for _, layer in self._layers():
+            latents.append(latents[-1] if layer.rearranges else uniform(layer.codomain))
+        if self.latent_shapes is None:
+            return tuple(latents[1:]) if len(latents) > 2 else latents[1]
+        return of_parts(latents[1:], 1, [shape.numel() for shape in self.latent_shapes])
 
     def _there(self, values: tuple[Any, ...], side: dict[str, Any], log_dets: LogDets | None) -> Any:
         latents = self._descend([*self._layers()], values, side, log_dets)

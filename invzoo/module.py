@@ -11,6 +11,7 @@ from torch.distributions import constraints
 
 from . import engine
 from .contract import Finding, check_function, check_inverse
+from .domains import Domain
 from .engine import CompiledMethods, Mode, Operation, Policy, SideNames, Tape
 from .errors import refuse
 from .log_dets import zero_log_det
@@ -64,10 +65,11 @@ class InvertibleModule(nn.Module):
         tensor([2., 2., 2.])
     """
 
-    domain: ClassVar[constraints.Constraint] = constraints.real
-    codomain: ClassVar[constraints.Constraint] = constraints.real
+    domain: ClassVar[Domain] = constraints.real  # a tuple, if several inputs have their own
+    codomain: ClassVar[Domain] = constraints.real
     bijective: ClassVar[bool] = True  # one-to-one and onto; a surjection is not
     volume_preserving: ClassVar[bool] = False
+    rearranges: ClassVar[bool] = False  # entries go elsewhere as they are, and their domain with them
     saturating: ClassVar[bool] = False  # the inverse loses precision: mode invert keeps the input instead
     slow_inverse: ClassVar[bool] = False  # the inverse takes many evaluations: mode invert keeps the input instead
     exact: ClassVar[bool] = False  # the inverse is exact in floating point
@@ -328,6 +330,7 @@ class Inverse(InvertibleModule):
     codomain = property(lambda self: self.layer.domain)
     bijective = property(lambda self: self.layer.bijective)
     volume_preserving = property(lambda self: self.layer.volume_preserving)
+    rearranges = property(lambda self: self.layer.rearranges)
     saturating = property(lambda self: self.layer.saturating)
     slow_inverse = property(lambda self: not self.layer.two_way)  # then mode invert keeps the inputs as well
     exact = property(lambda self: self.layer.exact)

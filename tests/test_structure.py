@@ -11,7 +11,8 @@ import invzoo as iz
 
 ROOT = pathlib.Path(iz.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
-ORDER = ["errors", "log_dets", "engine", "contract", "own_hooks", "module", "layers", "shapes", "containers", "blocks"]
+ORDER = ["errors", "domains", "log_dets", "engine", "contract", "own_hooks", "module", "layers", "shapes"]
+ORDER += ["containers", "blocks"]
 ORDER += ["flows", "testing", "demo", "cli", "__main__"]
 
 

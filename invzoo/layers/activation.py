@@ -35,6 +35,7 @@ class Identity(InvertibleModule):
     """
 
     volume_preserving = True
+    rearranges = True
     exact = True
 
     def function(self, *inputs: Any) -> Any:

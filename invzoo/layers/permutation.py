@@ -31,6 +31,7 @@ class AlongDim(InvertibleModule):
     """Another order of the entries of a dimension. Abstract: a subclass adds the two directions."""
 
     volume_preserving = True
+    rearranges = True
     exact = True
 
     def __init__(self, dim: int = 1, **options: Any) -> None:

@@ -21,6 +21,7 @@ class _Reshaping(InvertibleModule):
     """Another shape for each sample. Abstract."""
 
     volume_preserving = True
+    rearranges = True
     exact = True
 
     def __init__(self, input_shape: Sizes, output_shape: Sizes, **options: Any) -> None:
@@ -126,6 +127,7 @@ class Rearrange(InvertibleModule):
         (torch.Size([5, 4, 6]), torch.Size([5, 8, 3]))
     """
 
+    rearranges = True
     exact = True
 
     def __init__(self, pattern: str, sizes: Mapping[str, int] | None = None, **options: Any) -> None:

@@ -124,6 +124,7 @@ class Split(InvertibleModule):
     """
 
     volume_preserving = True
+    rearranges = True
     exact = True
 
     def __init__(self, dim: int = 1, split: SplitSpec = "half", **options: Any) -> None:
@@ -157,6 +158,7 @@ class Merge(InvertibleModule):
     """
 
     volume_preserving = True
+    rearranges = True
     exact = True
 
     def __init__(self, dim: int = 1, split: SplitSpec = "half", **options: Any) -> None:

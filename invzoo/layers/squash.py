@@ -231,7 +231,7 @@ class InvertibleSoftplus(_Squashing):
         tensor([-50.,   0.,  50.])
     """
 
-    codomain = constraints.nonnegative
+    codomain = constraints.positive
     curve = Softplus()
 
 
@@ -252,15 +252,14 @@ class InvertibleExp(_Squashing):
         tensor([-inf, 0.])
     """
 
-    codomain = constraints.nonnegative
+    codomain = constraints.positive
     curve = Exp()
 
 
 class InvertibleLog(_Stretching):
     """Stretch the positive numbers to the real line: ``x -> log(x)``, ``y -> exp(y)``.
 
-    The inverse saturates, so mode ``invert`` keeps the input. 0 is in the domain and goes to -inf. The log-slope is
-    -log(x).
+    The inverse saturates, so mode ``invert`` keeps the input. 0 goes to -inf. The log-slope is -log(x).
 
     Shapes: ``(...) -> (...)``.
 
@@ -274,5 +273,5 @@ class InvertibleLog(_Stretching):
         tensor([-inf, 0.])
     """
 
-    domain = constraints.nonnegative
+    domain = constraints.positive
     curve = Exp()

@@ -56,6 +56,7 @@ class _Cells(InvertibleModule):
     """Space to depth and back. Abstract: a subclass says which of the two is the function."""
 
     volume_preserving = True
+    rearranges = True
     exact = True
 
     factor: int | tuple[int, ...]

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..domains import of_each
 from ..module import InvertibleModule
 from .assertions import assertions_of
 from .inputs import Draw, Shape, draw_from, in_words
@@ -59,7 +60,7 @@ class Case:
     def inputs(self, batch: int = 3, dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple[Tensor, ...]:
         """Draw the inputs."""
         layer, generator = self.layer(), torch.Generator().manual_seed(seed)
-        domains = layer.domain if isinstance(layer.domain, tuple) else (layer.domain,) * len(self.shapes)
+        domains = of_each(layer.domain, len(self.shapes))
         return tuple(
             (self.draw((batch, *shape), generator) if self.draw else draw_from(domain, (batch, *shape), generator)).to(
                 dtype

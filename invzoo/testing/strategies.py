@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from ..containers import InvertibleSequential
+from ..domains import of_each
 from ..module import InvertibleModule
 from .catalogue import cases
 from .entries import Case
@@ -49,7 +50,7 @@ def inputs(
     size = batch if isinstance(batch, int) else draw(batch)
     if isinstance(of, Case) and of.draw is not None:
         return of.inputs(batch=size, dtype=dtype, seed=draw(st.integers(0, 2**32 - 1)))
-    domains = layer.domain if isinstance(layer.domain, tuple) else (layer.domain,) * len(shapes)
+    domains = of_each(layer.domain, len(shapes))
     return tuple(
         draw(tensors((size, *shape), domain, dtype, largest)) for shape, domain in zip(shapes, domains, strict=True)
     )

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..domains import of_each
 from ..engine import tuple_of
 from ..module import InvertibleModule, mode
 from .running import (
@@ -54,8 +55,7 @@ def assert_round_trip(
 
 
 def _check_domain(layer: InvertibleModule, what: str, domain: Any, values: tuple[Any, ...]) -> None:
-    domains = domain if isinstance(domain, tuple) else (domain,) * len(values)
-    for one, value in zip(domains, values, strict=True):
+    for one, value in zip(of_each(domain, len(values)), values, strict=True):
         expect(bool(one.check(value.detach()).all()), layer, f"{what}, {one}", f"{value.min()} to {value.max()}")
 
 
