@@ -2,6 +2,10 @@
 
 import os
 
+# Tests run in one process per core (`pytest -n auto`), where threads would only get in each other's way. Torch reads
+# this as it is imported, here and in the processes that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 from hypothesis import settings
@@ -15,9 +19,6 @@ settings.register_profile("default", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True)
 settings.register_profile("fuzz", deadline=None, max_examples=2000)
 settings.load_profile("ci" if "CI" in os.environ else "default")
-
-# Tests run in one process per core (`pytest -n auto`), where threads would only get in each other's way.
-torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
