@@ -1,5 +1,7 @@
 """Every behaviour is tested on each form of net, in each mode."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -17,17 +19,21 @@ def float64():
 SAVING = [Subject(form, mode) for form in FORMS for mode in MODES[1:]]
 STORING = [Subject(form, "store") for form in ("stack", "streams")]  # there is little to go wrong
 
+# Both modes that free something, every container, and each kind of layer in them; the whole matrix is slow.
+USUAL = {Subject("stack", "invert"), Subject("streams", "invert"), Subject("sequential", "recompute")}
+USUAL.add(Subject("stack", "store"))
 
-def name(subject: Subject) -> str:
-    return f"{subject.form}-{subject.mode}"
+
+def params(subjects: list[Subject]) -> list[Any]:
+    return [pytest.param(s, id=f"{s.form}-{s.mode}", marks=[] if s in USUAL else pytest.mark.slow) for s in subjects]
 
 
-@pytest.fixture(params=STORING + SAVING, ids=name)
+@pytest.fixture(params=params(STORING + SAVING))
 def subject(request) -> Subject:
     return request.param
 
 
-@pytest.fixture(params=SAVING, ids=name)
+@pytest.fixture(params=params(SAVING))
 def saving(request) -> Subject:
     """The subjects that free something."""
     return request.param
