@@ -619,6 +619,7 @@ def shallow():
     sys.setrecursionlimit(limit)
 
 
+@pytest.mark.slow
 def test_ten_thousand_layers_do_not_recurse(shallow):
     layer = iz.AdditiveCoupling(nn.Linear(1, 1))
     net = iz.InvertibleSequential(*[layer] * 10_000)
@@ -627,6 +628,7 @@ def test_ten_thousand_layers_do_not_recurse(shallow):
     torch.testing.assert_close(gradient, torch.cat((torch.ones(1, 1), 1 + 10_000 * layer.f.weight.detach()), 1))
 
 
+@pytest.mark.slow
 def test_ten_thousand_layers_pulled_at_once(shallow):
     """The graph wants the first layer alone, so every later one has to be inverted for it."""
     first, later = iz.AdditiveCoupling(nn.Linear(1, 1)), iz.AdditiveCoupling(nn.Linear(1, 1)).requires_grad_(False)

@@ -23,8 +23,18 @@ def mode(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-@pytest.fixture(params=[*BUILDERS])
-def case(request: pytest.FixtureRequest, mode: str, float64: None, seeded: None) -> Iterator[Case]:
-    made = make(request.param)
+# Every form and every mode once; the whole matrix is slow.
+USUAL = {("layer", "store"), ("sequential", "recompute"), ("invertible_sequential", "invert"), ("streams", "invert")}
+PAIRS = [
+    pytest.param((name, mode), id=f"{name}-{mode}", marks=() if (name, mode) in USUAL else pytest.mark.slow)
+    for name in BUILDERS
+    for mode in MODES
+]
+
+
+@pytest.fixture(params=PAIRS)
+def case(request: pytest.FixtureRequest, float64: None, seeded: None) -> Iterator[Case]:
+    name, mode = request.param
+    made = make(name)
     with iz.mode(made.net, mode):
         yield made

@@ -24,6 +24,7 @@ from tests.composition.cases import (
 
 # Dynamo looks at `.grad` of every input, inductor imports scripted functions: torch's own business, with any net.
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
     pytest.mark.filterwarnings("ignore:`torch.jit"),
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
@@ -79,6 +80,7 @@ def test_mode_set_after_compiling():
             assert_same_step(Case(net, case.plain, case.x), steps=1)
 
 
+@pytest.mark.usual
 def test_compiled_net_with_other_batch_sizes(mode: str):
     case = make("streams")
     net = torch.compile(case.net, backend="aot_eager")
@@ -131,6 +133,7 @@ def test_compiled_subnets_inductor(mode: str):
             assert_same(gradients(net), gradients(case.plain))
 
 
+@pytest.mark.usual
 def test_compiled_subnets_as_wrapped_modules_keep_their_parameters_checked(mode: str):
     """``torch.compile(net)`` wraps a module; the engine must still find what is inside it."""
     case = make("invertible_sequential", lambda n: torch.compile(subnet(n), backend="aot_eager"))
@@ -161,6 +164,7 @@ def test_compiled_subnets_save_memory(backend: str):
     assert held(1) == held(3) == 0
 
 
+@pytest.mark.usual
 def test_compiled_dropout_subnets(mode: str):
     """Compiled random operators draw what eager ones draw, in the replay as in the forward."""
 

@@ -2,7 +2,7 @@
 
 import copy
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -22,12 +22,20 @@ from invzoo.engine.state import state
 from tests.composition.cases import WIDTH, assert_same, gradients, subnet
 
 pytestmark = [  # torch's own business, with any net
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
     pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
 ]
 
 HALF = WIDTH // 2
+
+usual = pytest.mark.usual
+
+
+def among(names: Iterable[str], *in_every_run: str) -> list[Any]:
+    """Return parameters, of which some stand for the others in a usual run."""
+    return [pytest.param(name, marks=usual if name in in_every_run else ()) for name in names]
 
 
 @pytest.fixture(autouse=True)
@@ -107,14 +115,15 @@ def x() -> Tensor:
     return torch.randn(4, WIDTH)
 
 
+@usual
 @torch._dynamo.config.patch(assume_static_by_default=False)
 def test_right_by_the_eager_backend_for_any_shape():
     assert_same_gradients(iz.InvertibleSequential(*stack(2)), x(), backend="eager")
 
 
-@pytest.mark.parametrize(("backend", "depth"), [("aot_eager", 4), ("aot_eager", 32), ("min-cut", 4), ("min-cut", 32)])
-def test_saves_one_activation_at_any_depth(backend: str, depth: int):
-    net = iz.InvertibleSequential(*(linear() for _ in range(depth)))
+@pytest.mark.parametrize("backend", among(("aot_eager", "min-cut"), "min-cut"))
+def test_saves_one_activation_at_any_depth(backend: str):
+    net = iz.InvertibleSequential(*(linear() for _ in range(8)))
     packed: list[Tensor] = []
     run = compiled(net, Graphs() if backend == "min-cut" else backend)
     run(torch.randn(64, WIDTH))  # compiles
@@ -124,6 +133,7 @@ def test_saves_one_activation_at_any_depth(backend: str, depth: int):
     assert sum(t.nbytes for t in packed if t.shape[:1] == (64,)) == y.nbytes
 
 
+@usual
 def test_evaluates_each_subnet_once_in_backward():
     net, graphs = iz.InvertibleSequential(*stack(2)), Graphs()
     assert_same_gradients(net, x(), backend=graphs)
@@ -154,6 +164,7 @@ class Conditioned(nn.Module):
         return h if shift is None else h + shift
 
 
+@usual
 def test_side_inputs():
     """What a subnet makes of the context alone is not saved for each layer either. Compiling warns of nothing."""
     net, graphs = iz.InvertibleSequential(*(iz.AdditiveCoupling(Conditioned()) for _ in range(2))), Graphs()
@@ -173,7 +184,7 @@ class Joined(nn.Linear):
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "min-cut"])
-@pytest.mark.parametrize("changed", ["kept input", "side input", "output"])
+@pytest.mark.parametrize("changed", among(("kept input", "side input", "output"), "output"))
 def test_changed_in_place_in_the_same_graph(changed: str, backend: str):
     """Backward gets what was, not what the compiler makes of it."""
     net = iz.InvertibleSequential(iz.InvertibleTanh(), *(iz.AdditiveCoupling(Joined()) for _ in range(2)))
@@ -189,6 +200,7 @@ def test_changed_in_place_in_the_same_graph(changed: str, backend: str):
     )
 
 
+@usual
 def test_error_of_a_layer_is_in_the_compilers():
     net = iz.InvertibleSequential(linear(), iz.InvertibleLinear(3))
     with pytest.raises(
@@ -224,7 +236,7 @@ class Shifted(nn.Linear):
 
 
 @pytest.mark.parametrize("mode", ["invert", "recompute"])
-@pytest.mark.parametrize("changed", ["shift", "frozen", "weight"])
+@pytest.mark.parametrize("changed", among(("shift", "frozen", "weight"), "weight"))
 def test_changed_between_forward_and_backward(changed: str, mode: str):
     net = iz.InvertibleSequential(
         iz.AdditiveCoupling(Shifted()), iz.AdditiveCoupling(Shifted(), swap=True), mode=mode, check="never"
@@ -296,7 +308,7 @@ WRONG: dict[str, Callable[[], tuple[Double, nn.Module]]] = {
 }
 
 
-@pytest.mark.parametrize("name", WRONG)
+@pytest.mark.parametrize("name", among(WRONG, "last, by a constant"))
 def test_a_wrong_inverse_is_refused(name: str):
     wrong, net = WRONG[name]()
     wrong.error.fill_(1e-3)
@@ -320,7 +332,12 @@ def test_right_by_inductor_and_a_wrong_inverse_refused():
 
 
 @pytest.mark.parametrize(
-    ("check", "refused"), [("first", [True, False, False]), ("always", [True, False, True]), ("never", [False] * 3)]
+    ("check", "refused"),
+    [
+        pytest.param("first", [True, False, False], marks=usual),
+        ("always", [True, False, True]),
+        ("never", [False] * 3),
+    ],
 )
 def test_when_inverses_are_checked(check: str, refused: list[bool]):
     """With ``first``, until one was right."""
@@ -388,17 +405,19 @@ CONTAINERS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-@pytest.mark.parametrize("name", CONTAINERS)
+@pytest.mark.parametrize("name", among(CONTAINERS, "chain in a subnet"))
 def test_containers(name: str):
     net, graphs = CONTAINERS[name](), Graphs()
     assert_same_gradients(net, x(), backend=graphs)
     assert graphs.saved() == [(4, WIDTH)]
 
 
+@usual
 def test_empty_chain():
     assert_same_gradients(iz.InvertibleSequential(), x())
 
 
+@usual
 def test_two_streams_also_if_they_are_one_tensor():
     net, stream = iz.InvertibleSequential(linear(), linear()), torch.randn(4, HALF)
     assert_same_gradients(net, torch.randn(4, HALF), stream)
@@ -417,12 +436,14 @@ def test_convolutions_in_channels_last():
     assert_same_gradients(chain, torch.randn(2, 4, 5, 5).to(memory_format=torch.channels_last))
 
 
+@usual
 def test_layers_that_keep_their_input():
     net, graphs = iz.InvertibleSequential(linear(), iz.InvertibleTanh(), linear()), Graphs()
     assert_same_gradients(net, x() / 8, backend=graphs)
     assert graphs.saved() == [(4, WIDTH)] * 2
 
 
+@usual
 def test_streams_of_integers():
     net = iz.Parallel(iz.Permute([1, 0, 2]), iz.AdditiveCoupling(subnet(HALF)))
 
@@ -436,6 +457,7 @@ def test_layers_that_ask_for_strides():
     assert_same_gradients(iz.InvertibleSequential(iz.EmergingConv(2, 3)), torch.randn(3, 2, 5, 5))
 
 
+@usual
 def test_mode_recompute():
     net = iz.InvertibleSequential(*stack(2), mode="recompute")
     graphs = Graphs()
@@ -443,6 +465,7 @@ def test_mode_recompute():
     assert len(graphs.saved()) < 8
 
 
+@usual
 @pytest.mark.parametrize("why", ["mode store", "hooks"])
 def test_steps_aside(why: str):
     net, graphs = iz.InvertibleSequential(*stack(1)), Graphs()
@@ -600,6 +623,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
 }
 
 
+@usual
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused(name: str):
     make_net, match = REFUSED[name]
@@ -629,6 +653,7 @@ def test_random_layers_in_eval_mode_and_attention_without_dropout():
     assert_same_gradients(net, x())
 
 
+@usual
 def test_other_transforms_of_a_chain():
     net, given = iz.InvertibleSequential(*stack(2)), x()
     expected = torch.func.grad(lambda x: net(x).sum())(given)
@@ -660,7 +685,7 @@ ENTRIES: dict[str, Callable[[Any], Callable[..., Any]]] = {
 }
 
 
-@pytest.mark.parametrize("name", ENTRIES)
+@pytest.mark.parametrize("name", among(ENTRIES, "forward_and_log_det"))
 def test_a_container_compiled_in_place_is_one_function(name: str):
     counter, given, results = count_compilations(), torch.randn(64, WIDTH, requires_grad=True), []
     net = iz.InvertibleSequential(*stack(3))
@@ -677,6 +702,7 @@ def test_a_container_compiled_in_place_is_one_function(name: str):
     assert_same(*results)
 
 
+@usual
 def test_a_container_compiled_in_place_cannot_free_its_input():
     net = iz.InvertibleSequential(*stack(2), free_input=True)
     net.compile(backend="aot_eager")
@@ -709,7 +735,7 @@ IN_PLACE: dict[str, Callable[[], nn.Module]] = {
 
 
 @pytest.mark.parametrize("direction", ["layer", "inv"])
-@pytest.mark.parametrize("name", IN_PLACE)
+@pytest.mark.parametrize("name", among(IN_PLACE, "a subnet", "a matrix and a subnet", "an activation"))
 def test_layers_compiled_in_place(name: str, direction: str):
     """Forward and replay run compiled, with and without log-determinants, and no more is saved than before."""
     layer, counter, results = IN_PLACE[name](), count_compilations(), []
@@ -740,6 +766,7 @@ def test_layers_compiled_in_place_are_of_any_number_of_structures():
             assert counter.frame_count == before + 1
 
 
+@usual
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))])
 def test_copies_of_layers_compiled_in_place_are_as_they_were(copied: Callable[[nn.Module], nn.Module]):
     counter, layer = count_compilations(), iz.InvertibleLinear(WIDTH)

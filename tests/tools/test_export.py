@@ -17,6 +17,7 @@ from tests.composition.cases import assert_same
 from tests.tools.families import DIRECTIONS, FAMILIES, FORWARD, REFUSED, given, take_few_steps, together
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:.torch.jit"),  # torch's own
     pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning"),
 ]
@@ -89,6 +90,7 @@ def test_any_batch_size(direction: str, strict: bool, tmp_path):
         assert_same([loaded(fresh)], [module(fresh)])
 
 
+@pytest.mark.usual
 def test_log_determinants():
     class Density(nn.Module):
         def __init__(self) -> None:

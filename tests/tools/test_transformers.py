@@ -28,7 +28,10 @@ from tests.tools.nets import assert_learns_and_saves
 
 WORDS, LENGTH, WIDTH = 20, 12, 32
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated", "ignore::FutureWarning")  # its own use of others
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:.*is deprecated", "ignore::FutureWarning"),  # its own use of others
+]
 
 
 @pytest.fixture(autouse=True)
@@ -147,6 +150,7 @@ def test_gradients_of_a_model_with_some_blocks_replaced(make: Callable[..., PreT
         assert_same(gradients(model, batch(make), mode), expected)
 
 
+@pytest.mark.usual
 @MODELS
 def test_memory_does_not_grow_with_the_blocks(make: Callable[..., PreTrainedModel]):
     inputs = batch(make)
