@@ -25,12 +25,24 @@ def test_some_of_each():
     check("usual_checks")
 
 
-@pytest.mark.parametrize("suite", ["ddp_checks", "fsdp_checks", "compile_checks", "pipeline_checks"])
-def test_all_of(suite: str):
-    check(suite)
+def test_ddp():
+    check("ddp_checks")
 
 
-def test_checkpoints_of_two_processes_in_one_and_in_four(tmp_path: Path):
+def test_fsdp2():
+    check("fsdp_checks")
+
+
+def test_compiled():
+    check("compile_checks")
+
+
+def test_pipeline():
+    check("pipeline_checks")
+
+
+def test_distributed_checkpoint(tmp_path: Path):
+    """What two processes saved is loaded by one, and by four."""
     for suite, world in (("save_checks", 2), ("load_checks", 1), ("load_checks", 4)):
         check(suite, world, str(tmp_path))
 
