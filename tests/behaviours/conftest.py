@@ -1,12 +1,10 @@
 """Every behaviour is tested on each form of net, in each mode."""
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
 
-from tests.reference import FEATURES, FORMS, MODES, Subject
+from tests.reference import FEATURES, SUBJECTS, Subject, params
 
 
 @pytest.fixture(autouse=True)
@@ -16,24 +14,12 @@ def float64():
     torch.set_default_dtype(torch.float32)
 
 
-SAVING = [Subject(form, mode) for form in FORMS for mode in MODES[1:]]
-STORING = [Subject(form, "store") for form in ("stack", "streams")]  # there is little to go wrong
-
-# Both modes that free something, every container, and each kind of layer in them; the whole matrix is slow.
-USUAL = {Subject("stack", "invert"), Subject("streams", "invert"), Subject("sequential", "recompute")}
-USUAL.add(Subject("stack", "store"))
-
-
-def params(subjects: list[Subject]) -> list[Any]:
-    return [pytest.param(s, id=f"{s.form}-{s.mode}", marks=[] if s in USUAL else pytest.mark.slow) for s in subjects]
-
-
-@pytest.fixture(params=params(STORING + SAVING))
+@pytest.fixture(params=params(SUBJECTS))
 def subject(request) -> Subject:
     return request.param
 
 
-@pytest.fixture(params=params(SAVING))
+@pytest.fixture(params=params([subject for subject in SUBJECTS if subject.mode != "store"]))
 def saving(request) -> Subject:
     """The subjects that free something."""
     return request.param

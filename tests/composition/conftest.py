@@ -5,8 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-import invzoo as iz
-from tests.composition.cases import BUILDERS, MODES, Case, make
+from tests.reference import MODES, SUBJECTS, Case, make, params
 
 collect_ignore = [] if torch.cuda.is_available() else ["test_cuda.py"]
 
@@ -23,18 +22,6 @@ def mode(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-# Every form and every mode once; the whole matrix is slow.
-USUAL = {("layer", "store"), ("sequential", "recompute"), ("invertible_sequential", "invert"), ("streams", "invert")}
-PAIRS = [
-    pytest.param((name, mode), id=f"{name}-{mode}", marks=() if (name, mode) in USUAL else pytest.mark.slow)
-    for name in BUILDERS
-    for mode in MODES
-]
-
-
-@pytest.fixture(params=PAIRS)
-def case(request: pytest.FixtureRequest, float64: None, seeded: None) -> Iterator[Case]:
-    name, mode = request.param
-    made = make(name)
-    with iz.mode(made.net, mode):
-        yield made
+@pytest.fixture(params=params(SUBJECTS))
+def case(request: pytest.FixtureRequest, float64: None, seeded: None) -> Case:
+    return make(request.param.form, mode=request.param.mode)
