@@ -26,6 +26,7 @@ __all__ = [
     "assert_near",
     "assert_same_run",
     "assert_same_step",
+    "first_cases",
     "gradients",
     "make",
     "mlp",
@@ -206,6 +207,12 @@ USUAL.add(Subject("stack", "store"))
 def params(subjects: list[Subject]) -> list[Any]:
     """Return parameters for pytest; those for which the usual ones stand are slow."""
     return [pytest.param(s, id=f"{s.form}-{s.mode}", marks=() if s in USUAL else pytest.mark.slow) for s in subjects]
+
+
+def first_cases() -> list[Any]:
+    """Return the catalogue's cases as parameters for pytest; those behind the first one of their layer are slow."""
+    first = [entry.cases[0] for entry in iz.testing.CATALOGUE]
+    return [pytest.param(c, id=c.name, marks=() if c in first else pytest.mark.slow) for c in iz.testing.cases()]
 
 
 # ---- comparisons ----------------------------------------------------------------------------------------------------
