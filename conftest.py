@@ -1,6 +1,11 @@
 """What every test and every doctest starts from: seeded, with the names that the examples in docstrings use."""
 
+import gc
 import os
+
+# Tests run in one process per core (`pytest -n auto`), where threads would only get in each other's way. Torch reads
+# this as it is imported, here and in the processes that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
@@ -9,15 +14,19 @@ from hypothesis import settings
 import invzoo as iz
 from tests.tools.needs import MISSING
 
-__all__ = ["names_for_doctests", "pytest_addoption", "pytest_report_header", "pytest_terminal_summary", "seeded"]
+__all__ = [
+    "names_for_doctests",
+    "pytest_addoption",
+    "pytest_collection_finish",
+    "pytest_report_header",
+    "pytest_terminal_summary",
+    "seeded",
+]
 
 settings.register_profile("default", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True)
 settings.register_profile("fuzz", deadline=None, max_examples=2000)
 settings.load_profile("ci" if "CI" in os.environ else "default")
-
-# Tests run in one process per core (`pytest -n auto`), where threads would only get in each other's way.
-torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
@@ -36,6 +45,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--fuzz-examples", type=int, default=100, help="how many random programs to compare, in all shards")
     group.addoption("--fuzz-shards", type=int, default=1, help="in how many tests, for pytest-xdist to share out")
     group.addoption("--fuzz-seed", type=int, default=None, help="where to start; by default always at the same place")
+
+
+def pytest_collection_finish() -> None:
+    """Spare the garbage collector the thousands of tests that are there; some of them call it."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_report_header() -> list[str]:

@@ -1,24 +1,48 @@
-"""The same maths as the library's, done plainly: what the behaviour tests compare with."""
+"""Nets with invertible layers beside the same maths done plainly, with the same parameters, and comparisons of both."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 import invzoo as iz
 
-__all__ = ["FEATURES", "FORMS", "HALF", "MODES", "Subject", "assert_near", "assert_same_run", "mlp", "run"]
+__all__ = [
+    "BATCH",
+    "FEATURES",
+    "FORMS",
+    "HALF",
+    "MODES",
+    "SUBJECTS",
+    "Case",
+    "Chain",
+    "PlainAdditive",
+    "PlainAffine",
+    "Streams",
+    "Subject",
+    "assert_near",
+    "assert_same_run",
+    "assert_same_step",
+    "first_cases",
+    "gradients",
+    "make",
+    "mlp",
+    "params",
+    "run",
+    "train_step",
+]
 
 MODES = ("store", "recompute", "invert")
-FEATURES, HALF = 6, 3  # the width of what a net maps, and of what a subnet does
+BATCH, FEATURES, HALF = 4, 6, 3  # the width of what a net maps, and of what a subnet does
 
 Block = Callable[[int, int], nn.Module]  # makes a subnet from so many features to so many
 
 
-def mlp(inputs: int, outputs: int) -> nn.Module:
-    return nn.Sequential(nn.Linear(inputs, inputs + 1), nn.Tanh(), nn.Linear(inputs + 1, outputs))
+def mlp(inputs: int, outputs: int, middle: nn.Module | None = None, *, hidden: int = 5) -> nn.Module:
+    return nn.Sequential(nn.Linear(inputs, hidden), nn.Tanh() if middle is None else middle, nn.Linear(hidden, outputs))
 
 
 # ---- plain layers ---------------------------------------------------------------------------------------------------
@@ -45,15 +69,17 @@ class PlainAdditive(nn.Module):
 
 
 class PlainAffine(PlainAdditive):
-    """``y1 = x1 exp(2 tanh(h / 20)) + t`` with ``h, t = f(x2)``."""
+    """``y1 = x1 exp(2 tanh(0.05 h)) + t`` with ``h, t = f(x2)``."""
 
     def couple(self, x: Tensor, h: Tensor) -> Tensor:
         log_scale, shift = h.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, 1)
-        return (x * torch.exp(2 * torch.tanh(log_scale / 20)) + shift).to(x.dtype)
+        return (x * torch.exp(2 * torch.tanh(log_scale * 0.05)) + shift).to(x.dtype)
 
 
 class UserLayer(iz.InvertibleModule):
-    """What a user writes: a function and an inverse, nothing else."""
+    """What a user writes: a function, an inverse, a fact, and nothing else."""
+
+    volume_preserving = True
 
     def __init__(self, f: nn.Module, **options: Any) -> None:
         super().__init__(**options)
@@ -153,6 +179,42 @@ class Subject:
             assert_same_run(program, plain, ours)
 
 
+@dataclass
+class Case:
+    """A net with invertible layers, the plain net with the same weights, and an input for both."""
+
+    net: nn.Module
+    plain: nn.Module
+    x: Tensor
+    subject: Subject = Subject("stack", "invert")
+
+
+def make(form: str, block: Block = mlp, mode: str = "invert") -> Case:
+    """Make a small net of a form, and the plain net beside it."""
+    subject = Subject(form, mode)
+    plain, net = subject.pair(block, depth=3)
+    return Case(net, plain, torch.randn(BATCH, FEATURES), subject)
+
+
+SUBJECTS = [Subject(form, mode) for form in FORMS for mode in MODES[1:]]
+SUBJECTS += [Subject(form, "store") for form in ("stack", "streams")]  # there is little to go wrong
+
+# Both modes that free something, every container, and each kind of layer in them.
+USUAL = {Subject("stack", "invert"), Subject("streams", "invert"), Subject("sequential", "recompute")}
+USUAL.add(Subject("stack", "store"))
+
+
+def params(subjects: list[Subject]) -> list[Any]:
+    """Return parameters for pytest; those for which the usual ones stand are slow."""
+    return [pytest.param(s, id=f"{s.form}-{s.mode}", marks=() if s in USUAL else pytest.mark.slow) for s in subjects]
+
+
+def first_cases() -> list[Any]:
+    """Return the catalogue's cases as parameters for pytest; those behind the first one of their layer are slow."""
+    first = [entry.cases[0] for entry in iz.testing.CATALOGUE]
+    return [pytest.param(c, id=c.name, marks=() if c in first else pytest.mark.slow) for c in iz.testing.cases()]
+
+
 # ---- comparisons ----------------------------------------------------------------------------------------------------
 
 
@@ -206,3 +268,22 @@ def assert_same_run(
 ) -> None:
     """Assert that a program has the same result, gradients, buffers and random state with either net."""
     assert_near(run(program, ours), run(program, plain), tolerance)
+
+
+def gradients(net: nn.Module, *others: Tensor) -> list[Tensor | None]:
+    return [p.grad for p in (*net.parameters(), *others)]
+
+
+def train_step(net: nn.Module, x: Tensor, call: Callable[[nn.Module, Tensor], Tensor] | None = None) -> list[Any]:
+    """Run one step with an op that saves its output before and after the net; return output and gradients."""
+    net.zero_grad()
+    x = x.detach().clone().requires_grad_()
+    y = net(x.sigmoid()) if call is None else call(net, x.sigmoid())
+    y.sin().square().sum().backward()
+    return [y.detach(), *gradients(net, x)]
+
+
+def assert_same_step(case: Case, call: Callable[[nn.Module, Tensor], Tensor] | None = None, steps: int = 2) -> None:
+    """Compare steps of both nets, each of which runs inside ``call``; the first one is checked, the next is not."""
+    for _ in range(steps):
+        assert_near(train_step(case.net, case.x, call), train_step(case.plain, case.x, call))

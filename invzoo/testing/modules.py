@@ -118,11 +118,14 @@ def _travels(layer: InvertibleModule) -> Iterator[tuple[str, InvertibleModule]]:
 
 
 def _elsewhere(layer: InvertibleModule) -> InvertibleModule:
-    """Copy a layer, and move its parameters, so that a state has to bring them back."""
+    """Copy a layer, and move its parameters and the buffers of its state, so that a state has to bring them back."""
     other = copy.deepcopy(layer)
     with torch.no_grad():
-        for parameter in other.parameters():
-            parameter.add_(torch.randn_like(parameter))
+        for value in (*other.parameters(), *other.state_dict().values()):
+            if value.is_floating_point() or value.is_complex():
+                value.add_(torch.randn_like(value))
+            else:
+                value.zero_()
     return other
 
 

@@ -20,6 +20,7 @@ __all__ = [
     "calls",
     "check_log_det",
     "clones",
+    "defines",
     "expect",
     "flat",
     "has_log_det",
@@ -166,12 +167,15 @@ def _kind(value: Any) -> str:
 
 def has_log_det(layer: InvertibleModule, inputs: Any, outputs: Any) -> bool:
     """Whether the layer maps as many values as it returns, and says that it has a log-determinant."""
-    kind = type(layer.inv) if isinstance(layer, Inverse) else type(layer)
-    defined = layer.volume_preserving or any(
-        getattr(kind, name) is not getattr(InvertibleModule, name) for name in ("log_det", "function_and_log_det")
-    )
+    defined = defines(layer, "log_det") or defines(layer, "function_and_log_det")
     sizes = [sum(value[0].numel() for value in tuple_of(values)) for values in (inputs, outputs)]
     return defined and sizes[0] == sizes[1]
+
+
+def defines(layer: InvertibleModule, name: str) -> bool:
+    """Whether the layer has a log-determinant by the method of this name."""
+    kind = type(layer.inv) if isinstance(layer, Inverse) else type(layer)
+    return layer.volume_preserving or getattr(kind, name) is not getattr(InvertibleModule, name)
 
 
 def calls(layer: InvertibleModule, log_det: bool) -> Mapping[str, Callable[..., tuple[Any, ...]]]:

@@ -15,6 +15,7 @@ from .running import (
     assertion,
     check_log_det,
     clones,
+    defines,
     expect,
     flat,
     has_log_det,
@@ -63,7 +64,7 @@ def _check_domain(layer: InvertibleModule, what: str, domain: Any, values: tuple
 def assert_log_det(
     layer: InvertibleModule, *inputs: Tensor, largest: float = 100.0, log_det_tolerance: float = 1e-9, **side: Any
 ) -> None:
-    """Assert that both log-determinants are those of autograd's Jacobians, in float64, and finite at large inputs.
+    """Assert that all log-determinants are those of autograd's Jacobians, in float64, and finite at large inputs.
 
     A layer that defines none, or maps to another number of values, must raise a TypeError that names it.
 
@@ -82,13 +83,10 @@ def assert_log_det(
     y, log_det = layer.forward_and_log_det(*clones(inputs), **side)
     check_log_det(layer, inputs[0], log_det)
     assert_near(layer, "the output beside the log-determinant to be that of forward", y, outputs)
-    assert_near(
-        layer,
-        "the log-determinant to be that of autograd's Jacobian",
-        log_det,
-        jacobian_log_det(layer, inputs, side),
-        log_det_tolerance,
-    )
+    expected = jacobian_log_det(layer, inputs, side)
+    found = [log_det, layer.log_det(*clones(inputs), **side)] if defines(layer, "log_det") else [log_det]
+    for value in found:
+        assert_near(layer, "the log-determinant to be that of autograd's Jacobian", value, expected, log_det_tolerance)
     x, inverse_log_det = layer.inverse_and_log_det(*clones(outputs), **side)
     check_log_det(layer, outputs[0], inverse_log_det)
     assert_near(
@@ -278,7 +276,7 @@ def assert_batch_sizes(
     independent_samples: bool = True,
     **side: Any,
 ) -> None:
-    """Assert that the layer takes batches of any size, and that samples do not depend on each other.
+    """Assert that the layer takes batches of any size, and that no sample's outputs or gradients depend on others.
 
     Args:
         layer: the layer.
@@ -294,19 +292,23 @@ def assert_batch_sizes(
         whole = _run_batch(module, given, side, log_det, slice(None))
         for size in batch_sizes:
             part = _run_batch(module, given, side, log_det, slice(-size, None) if size else slice(0, 0))
-            expected = tuple(y[len(y) - size :] for y in whole)
-            expect(shapes(part) == shapes(expected), module, f"outputs of shapes {shapes(expected)}", shapes(part))
-            if independent_samples:
-                assert_near(module, f"the output of a batch of {size} to be that in a larger one", part, expected)
+            for what, values in part.items():
+                expected = tuple(y[len(y) - size :] for y in whole[what])
+                wanted, got = shapes(expected), shapes(values)
+                expect(got == wanted, module, f"{what} of shapes {wanted}", got)
+                if independent_samples:
+                    words = f"the {what} of a batch of {size} to be those in a larger one"
+                    assert_near(module, words, values, expected)
 
 
 def _run_batch(
     layer: InvertibleModule, inputs: tuple[Tensor, ...], side: dict[str, Any], log_det: bool, part: slice
-) -> tuple[Tensor, ...]:
+) -> dict[str, tuple[Tensor, ...]]:
     batch = len(inputs[0])
     cut: Callable[[Any], Any] = lambda v: v[part] if isinstance(v, Tensor) and v.ndim and len(v) == batch else v  # noqa: E731
     given, sides = leaves(cut(x) for x in inputs), {name: cut(value) for name, value in side.items()}
     outputs = flat(*layer.forward_and_log_det(*given, **sides)) if log_det else tuple_of(layer(*given, **sides))
     gradients = torch.autograd.grad(sum(y.abs().sum() for y in outputs), given, allow_unused=True)
-    expect(shapes(given) == [tuple(g.shape) for g in gradients if g is not None], layer, "gradients", gradients)
-    return tuple(y.detach() for y in outputs)
+    used = all(gradient is not None for gradient in gradients)
+    expect(used, layer, f"gradients of all inputs of shapes {shapes(given)}", gradients)
+    return {"outputs": tuple(y.detach() for y in outputs), "gradients": gradients}

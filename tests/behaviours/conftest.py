@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.reference import FEATURES, FORMS, MODES, Subject
+from tests.reference import FEATURES, SUBJECTS, Subject, params
 
 
 @pytest.fixture(autouse=True)
@@ -14,20 +14,12 @@ def float64():
     torch.set_default_dtype(torch.float32)
 
 
-SAVING = [Subject(form, mode) for form in FORMS for mode in MODES[1:]]
-STORING = [Subject(form, "store") for form in ("stack", "streams")]  # there is little to go wrong
-
-
-def name(subject: Subject) -> str:
-    return f"{subject.form}-{subject.mode}"
-
-
-@pytest.fixture(params=STORING + SAVING, ids=name)
+@pytest.fixture(params=params(SUBJECTS))
 def subject(request) -> Subject:
     return request.param
 
 
-@pytest.fixture(params=SAVING, ids=name)
+@pytest.fixture(params=params([subject for subject in SUBJECTS if subject.mode != "store"]))
 def saving(request) -> Subject:
     """The subjects that free something."""
     return request.param

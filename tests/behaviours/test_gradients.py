@@ -6,7 +6,6 @@ import sys
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 import invzoo as iz
 from tests.reference import FEATURES, HALF, PlainAdditive, Subject, assert_near, assert_same_run, mlp, run
@@ -304,22 +303,6 @@ def test_expanded_and_noncontiguous_output_gradients(subject, x):
     subject.holds(program)
 
 
-def test_batched_gradients(subject, x):
-    def program(net):
-        y = net(x)
-        return grad(y, x, torch.eye(y.numel())[:7].view(7, *y.shape), is_grads_batched=True)
-
-    subject.holds(program)
-
-
-def test_jacobian(subject, data):
-    subject.holds(lambda net: torch.autograd.functional.jacobian(net, data))
-
-
-def test_vectorized_jacobian(subject, data):
-    subject.holds(lambda net: torch.autograd.functional.jacobian(net, data, vectorize=True))
-
-
 # ---- higher order ---------------------------------------------------------------------------------------------------
 
 
@@ -349,36 +332,9 @@ def test_gradient_of_parameter_gradients(subject, x):
     subject.holds(program)
 
 
-def test_third_derivative(subject, x):
-    def program(net):
-        value = some_loss(net(x))
-        for _ in range(3):
-            (g,) = grad(value, x, create_graph=True)
-            value = g.square().sum()
-        value.backward()
-
-    subject.holds(program)
-
-
 def test_hessian_vector_product(subject, data):
     def program(net):
         return torch.autograd.functional.hvp(lambda x: some_loss(net(x)), data, torch.ones_like(data))
-
-    subject.holds(program)
-
-
-def test_gradcheck(subject):
-    _, ours = subject.pair(depth=2)
-    x = torch.randn(2, FEATURES, requires_grad=True)
-    assert torch.autograd.gradcheck(ours, x)
-    assert torch.autograd.gradgradcheck(ours, x)
-
-
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # torch's own, at the first dual level
-def test_forward_mode(subject, data):
-    def program(net):
-        with forward_ad.dual_level():
-            return forward_ad.unpack_dual(net(forward_ad.make_dual(data, torch.ones_like(data)))).tangent.detach()
 
     subject.holds(program)
 
@@ -619,6 +575,7 @@ def shallow():
     sys.setrecursionlimit(limit)
 
 
+@pytest.mark.slow
 def test_ten_thousand_layers_do_not_recurse(shallow):
     layer = iz.AdditiveCoupling(nn.Linear(1, 1))
     net = iz.InvertibleSequential(*[layer] * 10_000)
@@ -627,6 +584,7 @@ def test_ten_thousand_layers_do_not_recurse(shallow):
     torch.testing.assert_close(gradient, torch.cat((torch.ones(1, 1), 1 + 10_000 * layer.f.weight.detach()), 1))
 
 
+@pytest.mark.slow
 def test_ten_thousand_layers_pulled_at_once(shallow):
     """The graph wants the first layer alone, so every later one has to be inverted for it."""
     first, later = iz.AdditiveCoupling(nn.Linear(1, 1)), iz.AdditiveCoupling(nn.Linear(1, 1)).requires_grad_(False)

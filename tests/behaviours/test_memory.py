@@ -1,7 +1,6 @@
 """Memory counted in exact bytes: flat in depth, falling in backward, and gone with the last reference."""
 
 import gc
-import threading
 
 import pytest
 import torch
@@ -196,29 +195,6 @@ def test_each_subnet_is_evaluated_once_in_backward(form, mode, calls):
                     # a layer without a replay of its own inverts first, and then runs its function
                     own = type(owner).__name__ == "UserLayer" and mode == "invert"
                     assert counter.calls == i * (calls + own)
-
-
-@pytest.mark.parametrize("container", CONTAINERS)
-def test_two_threads_keep_their_full_saving(container):
-    nets = [make(container, 16) for _ in range(2)]
-    x = torch.randn(BATCH, 2 * WIDTH)
-    for net in nets:
-        step(net, x)
-    expected = step(nets[0], x)
-    results = []
-
-    def work(net):
-        for _ in range(3):
-            results.append(step(net, x))
-
-    threads = [threading.Thread(target=work, args=(net,)) for net in nets]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(results) == 6
-    for result in results:
-        torch.testing.assert_close(result, expected, rtol=0, atol=0.01)
 
 
 def test_the_input_of_a_chain_is_not_held():

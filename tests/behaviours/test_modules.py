@@ -4,7 +4,6 @@ import contextlib
 import copy
 import io
 import pickle
-import threading
 import warnings
 from collections import OrderedDict, defaultdict
 from dataclasses import dataclass
@@ -551,23 +550,6 @@ def _lazy(inputs: int, outputs: int) -> nn.Module:
     return nn.Sequential(nn.LazyLinear(4), nn.Tanh(), nn.Linear(4, outputs))
 
 
-def test_functional_call(subject, x):
-    def program(net):
-        values = {name: (p.detach() * 2).requires_grad_() for name, p in net.named_parameters()}
-        y = torch.func.functional_call(net, values, (x,))
-        return y, grad(some_loss(y), [x, *values.values()])
-
-    subject.holds(program)
-
-
-def test_functional_call_with_parameters_that_have_a_graph(subject, x):
-    def program(net):
-        values = {name: p.exp() for name, p in net.named_parameters()}
-        some_loss(torch.func.functional_call(net, values, (x,))).backward()
-
-    subject.holds(program)
-
-
 # ---- side inputs ----------------------------------------------------------------------------------------------------
 
 
@@ -690,40 +672,6 @@ def test_a_condition_changed_in_place_before_backward(saving, x):
 
 
 # ---- threads --------------------------------------------------------------------------------------------------------
-
-
-def test_backward_in_another_thread(subject, x):
-    def program(net):
-        losses = [some_loss(net(x))]
-        thread = threading.Thread(target=lambda: losses.pop().backward())
-        thread.start()
-        thread.join()
-        assert not losses
-
-    subject.holds(program)
-
-
-def test_two_threads_train_two_nets(subject, data):
-    pairs = [subject.pair() for _ in range(2)]
-    results: dict[int, list[Tensor]] = {}
-
-    def train(i, net):
-        optimizer = torch.optim.SGD(net.parameters(), 1e-3)
-        for _ in range(10):
-            optimizer.zero_grad()
-            some_loss(net(data)).backward()
-            optimizer.step()
-        results[i] = [p.detach().clone() for p in net.parameters()]
-
-    threads = [threading.Thread(target=train, args=(i, ours)) for i, (_, ours) in enumerate(pairs)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for i, (plain, _) in enumerate(pairs):
-        mine = results[i]
-        train(i, plain)
-        assert_near(mine, results[i])
 
 
 @pytest.mark.parametrize("make", [iz.Reverse, lambda: iz.InvertibleBatchNorm(3), lambda: iz.InvertibleLayerNorm(3)])

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.parallel import DistributedDataParallel
 
-from tests.composition.cases import WIDTH, make
 from tests.composition.fsdp_checks import shard
 from tests.composition.workers import check_training
+from tests.reference import FEATURES, make
 
 __all__ = ["CHECKS"]
 
@@ -42,8 +42,8 @@ WAYS: dict[str, tuple[Callable[[nn.Module], Any], int]] = {  # and how many acti
 def check(name: str, rank: int) -> None:
     """Train as one process would, and hold what is expected, which no depth changes."""
     wrap, held = WAYS[name]
-    case = make("invertible_sequential")
-    wrapped, x = wrap(case.net), torch.randn(64, WIDTH)
+    case = make("stack")
+    wrapped, x = wrap(case.net), torch.randn(64, FEATURES)
     check_training(case, wrapped, rank)
     packed: list[Tensor] = []
     wrapped(x)  # compiles

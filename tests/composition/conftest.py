@@ -5,8 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-import invzoo as iz
-from tests.composition.cases import BUILDERS, MODES, Case, make
+from tests.reference import MODES, SUBJECTS, Case, make, params
 
 collect_ignore = [] if torch.cuda.is_available() else ["test_cuda.py"]
 
@@ -23,8 +22,6 @@ def mode(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-@pytest.fixture(params=[*BUILDERS])
-def case(request: pytest.FixtureRequest, mode: str, float64: None, seeded: None) -> Iterator[Case]:
-    made = make(request.param)
-    with iz.mode(made.net, mode):
-        yield made
+@pytest.fixture(params=params(SUBJECTS))
+def case(request: pytest.FixtureRequest, float64: None, seeded: None) -> Case:
+    return make(request.param.form, mode=request.param.mode)

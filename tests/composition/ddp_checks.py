@@ -10,7 +10,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import invzoo as iz
-from tests.composition.cases import WIDTH, Case, assert_same, make, subnet
 from tests.composition.workers import (
     WORLD,
     Recorded,
@@ -24,6 +23,7 @@ from tests.composition.workers import (
     reference,
     train,
 )
+from tests.reference import FEATURES, Case, assert_near, make, mlp
 
 __all__ = ["CHECKS"]
 
@@ -38,7 +38,7 @@ def ddp_small_buckets(case: Case, rank: int) -> None:
     check_training(case, DistributedDataParallel(case.net, bucket_cap_mb=1e-5, gradient_as_bucket_view=True), rank)
 
 
-@each(names=("invertible_sequential", "streams"))
+@each(names=("stack", "streams"))
 def ddp_static_graph(case: Case, rank: int) -> None:
     check_training(case, DistributedDataParallel(case.net, static_graph=True), rank)
 
@@ -52,31 +52,31 @@ class Unused(nn.Module):
         return self.net(x)
 
 
-@each(names=("invertible_sequential", "streams"))
+@each(names=("stack", "streams"))
 def ddp_find_unused_parameters(case: Case, rank: int) -> None:
     wrapped = DistributedDataParallel(Unused(case.net), find_unused_parameters=True)
     case.plain = Unused(case.plain)
     x = batches(case)
     expected, _ = reference(case.plain.net, x)
     grads, _ = train(wrapped, x, rank)
-    assert_same(grads[:-2], expected)
+    assert_near(grads[:-2], expected)
 
 
-@each(names=("invertible_sequential", "streams"))
+@each(names=("stack", "streams"))
 def ddp_some_layers_unused_in_one_process(case: Case, rank: int) -> None:
     """The loss of process 1 sees half of the output only, which reaches only some subnets."""
 
     def loss(net: nn.Module, x: Tensor, r: int) -> Tensor:
         y = net(x[r].sigmoid())
-        return (y if r == 0 else y[:, : WIDTH // 2]).sin().square().sum()
+        return (y if r == 0 else y[:, : FEATURES // 2]).sin().square().sum()
 
     wrapped, x = DistributedDataParallel(case.net, find_unused_parameters=True), batches(case)
     loss(wrapped, x, rank).backward()
     sum(loss(case.plain, x, r) for r in range(WORLD)).div(WORLD).backward()
-    assert_same([p.grad for p in case.net.parameters()], [p.grad for p in case.plain.parameters()])
+    assert_near([p.grad for p in case.net.parameters()], [p.grad for p in case.plain.parameters()])
 
 
-@each(names=("invertible_sequential", "streams"))
+@each(names=("stack", "streams"))
 def ddp_no_sync(case: Case, rank: int) -> None:
     wrapped, x = DistributedDataParallel(case.net), batches(case)
     with wrapped.no_sync():
@@ -85,10 +85,10 @@ def ddp_no_sync(case: Case, rank: int) -> None:
     wrapped(x[rank].exp()).square().sum().backward()
     for f in (torch.sigmoid, torch.cos, torch.exp):
         case.plain(f(x.flatten(0, 1))).square().sum().div(WORLD).backward()
-    assert_same([p.grad for p in case.net.parameters()], [p.grad for p in case.plain.parameters()])
+    assert_near([p.grad for p in case.net.parameters()], [p.grad for p in case.plain.parameters()])
 
 
-@each(names=("invertible_sequential",))
+@each(names=("stack",))
 def ddp_two_forwards(case: Case, rank: int) -> None:
     wrapped, x = DistributedDataParallel(case.net, static_graph=True), batches(case)
     for _ in range(2):
@@ -97,10 +97,10 @@ def ddp_two_forwards(case: Case, rank: int) -> None:
         (wrapped(x[rank].sigmoid()) * wrapped(x[rank].cos())).sum().backward()
         y = x.flatten(0, 1)
         (case.plain(y.sigmoid()) * case.plain(y.cos())).sum().div(WORLD).backward()
-        assert_same([p.grad for p in case.net.parameters()], [p.grad for p in case.plain.parameters()])
+        assert_near([p.grad for p in case.net.parameters()], [p.grad for p in case.plain.parameters()])
 
 
-@each(names=("invertible_sequential",))
+@each(names=("stack",))
 def ddp_checkpointed(case: Case, rank: int) -> None:
     class Checkpointed(nn.Module):
         def __init__(self, net: nn.Module) -> None:
@@ -113,20 +113,20 @@ def ddp_checkpointed(case: Case, rank: int) -> None:
     check_training(case, DistributedDataParallel(Checkpointed(case.net)), rank)
 
 
-@each(names=("streams", "invertible_sequential"))
+@each(names=("streams", "stack"))
 def ddp_with_synchronised_buffers(case: Case, rank: int) -> None:
     """BatchNorm's statistics are broadcast in place before every forward, and moved by it."""
-    made = make(case.name, lambda n: subnet(n, middle=nn.BatchNorm1d(5)))
-    with iz.mode(made.net, case.net[0].mode if isinstance(case.net, nn.Sequential) else case.net.layers[0].mode):
+    made = make(case.subject.form, lambda *sizes: mlp(*sizes, nn.BatchNorm1d(5)))
+    with iz.mode(made.net, case.subject.mode):
         ours, theirs = DistributedDataParallel(made.net), DistributedDataParallel(made.plain)
         for x in (batches(case), batches(case).cos()):
             ours(x[rank]).square().sum().backward()
             theirs(x[rank]).square().sum().backward()
-        assert_same([p.grad for p in made.net.parameters()], [p.grad for p in made.plain.parameters()])
-        assert_same([b.double() for b in made.net.buffers()], [b.double() for b in made.plain.buffers()])
+        assert_near([p.grad for p in made.net.parameters()], [p.grad for p in made.plain.parameters()])
+        assert_near([b.double() for b in made.net.buffers()], [b.double() for b in made.plain.buffers()])
 
 
-@each(names=("layer", "invertible_sequential"))
+@each(names=("affine", "stack"))
 def ddp_log_det(case: Case, rank: int) -> None:
     """DDP watches forward alone: a module whose forward is `forward_and_log_det` is what it wraps."""
     wrapped, x = DistributedDataParallel(WithLogDet(case.net)), batches(case)
@@ -135,7 +135,7 @@ def ddp_log_det(case: Case, rank: int) -> None:
         for net, inputs in ((wrapped, x[rank]), (alone.forward_and_log_det, x.flatten(0, 1))):
             z, log_det = net(inputs.sigmoid())
             (z.square().mean() - log_det.mean()).backward()
-        assert_same([p.grad for p in case.net.parameters()], [p.grad for p in alone.parameters()])
+        assert_near([p.grad for p in case.net.parameters()], [p.grad for p in alone.parameters()])
 
 
 def overlaps(mode: str, log_det: bool, **options: bool) -> None:
@@ -151,7 +151,7 @@ def overlaps(mode: str, log_det: bool, **options: bool) -> None:
     wrapped = DistributedDataParallel(WithLogDet(net) if log_det else net, bucket_cap_mb=1e-6, **options)
     wrapped.register_comm_hook(None, send)
     for _ in range(3):  # DDP needs a step or two to learn the order; a static graph is sent as a whole until then
-        y = wrapped(torch.randn(4, WIDTH))
+        y = wrapped(torch.randn(4, FEATURES))
         loss = (y[0] if log_det else y).square().sum()
         log.clear()
         loss.backward()
@@ -182,7 +182,7 @@ def ddp_overlaps_as_it_finds_unused_parameters(mode: str, rank: int) -> None:
 def ddp_sends_nothing_under_no_sync(mode: str, rank: int) -> None:
     log: list[tuple[str, int]] = []
     wrapped = DistributedDataParallel(Recorded.stack(2, log, mode))
-    x = torch.randn(4, WIDTH) * (1 + rank)  # other gradients in each process
+    x = torch.randn(4, FEATURES) * (1 + rank)  # other gradients in each process
     with wrapped.no_sync():
         wrapped(x).square().sum().backward()
     others = [torch.empty_like(g) for g in [next(wrapped.parameters()).grad] * WORLD]

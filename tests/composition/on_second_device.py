@@ -11,7 +11,6 @@ from torch import Tensor, nn
 import invzoo as iz
 from invzoo.engine import devices, slots, surroundings
 from invzoo.engine.call import Call
-from tests.composition.cases import BUILDERS, MODES, WIDTH, assert_same, subnet
 from tests.composition.elsewhere import (
     DEVICE,
     MAIN,
@@ -25,6 +24,7 @@ from tests.composition.elsewhere import (
     streams_checked,
     there,
 )
+from tests.reference import FEATURES, FORMS, HALF, MODES, assert_near, make, mlp
 
 CASES = {entry.cases[0].name: entry.cases[0] for entry in iz.testing.CATALOGUE}
 CASES |= {case.name: case for case in iz.testing.cases() if case.id in {"streams", "context"}}
@@ -62,8 +62,8 @@ def main_stream(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     Stream.current = MAIN
 
 
-def dropout(outputs: int) -> nn.Module:
-    return subnet(outputs, middle=nn.Sequential(nn.Dropout(0.4), nn.Tanh()))
+def dropout(*sizes: int) -> nn.Module:
+    return mlp(*sizes, nn.Sequential(nn.Dropout(0.4), nn.Tanh()))
 
 
 def step(net: nn.Module, x: Tensor, seed: int = 3) -> list[Tensor]:
@@ -89,29 +89,29 @@ def test_a_layer_that_makes_tensors_on_the_cpu_is_found():
         there(torch.zeros(2)) + torch.zeros(2)
 
 
-@pytest.mark.parametrize("name", [*BUILDERS])
+@pytest.mark.parametrize("name", [*FORMS])
 def test_random_numbers_are_replayed(name: str, mode: str):
-    net, x = BUILDERS[name](False, dropout), torch.randn(4, WIDTH)
+    net, x = make(name, dropout).net, torch.randn(4, FEATURES)
     move(net)
     with iz.mode(net, "store"):
         expected = step(net, x)
     cpu = torch.get_rng_state()
     with iz.mode(net, mode), calls() as count:
         for _ in range(2):
-            assert_same(step(net, x), expected, 1e-5)
+            assert_near(step(net, x), expected, 1e-5)
     assert torch.equal(torch.get_rng_state(), cpu)
     assert (count["get_rng_state"] > 0) == (count["set_rng_state"] > 0) == (mode != "store")
 
 
 def test_states_are_set_where_random_numbers_are_drawn_alone(mode: str):
-    net = move(BUILDERS["streams"](False, subnet))
+    net = move(make("streams").net)
     with iz.mode(net, mode), calls() as count:
-        step(net, torch.randn(4, WIDTH))
+        step(net, torch.randn(4, FEATURES))
     assert count["set_rng_state"] == 0
 
 
 def test_drawn_between_forward_and_backward(mode: str):
-    net, x = move(BUILDERS["streams"](False, dropout)), torch.randn(4, WIDTH)
+    net, x = move(make("streams", dropout).net), torch.randn(4, FEATURES)
 
     def run() -> list[Tensor]:
         MODULE.manual_seed_all(3)
@@ -124,13 +124,13 @@ def test_drawn_between_forward_and_backward(mode: str):
     with iz.mode(net, "store"):
         expected = run()
     with iz.mode(net, mode):
-        assert_same(run(), expected, 1e-5)
+        assert_near(run(), expected, 1e-5)
 
 
 class Recorder(nn.Module):
-    def __init__(self, outputs: int) -> None:
+    def __init__(self, *sizes: int) -> None:
         super().__init__()
-        self.net, self.seen = subnet(outputs), []
+        self.net, self.seen = mlp(*sizes), []
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.net(x)
@@ -140,7 +140,7 @@ class Recorder(nn.Module):
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
 def test_autocast_of_the_device_is_replayed(mode: str, half: torch.dtype):
-    net, x = move(BUILDERS["streams"](False, Recorder)), torch.randn(4, WIDTH)
+    net, x = move(make("streams", Recorder).net), torch.randn(4, FEATURES)
 
     def run() -> list[Tensor]:
         net.zero_grad()
@@ -155,7 +155,7 @@ def test_autocast_of_the_device_is_replayed(mode: str, half: torch.dtype):
         expected = run()
     with iz.mode(net, mode):
         for _ in range(2):
-            assert_same(run(), expected, 8 * torch.finfo(half).eps if mode == "invert" else 0.0)
+            assert_near(run(), expected, 8 * torch.finfo(half).eps if mode == "invert" else 0.0)
     seen = [each for m in net.modules() if isinstance(m, Recorder) for each in m.seen]
     assert set(seen) == {(half, True, False)}
     assert len(seen) > 3 * sum(isinstance(m, Recorder) for m in net.modules()) or mode == "store"
@@ -190,7 +190,7 @@ def test_every_layer_there(name: str):
                 with torch.no_grad():
                     layer.inverse(*outputs, **sides)
         runs.append([back(t) for t in (*outputs, *(x.grad for x in inputs if x.grad is not None))])
-    assert_same(runs[1], runs[0], 1e-3)
+    assert_near(runs[1], runs[0], 1e-3)
 
 
 # ---- streams --------------------------------------------------------------------------------------------------------
@@ -199,7 +199,7 @@ def test_every_layer_there(name: str):
 class WithContext(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.net, self.seen = subnet(3), set()
+        self.net, self.seen = mlp(HALF, 3), set()
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         self.seen.add(Stream.current)
@@ -303,7 +303,7 @@ def run_on_streams(mode: str, loss_in_the_middle: bool) -> list[Tensor]:
 @pytest.mark.parametrize("middle", [False, True], ids=["one loss", "two losses"])
 def test_replays_on_several_streams(mode: str, middle: bool):
     expected = run_on_streams("store", middle)
-    assert_same(run_on_streams(mode, middle), expected, 1e-5)
+    assert_near(run_on_streams(mode, middle), expected, 1e-5)
 
 
 @pytest.mark.parametrize("broken", ["hand_over", "on_streams"])
@@ -317,8 +317,8 @@ def test_the_simulation_finds_races(monkeypatch: pytest.MonkeyPatch, broken: str
 
 
 def test_one_stream_is_left_alone(mode: str):
-    net = move(BUILDERS["streams"](False, subnet))
+    net = move(make("streams").net)
     with iz.mode(net, mode), streams_checked(), calls() as count:
-        step(net, torch.randn(4, WIDTH))
+        step(net, torch.randn(4, FEATURES))
     assert count["record_stream"] == 0
     assert Stream.current is MAIN

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleavedZeroBubble
 
 import invzoo as iz
-from tests.composition.cases import WIDTH, Case, assert_same, make
 from tests.composition.workers import WORLD, assert_saves, each, modes
+from tests.reference import FEATURES, Case, assert_near, make
 
 __all__ = ["CHECKS"]
 
@@ -21,7 +21,7 @@ def loss(y: Tensor, target: Tensor) -> Tensor:
     return (y.sin() - target).square().mean()
 
 
-def stage_of(net: nn.Module, index: int, count: int, batch: int = 8, width: int = WIDTH) -> PipelineStage:
+def stage_of(net: nn.Module, index: int, count: int, batch: int = 8, width: int = FEATURES) -> PipelineStage:
     """Make a stage that knows its shapes: torch would try it out on uninitialised memory, which no inverse rebuilds."""
     x = torch.empty(batch // MICRO_BATCHES, width, requires_grad=index > 0)
     y = torch.empty(batch // MICRO_BATCHES, width, requires_grad=True)
@@ -38,47 +38,47 @@ def run(schedule: Any, rank: int, x: Tensor, target: Tensor) -> None:
 
 def pipeline(make_schedule: Callable[..., Any]) -> dict[str, Callable[[int], None]]:
     def check(case: Case, rank: int) -> None:
-        other = make(case.name)  # the stages are one kind of net twice, with other parameters
+        other = make(case.subject.form)  # the stages are one kind of net twice, with other parameters
         halves = nn.Sequential(case.plain, other.plain)
         mine = (case.net, other.net)[rank]
-        with iz.mode(mine, next(m for m in case.net.modules() if isinstance(m, iz.InvertibleModule)).mode):
+        with iz.mode(mine, case.subject.mode):
             schedule = make_schedule(stage_of(mine, rank, WORLD), MICRO_BATCHES, loss_fn=loss)
             for _ in range(2):
                 halves.zero_grad()
                 mine.zero_grad()  # a schedule scales what it finds
-                x, target = torch.randn(8, WIDTH), torch.randn(8, WIDTH)
+                x, target = torch.randn(8, FEATURES), torch.randn(8, FEATURES)
                 run(schedule, rank, x, target)
                 loss(halves(x), target).backward()
-                assert_same([p.grad for p in mine.parameters()], [p.grad for p in halves[rank].parameters()])
+                assert_near([p.grad for p in mine.parameters()], [p.grad for p in halves[rank].parameters()])
 
     check.__name__ = f"pipeline_{make_schedule.__name__}"
     return each()(check)
 
 
-@each(names=("invertible_sequential", "streams"))
+@each(names=("stack", "streams"))
 def pipeline_zero_bubble(case: Case, rank: int) -> None:
     """Two stages in each process, whose backwards give gradients to inputs first, and to weights later."""
-    cases = [case, *(make(case.name) for _ in range(3))]
-    mode = next(m for m in case.net.modules() if isinstance(m, iz.InvertibleModule)).mode
+    cases = [case, *(make(case.subject.form) for _ in range(3))]
+    mode = case.subject.mode
     quarters, mine = nn.Sequential(*(c.plain for c in cases)), [cases[rank].net, cases[rank + 2].net]
     with iz.mode(nn.ModuleList(mine), mode):
         stages = [stage_of(net, rank + 2 * i, 4) for i, net in enumerate(mine)]
         schedule = ScheduleInterleavedZeroBubble(stages, MICRO_BATCHES, loss_fn=loss)
         for _ in range(2):
             nn.ModuleList([quarters, *mine]).zero_grad()
-            x, target = torch.randn(8, WIDTH), torch.randn(8, WIDTH)
+            x, target = torch.randn(8, FEATURES), torch.randn(8, FEATURES)
             run(schedule, rank, x, target)
             loss(quarters(x), target).backward()
             for net, plain in zip(mine, (quarters[rank], quarters[rank + 2]), strict=True):
-                assert_same([p.grad for p in net.parameters()], [p.grad for p in plain.parameters()])
+                assert_near([p.grad for p in net.parameters()], [p.grad for p in plain.parameters()])
 
 
 @each()
 def by_hand(case: Case, rank: int) -> None:
     """The halves of a stack send each other activations and gradients."""
-    other = make(case.name)
-    x, target = torch.randn(8, WIDTH), torch.randn(8, WIDTH)
-    mode = next(m for m in case.net.modules() if isinstance(m, iz.InvertibleModule)).mode
+    other = make(case.subject.form)
+    x, target = torch.randn(8, FEATURES), torch.randn(8, FEATURES)
+    mode = case.subject.mode
     with iz.mode(other.net, mode):
         if rank == 0:
             y = case.net(x)
@@ -86,12 +86,12 @@ def by_hand(case: Case, rank: int) -> None:
             dist.recv(grad := torch.empty_like(y), 1)
             y.backward(grad)
         else:
-            dist.recv(received := torch.empty(8, WIDTH), 0)
+            dist.recv(received := torch.empty(8, FEATURES), 0)
             loss(other.net(received.requires_grad_()), target).backward()
             dist.send(received.grad, 0)
     loss(other.plain(case.plain(x)), target).backward()
     mine = (case, other)[rank]
-    assert_same([p.grad for p in mine.net.parameters()], [p.grad for p in mine.plain.parameters()])
+    assert_near([p.grad for p in mine.net.parameters()], [p.grad for p in mine.plain.parameters()])
 
 
 @modes

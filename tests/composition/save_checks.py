@@ -10,17 +10,17 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.optim import Adam
 
-from tests.composition.cases import WIDTH, make
 from tests.composition.fsdp_checks import shard
 from tests.composition.workers import full
+from tests.reference import FEATURES, make
 
 __all__ = ["CHECKS", "NAMES", "inputs", "step"]
 
-NAMES = ("layer", "invertible_sequential", "streams")
+NAMES = ("affine", "stack", "streams")
 
 
 def inputs() -> Tensor:
-    return torch.randn(8, WIDTH, generator=torch.Generator().manual_seed(7))
+    return torch.randn(8, FEATURES, generator=torch.Generator().manual_seed(7))
 
 
 def step(net: nn.Module, optimizer: Adam, rank: int, world: int) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
 
 import invzoo as iz
-from tests.composition.cases import MODES, assert_same, make, subnet, train_step
+from tests.reference import MODES, assert_near, make, mlp, train_step
 
 CASES = {case.name: case for case in iz.testing.cases()}
 
@@ -34,7 +34,7 @@ def stack(depth: int, width: int, middle: type[nn.Module] = nn.Tanh) -> iz.Inver
 
 @pytest.mark.parametrize("mode", MODES)
 def test_with_dropout_and_autocast(mode: str):
-    case = make("streams", lambda n: subnet(n, middle=nn.Dropout(0.4)))
+    case = make("streams", lambda *sizes: mlp(*sizes, nn.Dropout(0.4)))
     net, x = case.net.cuda(), case.x.cuda()
 
     def call(net: nn.Module, x: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ def test_with_dropout_and_autocast(mode: str):
         expected = train_step(net, x, call)
     with iz.mode(net, mode):
         for _ in range(2):
-            assert_same(train_step(net, x, call), expected, 8 * torch.finfo(torch.bfloat16).eps)
+            assert_near(train_step(net, x, call), expected, 8 * torch.finfo(torch.bfloat16).eps)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -86,7 +86,7 @@ def test_layers_on_streams_of_their_own(mode: str, middle: bool):
 
     expected = step("store", False)
     for _ in range(5):
-        assert_same(step(mode, True), expected, 1e-4)
+        assert_near(step(mode, True), expected, 1e-4)
 
 
 @pytest.mark.parametrize("name", [*CASES])
@@ -108,7 +108,7 @@ def test_every_layer(name: str):
                 layer.inverse(*outputs, **sides)
         assert all(y.is_cuda for y in outputs)
         runs.append([*outputs, *(x.grad for x in inputs), *(p.grad for p in layer.parameters())])
-    assert_same(runs[1], runs[0], 1e-6)
+    assert_near(runs[1], runs[0], 1e-6)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -180,14 +180,14 @@ def test_a_step_in_a_cuda_graph(mode: str, middle: type[nn.Module]):
     graph.replay()
     if middle is nn.Dropout:  # what it drew is not known, but the gradient of what it drew is: by the last biases
         y = y.detach()
-        assert_same(grads[-1:], [(2 * y.chunk(2, 1)[1] / y.numel()).sum(0)], 1e-4)
+        assert_near(grads[-1:], [(2 * y.chunk(2, 1)[1] / y.numel()).sum(0)], 1e-4)
         before = y.clone()
         graph.replay()
         assert not torch.equal(y, before)
     else:
         with iz.mode(net, "store"):
             expected = torch.autograd.grad(net(x).square().mean(), leaves)
-        assert_same(grads, expected, 1e-4)
+        assert_near(grads, expected, 1e-4)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -213,7 +213,7 @@ def test_float16_with_a_gradient_scaler(mode: str):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_saved_on_the_cpu(mode: str):
-    case = make("invertible_sequential")
+    case = make("stack")
     net, x = case.net.cuda(), case.x.cuda()
     expected = train_step(net, x)
     net.mode = mode
@@ -222,7 +222,7 @@ def test_saved_on_the_cpu(mode: str):
         with save_on_cpu(pin_memory=True):
             return net(x)
 
-    assert_same(train_step(net, x, call), expected, 1e-4)
+    assert_near(train_step(net, x, call), expected, 1e-4)
 
 
 def test_the_callers_input_is_freed_and_restored():

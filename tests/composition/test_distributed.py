@@ -1,58 +1,50 @@
-"""DDP, FSDP2, the compiler with both, pipelines and checkpoints in several processes; every check in them is a test."""
+"""DDP, FSDP2, the compiler with both, pipelines and checkpoints in several processes, all checks of a suite in one."""
 
 import os
 import subprocess
 import sys
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from tests.composition import compile_checks, ddp_checks, fsdp_checks, load_checks, pipeline_checks
 from tests.composition.processes import failures_of
+
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 
-once = cache(failures_of)
+
+def check(suite: str, world: int = 2, *args: str) -> None:
+    failures = failures_of(suite, world, *args)
+    assert not failures, "\n".join(f"{name}: {what}" for name, what in failures.items())
 
 
-@pytest.mark.parametrize("check", ddp_checks.CHECKS)
-def test_ddp(check: str):
-    failures = once("ddp_checks")
-    assert check not in failures, failures[check]
+@pytest.mark.usual
+def test_some_of_each():
+    check("usual_checks")
 
 
-@pytest.mark.parametrize("check", fsdp_checks.CHECKS)
-def test_fsdp2(check: str):
-    failures = once("fsdp_checks")
-    assert check not in failures, failures[check]
+def test_ddp():
+    check("ddp_checks")
 
 
-@pytest.mark.parametrize("check", compile_checks.CHECKS)
-def test_compiled(check: str):
-    failures = once("compile_checks")
-    assert check not in failures, failures[check]
+def test_fsdp2():
+    check("fsdp_checks")
 
 
-@pytest.mark.parametrize("check", pipeline_checks.CHECKS)
-def test_pipeline(check: str):
-    failures = once("pipeline_checks")
-    assert check not in failures, failures[check]
+def test_compiled():
+    check("compile_checks")
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """What two processes saved."""
-    folder = str(tmp_path_factory.mktemp("saved"))
-    assert not failures_of("save_checks", 2, folder)
-    return folder
+def test_pipeline():
+    check("pipeline_checks")
 
 
-@pytest.mark.parametrize("world", [1, 4])
-@pytest.mark.parametrize("check", load_checks.CHECKS)
-def test_distributed_checkpoint(check: str, world: int, saved: str):
-    failures = once("load_checks", world, saved)
-    assert check not in failures, failures[check]
+def test_distributed_checkpoint(tmp_path: Path):
+    """What two processes saved is loaded by one, and by four."""
+    for suite, world in (("save_checks", 2), ("load_checks", 1), ("load_checks", 4)):
+        check(suite, world, str(tmp_path))
 
 
 def test_a_script_runs_alone_and_under_torchrun():

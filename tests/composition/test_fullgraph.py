@@ -2,8 +2,9 @@
 
 import copy
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import pytest
@@ -19,15 +20,21 @@ from torch.utils.checkpoint import checkpoint
 
 import invzoo as iz
 from invzoo.engine.state import state
-from tests.composition.cases import WIDTH, assert_same, gradients, subnet
+from tests.reference import FEATURES, HALF, assert_near, gradients, mlp
 
 pytestmark = [  # torch's own business, with any net
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
     pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
 ]
 
-HALF = WIDTH // 2
+usual = pytest.mark.usual
+
+
+def among(names: Iterable[str], *in_every_run: str) -> list[Any]:
+    """Return parameters, of which some stand for the others in a usual run."""
+    return [pytest.param(name, marks=usual if name in in_every_run else ()) for name in names]
 
 
 @pytest.fixture(autouse=True)
@@ -91,11 +98,12 @@ def assert_same_gradients(
 
     with iz.mode(net, "store"):
         expected = torch.autograd.grad(step(*inputs, **side), leaves)
-    assert_same(torch.autograd.grad(compiled(step, backend)(*inputs, **side), leaves), expected)
+    assert_near(torch.autograd.grad(compiled(step, backend)(*inputs, **side), leaves), expected)
 
 
-def stack(depth: int, net: Callable[[int], nn.Module] = subnet) -> list[nn.Module]:
-    return [iz.AdditiveCoupling(net(HALF), swap=True) if i % 2 else iz.AffineCoupling(net(WIDTH)) for i in range(depth)]
+def stack(depth: int, net: Callable[[int, int], nn.Module] = mlp) -> list[nn.Module]:
+    additive, affine = partial(net, HALF, HALF), partial(net, HALF, FEATURES)
+    return [iz.AdditiveCoupling(additive(), swap=True) if i % 2 else iz.AffineCoupling(affine()) for i in range(depth)]
 
 
 def linear() -> nn.Module:
@@ -104,26 +112,28 @@ def linear() -> nn.Module:
 
 
 def x() -> Tensor:
-    return torch.randn(4, WIDTH)
+    return torch.randn(4, FEATURES)
 
 
+@usual
 @torch._dynamo.config.patch(assume_static_by_default=False)
 def test_right_by_the_eager_backend_for_any_shape():
     assert_same_gradients(iz.InvertibleSequential(*stack(2)), x(), backend="eager")
 
 
-@pytest.mark.parametrize(("backend", "depth"), [("aot_eager", 4), ("aot_eager", 32), ("min-cut", 4), ("min-cut", 32)])
-def test_saves_one_activation_at_any_depth(backend: str, depth: int):
-    net = iz.InvertibleSequential(*(linear() for _ in range(depth)))
+@pytest.mark.parametrize("backend", among(("aot_eager", "min-cut"), "min-cut"))
+def test_saves_one_activation_at_any_depth(backend: str):
+    net = iz.InvertibleSequential(*(linear() for _ in range(8)))
     packed: list[Tensor] = []
     run = compiled(net, Graphs() if backend == "min-cut" else backend)
-    run(torch.randn(64, WIDTH))  # compiles
+    run(torch.randn(64, FEATURES))  # compiles
     with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t) or t, lambda t: t):
-        y = run(torch.randn(64, WIDTH))
+        y = run(torch.randn(64, FEATURES))
     y.sum().backward()
     assert sum(t.nbytes for t in packed if t.shape[:1] == (64,)) == y.nbytes
 
 
+@usual
 def test_evaluates_each_subnet_once_in_backward():
     net, graphs = iz.InvertibleSequential(*stack(2)), Graphs()
     assert_same_gradients(net, x(), backend=graphs)
@@ -133,11 +143,11 @@ def test_evaluates_each_subnet_once_in_backward():
 
 def test_log_dets_and_layers_without_subnets():
     net = iz.InvertibleSequential(
-        *stack(1), iz.InvertibleLinear(WIDTH, kind="plu"), iz.InvertibleLeakyReLU(), iz.Permute([1, 0, 2, 3, 5, 4])
+        *stack(1), iz.InvertibleLinear(FEATURES, kind="plu"), iz.InvertibleLeakyReLU(), iz.Permute([1, 0, 2, 3, 5, 4])
     )
     graphs = Graphs()
     assert_same_gradients(net, x(), backend=graphs, function=net.forward_and_log_det)
-    assert graphs.saved().count((4, WIDTH)) == 1
+    assert graphs.saved().count((4, FEATURES)) == 1
     net = net[:2]
     assert_same_gradients(net, x(), function=net.inverse_and_log_det)
 
@@ -147,19 +157,20 @@ class Conditioned(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.net, self.context = subnet(HALF, HALF + 2), subnet(HALF, 2)
+        self.net, self.context = mlp(HALF + 2, HALF), mlp(2, HALF)
 
     def forward(self, x: Tensor, context: Tensor, scale: float = 1.0, shift: Tensor | None = None) -> Tensor:
         h = scale * self.net(torch.cat((x, context), 1)) + self.context(context)
         return h if shift is None else h + shift
 
 
+@usual
 def test_side_inputs():
     """What a subnet makes of the context alone is not saved for each layer either. Compiling warns of nothing."""
     net, graphs = iz.InvertibleSequential(*(iz.AdditiveCoupling(Conditioned()) for _ in range(2))), Graphs()
     side = {"context": torch.randn(4, 2), "scale": 0.5, "shift": torch.arange(HALF)}
     assert_same_gradients(net, x(), backend=graphs, **side)
-    assert graphs.saved() == [(4, WIDTH), (4, 2), (HALF,)]  # a copy of each for the whole chain
+    assert graphs.saved() == [(4, FEATURES), (4, 2), (HALF,)]  # a copy of each for the whole chain
 
 
 class Joined(nn.Linear):
@@ -173,7 +184,7 @@ class Joined(nn.Linear):
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "min-cut"])
-@pytest.mark.parametrize("changed", ["kept input", "side input", "output"])
+@pytest.mark.parametrize("changed", among(("kept input", "side input", "output"), "output"))
 def test_changed_in_place_in_the_same_graph(changed: str, backend: str):
     """Backward gets what was, not what the compiler makes of it."""
     net = iz.InvertibleSequential(iz.InvertibleTanh(), *(iz.AdditiveCoupling(Joined()) for _ in range(2)))
@@ -189,6 +200,7 @@ def test_changed_in_place_in_the_same_graph(changed: str, backend: str):
     )
 
 
+@usual
 def test_error_of_a_layer_is_in_the_compilers():
     net = iz.InvertibleSequential(linear(), iz.InvertibleLinear(3))
     with pytest.raises(
@@ -199,7 +211,7 @@ def test_error_of_a_layer_is_in_the_compilers():
 
 @pytest.mark.parametrize("how", ["loaded", "moved"])
 def test_knows_an_initialised_act_norm(how: str):
-    net, other = (iz.InvertibleSequential(linear(), iz.ActNorm(WIDTH), linear()) for _ in range(2))
+    net, other = (iz.InvertibleSequential(linear(), iz.ActNorm(FEATURES), linear()) for _ in range(2))
     net(x())
     if how == "loaded":
         other.load_state_dict(net.state_dict())
@@ -208,7 +220,7 @@ def test_knows_an_initialised_act_norm(how: str):
         net[1].initialized = net[1].initialized.clone()
     given = x()
     y = compiled(net)(given)  # before an eager call, which would read the flag
-    assert_same((y,), (net(given),))
+    assert_near((y,), (net(given),))
 
 
 class Shifted(nn.Linear):
@@ -224,7 +236,7 @@ class Shifted(nn.Linear):
 
 
 @pytest.mark.parametrize("mode", ["invert", "recompute"])
-@pytest.mark.parametrize("changed", ["shift", "frozen", "weight"])
+@pytest.mark.parametrize("changed", among(("shift", "frozen", "weight"), "weight"))
 def test_changed_between_forward_and_backward(changed: str, mode: str):
     net = iz.InvertibleSequential(
         iz.AdditiveCoupling(Shifted()), iz.AdditiveCoupling(Shifted(), swap=True), mode=mode, check="never"
@@ -296,7 +308,7 @@ WRONG: dict[str, Callable[[], tuple[Double, nn.Module]]] = {
 }
 
 
-@pytest.mark.parametrize("name", WRONG)
+@pytest.mark.parametrize("name", among(WRONG, "last, by a constant"))
 def test_a_wrong_inverse_is_refused(name: str):
     wrong, net = WRONG[name]()
     wrong.error.fill_(1e-3)
@@ -312,7 +324,7 @@ def test_right_by_inductor_and_a_wrong_inverse_refused():
     with iz.mode(net, "store"):
         expected = torch.autograd.grad(loss_of(net(given)), [given, *net.parameters()])
     run = compiled(net, "inductor")
-    assert_same(torch.autograd.grad(loss_of(run(given)), [given, *net.parameters()]), expected)
+    assert_near(torch.autograd.grad(loss_of(run(given)), [given, *net.parameters()]), expected)
     wrong.error.fill_(1e-3)
     loss = loss_of(run(given))
     with pytest.raises(RuntimeError, match="Expected InvertibleSequential to be replayed within a relative error"):
@@ -320,7 +332,12 @@ def test_right_by_inductor_and_a_wrong_inverse_refused():
 
 
 @pytest.mark.parametrize(
-    ("check", "refused"), [("first", [True, False, False]), ("always", [True, False, True]), ("never", [False] * 3)]
+    ("check", "refused"),
+    [
+        pytest.param("first", [True, False, False], marks=usual),
+        ("always", [True, False, True]),
+        ("never", [False] * 3),
+    ],
 )
 def test_when_inverses_are_checked(check: str, refused: list[bool]):
     """With ``first``, until one was right."""
@@ -346,14 +363,14 @@ class Partial(nn.Module):
 def test_what_is_not_used_has_no_gradient():
     """None, not zeros, which would let an optimizer decay a weight."""
     net = iz.InvertibleSequential(*(iz.AdditiveCoupling(Partial()) for _ in range(2)))
-    given, context, other = (torch.randn(4, n, requires_grad=True) for n in (WIDTH, HALF, HALF))
+    given, context, other = (torch.randn(4, n, requires_grad=True) for n in (FEATURES, HALF, HALF))
     results = []
     for run in (net, compiled(net)):
         net.zero_grad()
         given.grad = context.grad = None
         loss_of(run(given, context=context, other=other)).backward()
         results.append(gradients(net, given, context, other))
-    assert_same(results[1], results[0])
+    assert_near(results[1], results[0])
     assert [g is None for g in results[1]] == [False, True, True] * 2 + [False, False, True]
 
 
@@ -362,15 +379,15 @@ def test_batch_norm_in_subnets():
 
     def net() -> nn.Module:
         torch.manual_seed(0)
-        return iz.InvertibleSequential(*(iz.AdditiveCoupling(subnet(HALF, middle=nn.BatchNorm1d(5))) for _ in range(2)))
+        return iz.InvertibleSequential(*(iz.AdditiveCoupling(mlp(HALF, HALF, nn.BatchNorm1d(5))) for _ in range(2)))
 
     graphs, expected, given = Graphs(), net(), x()
     with iz.mode(expected, "store"):
         loss_of(expected(given)).backward()
     actual = net()
     loss_of(compiled(actual, graphs)(given)).backward()
-    assert_same([*gradients(actual), *actual.buffers()], [*gradients(expected), *expected.buffers()])
-    assert graphs.saved() == [(4, WIDTH)]
+    assert_near([*gradients(actual), *actual.buffers()], [*gradients(expected), *expected.buffers()])
+    assert graphs.saved() == [(4, FEATURES)]
     assert_same_gradients(net().eval(), given)
 
 
@@ -380,7 +397,7 @@ CONTAINERS: dict[str, Callable[[], nn.Module]] = {
         iz.Parallel(iz.Reverse(), iz.InvertibleLeakyReLU()),
         iz.Repeat(shared, 2),
     ),
-    "multi-scale": lambda: iz.MultiScale(linear(), iz.AdditiveCoupling(nn.Linear(1, 2)), input_shape=(WIDTH,)),
+    "multi-scale": lambda: iz.MultiScale(linear(), iz.AdditiveCoupling(nn.Linear(1, 2)), input_shape=(FEATURES,)),
     "inverted": lambda: iz.InvertibleSequential(linear(), *stack(1)).inv,
     "chain in a subnet": lambda: iz.InvertibleSequential(
         iz.AdditiveCoupling(iz.InvertibleSequential(iz.Reverse(), iz.AdditiveCoupling(nn.Linear(1, 2))))
@@ -388,17 +405,19 @@ CONTAINERS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-@pytest.mark.parametrize("name", CONTAINERS)
+@pytest.mark.parametrize("name", among(CONTAINERS, "chain in a subnet"))
 def test_containers(name: str):
     net, graphs = CONTAINERS[name](), Graphs()
     assert_same_gradients(net, x(), backend=graphs)
-    assert graphs.saved() == [(4, WIDTH)]
+    assert graphs.saved() == [(4, FEATURES)]
 
 
+@usual
 def test_empty_chain():
     assert_same_gradients(iz.InvertibleSequential(), x())
 
 
+@usual
 def test_two_streams_also_if_they_are_one_tensor():
     net, stream = iz.InvertibleSequential(linear(), linear()), torch.randn(4, HALF)
     assert_same_gradients(net, torch.randn(4, HALF), stream)
@@ -408,7 +427,7 @@ def test_two_streams_also_if_they_are_one_tensor():
 
     with iz.mode(net, "store"):
         expected = torch.autograd.grad(step(stream.requires_grad_()), [stream])
-    assert_same(torch.autograd.grad(compiled(step)(stream), [stream]), expected)
+    assert_near(torch.autograd.grad(compiled(step)(stream), [stream]), expected)
 
 
 def test_convolutions_in_channels_last():
@@ -417,14 +436,16 @@ def test_convolutions_in_channels_last():
     assert_same_gradients(chain, torch.randn(2, 4, 5, 5).to(memory_format=torch.channels_last))
 
 
+@usual
 def test_layers_that_keep_their_input():
     net, graphs = iz.InvertibleSequential(linear(), iz.InvertibleTanh(), linear()), Graphs()
     assert_same_gradients(net, x() / 8, backend=graphs)
-    assert graphs.saved() == [(4, WIDTH)] * 2
+    assert graphs.saved() == [(4, FEATURES)] * 2
 
 
+@usual
 def test_streams_of_integers():
-    net = iz.Parallel(iz.Permute([1, 0, 2]), iz.AdditiveCoupling(subnet(HALF)))
+    net = iz.Parallel(iz.Permute([1, 0, 2]), iz.AdditiveCoupling(mlp(HALF, HALF)))
 
     def step(x: Tensor) -> Tensor:
         return net(torch.arange(12).view(4, 3), x)[1]
@@ -436,6 +457,7 @@ def test_layers_that_ask_for_strides():
     assert_same_gradients(iz.InvertibleSequential(iz.EmergingConv(2, 3)), torch.randn(3, 2, 5, 5))
 
 
+@usual
 def test_mode_recompute():
     net = iz.InvertibleSequential(*stack(2), mode="recompute")
     graphs = Graphs()
@@ -443,6 +465,7 @@ def test_mode_recompute():
     assert len(graphs.saved()) < 8
 
 
+@usual
 @pytest.mark.parametrize("why", ["mode store", "hooks"])
 def test_steps_aside(why: str):
     net, graphs = iz.InvertibleSequential(*stack(1)), Graphs()
@@ -459,7 +482,7 @@ def test_hooks_on_the_chain_itself_are_outside(hook: str):
     net, graphs = iz.InvertibleSequential(*stack(2)), Graphs()
     getattr(net, hook)(lambda module, *tensors: 2 * tensors[-1] if torch.is_tensor(tensors[-1]) else 2 * tensors[0][0])
     assert_same_gradients(net, x(), backend=graphs)
-    assert graphs.saved() == [(4, WIDTH)]
+    assert graphs.saved() == [(4, FEATURES)]
 
 
 def test_frozen_and_tied_and_parametrized_weights():
@@ -483,7 +506,7 @@ def test_half_precision_by_autocast():
 
     net_ = net
     expected = step(net)
-    assert_same(step(compiled(net)), expected, rtol=1e-2)
+    assert_near(step(compiled(net)), expected, tolerance=1e-2)
 
 
 def test_no_new_compilation_in_the_next_steps():
@@ -495,7 +518,7 @@ def test_no_new_compilation_in_the_next_steps():
         optimizer.step()
     assert counter.frame_count == 1
     for batch in (5, 7, 9):
-        run(torch.randn(batch, WIDTH)).square().sum().backward()
+        run(torch.randn(batch, FEATURES)).square().sum().backward()
     assert counter.frame_count == 2  # the second one takes any batch
 
 
@@ -519,8 +542,8 @@ class Between(iz.InvertibleSequential):
         return super()._there((2 * values[0],), side, log_dets)
 
 
-def dropout(outputs: int) -> nn.Module:
-    return subnet(outputs, middle=nn.Dropout(0.5))
+def dropout(*sizes: int) -> nn.Module:
+    return mlp(*sizes, nn.Dropout(0.5))
 
 
 def attention(dropout: float) -> nn.Module:
@@ -532,8 +555,8 @@ def attention(dropout: float) -> nn.Module:
     return Attention(HALF, 3 * HALF)
 
 
-def spectral(outputs: int) -> nn.Module:
-    net = subnet(outputs)
+def spectral(*sizes: int) -> nn.Module:
+    net = mlp(*sizes)
     parametrizations.spectral_norm(net[0])
     return net
 
@@ -600,6 +623,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
 }
 
 
+@usual
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused(name: str):
     make_net, match = REFUSED[name]
@@ -621,21 +645,22 @@ def test_what_is_refused_runs_without_fullgraph(name: str):
                 buffer.copy_(nn.functional.normalize(torch.arange(1.0, len(buffer) + 1), dim=0))
             grads.append([*torch.autograd.grad(loss_of(run(given)), [given, *net.parameters()]), *net.buffers()])
             grads[-1] = [g.clone() for g in grads[-1]]
-    assert_same(*grads)
+    assert_near(*grads)
 
 
 def test_random_layers_in_eval_mode_and_attention_without_dropout():
-    net = iz.InvertibleSequential(iz.AdditiveCoupling(dropout(HALF)), iz.AdditiveCoupling(attention(0.0))).eval()
+    net = iz.InvertibleSequential(iz.AdditiveCoupling(dropout(HALF, HALF)), iz.AdditiveCoupling(attention(0.0))).eval()
     assert_same_gradients(net, x())
 
 
+@usual
 def test_other_transforms_of_a_chain():
     net, given = iz.InvertibleSequential(*stack(2)), x()
     expected = torch.func.grad(lambda x: net(x).sum())(given)
-    assert_same([compiled(torch.func.grad(lambda x: net(x).sum()))(given)], [expected])
-    assert_same([torch.export.export(net, (given,)).module()(given)], [net(given)])
+    assert_near([compiled(torch.func.grad(lambda x: net(x).sum()))(given)], [expected])
+    assert_near([torch.export.export(net, (given,)).module()(given)], [net(given)])
     with torch.no_grad():
-        assert_same([compiled(net)(given)], [net(given)])
+        assert_near([compiled(net)(given)], [net(given)])
 
 
 def count_compilations() -> Any:
@@ -660,9 +685,9 @@ ENTRIES: dict[str, Callable[[Any], Callable[..., Any]]] = {
 }
 
 
-@pytest.mark.parametrize("name", ENTRIES)
+@pytest.mark.parametrize("name", among(ENTRIES, "forward_and_log_det"))
 def test_a_container_compiled_in_place_is_one_function(name: str):
-    counter, given, results = count_compilations(), torch.randn(64, WIDTH, requires_grad=True), []
+    counter, given, results = count_compilations(), torch.randn(64, FEATURES, requires_grad=True), []
     net = iz.InvertibleSequential(*stack(3))
     entry, packed = ENTRIES[name](net), []
     for compiles in (False, True):
@@ -673,10 +698,11 @@ def test_a_container_compiled_in_place_is_one_function(name: str):
             outputs = entry(given)
         results.append([*iz.engine.tuple_of(outputs), *torch.autograd.grad(loss_of(outputs), given)])
     assert counter.frame_count == 1
-    assert [t.shape for t in packed if len(t) == 64] == [(64, WIDTH)]
-    assert_same(*results)
+    assert [t.shape for t in packed if len(t) == 64] == [(64, FEATURES)]
+    assert_near(*results)
 
 
+@usual
 def test_a_container_compiled_in_place_cannot_free_its_input():
     net = iz.InvertibleSequential(*stack(2), free_input=True)
     net.compile(backend="aot_eager")
@@ -689,7 +715,7 @@ def test_layers_of_one_structure_compiled_in_place_share_their_compilations():
     for depth in (1, 2, 6):
         torch._dynamo.reset()
         counter, given = count_compilations(), x().requires_grad_()
-        net = nn.Sequential(*stack(2 * depth), *(iz.InvertibleLinear(WIDTH) for _ in range(depth)))
+        net = nn.Sequential(*stack(2 * depth), *(iz.InvertibleLinear(FEATURES) for _ in range(depth)))
         for layer in net:
             layer.compile(backend=counter, fullgraph=True)
         for _ in range(2):
@@ -699,17 +725,19 @@ def test_layers_of_one_structure_compiled_in_place_share_their_compilations():
 
 
 IN_PLACE: dict[str, Callable[[], nn.Module]] = {
-    "a subnet": lambda: iz.AffineCoupling(subnet(WIDTH)),
-    "a matrix": lambda: iz.InvertibleLinear(WIDTH, kind="plu"),
-    "a matrix and a subnet": lambda: iz.InvertibleLinear(WIDTH, kind="plu", conditioner=nn.Linear(2, WIDTH**2 + WIDTH)),
-    "a spline": lambda: iz.RationalQuadraticSpline(WIDTH),
+    "a subnet": lambda: iz.AffineCoupling(mlp(HALF, FEATURES)),
+    "a matrix": lambda: iz.InvertibleLinear(FEATURES, kind="plu"),
+    "a matrix and a subnet": lambda: iz.InvertibleLinear(
+        FEATURES, kind="plu", conditioner=nn.Linear(2, FEATURES**2 + FEATURES)
+    ),
+    "a spline": lambda: iz.RationalQuadraticSpline(FEATURES),
     "an activation": iz.InvertibleLeakyReLU,
-    "statistics": lambda: iz.InvertibleBatchNorm(WIDTH),
+    "statistics": lambda: iz.InvertibleBatchNorm(FEATURES),
 }
 
 
 @pytest.mark.parametrize("direction", ["layer", "inv"])
-@pytest.mark.parametrize("name", IN_PLACE)
+@pytest.mark.parametrize("name", among(IN_PLACE, "a subnet", "a matrix and a subnet", "an activation"))
 def test_layers_compiled_in_place(name: str, direction: str):
     """Forward and replay run compiled, with and without log-determinants, and no more is saved than before."""
     layer, counter, results = IN_PLACE[name](), count_compilations(), []
@@ -724,7 +752,7 @@ def test_layers_compiled_in_place(name: str, direction: str):
         results.append([y, z, log_det, *torch.autograd.grad(loss_of((y, z, log_det)), leaves)])
         assert kept == more == 0
     assert counter.frame_count > 0
-    assert_same(*results)
+    assert_near(*results)
 
 
 def test_layers_compiled_in_place_are_of_any_number_of_structures():
@@ -736,18 +764,19 @@ def test_layers_compiled_in_place_are_of_any_number_of_structures():
             expected = layer(given)
             before = counter.frame_count
             layer.compile(backend=counter, fullgraph=True)
-            assert_same([layer(given)], [expected])
+            assert_near([layer(given)], [expected])
             assert counter.frame_count == before + 1
 
 
+@usual
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))])
 def test_copies_of_layers_compiled_in_place_are_as_they_were(copied: Callable[[nn.Module], nn.Module]):
-    counter, layer = count_compilations(), iz.InvertibleLinear(WIDTH)
+    counter, layer = count_compilations(), iz.InvertibleLinear(FEATURES)
     layer.compile(backend=counter)
     other = copied(layer)
-    other.load_state_dict(iz.InvertibleLinear(WIDTH).state_dict())
+    other.load_state_dict(iz.InvertibleLinear(FEATURES).state_dict())
     before = layer(given := x())
     assert counter.frame_count == 1
     assert not torch.equal(other(given), before)
-    assert_same([other(given)], [nn.functional.linear(given, other.weight, other.bias)])
+    assert_near([other(given)], [nn.functional.linear(given, other.weight, other.bias)])
     assert counter.frame_count == 1

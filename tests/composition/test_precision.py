@@ -13,16 +13,17 @@ from torch import Tensor, nn
 
 import invzoo as iz
 from benchmarks import precision
-from tests.composition.cases import (
+from tests.reference import (
     BATCH,
+    FEATURES,
+    HALF,
     MODES,
-    WIDTH,
     Case,
     PlainAdditive,
     PlainAffine,
-    assert_same,
+    assert_near,
     make,
-    subnet,
+    mlp,
     train_step,
 )
 
@@ -41,7 +42,7 @@ def half(request: pytest.FixtureRequest) -> torch.dtype:
 
 @pytest.fixture
 def case32(case: Case) -> Case:
-    return Case(case.net.float(), case.plain.float(), case.x.float(), case.name)
+    return Case(case.net.float(), case.plain.float(), case.x.float(), case.subject)
 
 
 def twice(net: nn.Module, x: Tensor) -> Tensor:
@@ -64,7 +65,7 @@ def use(request: pytest.FixtureRequest):
 # ---- autocast -------------------------------------------------------------------------------------------------------
 
 
-def test_autocast(case32: Case, mode: str, half: torch.dtype, use):
+def test_autocast(case32: Case, half: torch.dtype, use):
     def call(net: nn.Module, x: Tensor) -> Tensor:
         with torch.autocast("cpu", half):
             return use(net, x)
@@ -72,10 +73,10 @@ def test_autocast(case32: Case, mode: str, half: torch.dtype, use):
     for _ in range(2):
         actual, expected = train_step(case32.net, case32.x, call), train_step(case32.plain, case32.x, call)
         assert actual[0].dtype == expected[0].dtype == torch.float32
-        assert_same(actual, expected, tolerance(mode, half))
+        assert_near(actual, expected, tolerance(case32.subject.mode, half))
 
 
-def test_autocast_keeps_the_streams_in_float32(case32: Case, mode: str, half: torch.dtype):
+def test_autocast_keeps_the_streams_in_float32(case32: Case, half: torch.dtype):
     seen = []
     for module in case32.net.modules():
         if isinstance(module, nn.Linear):
@@ -117,13 +118,13 @@ def test_autocast_of_every_device_type_here(mode: str):
                     with torch.autocast(device, half):
                         return net(x)
 
-                assert_same(train_step(net, x, call), train_step(plain, x, call), tolerance(mode, half))
+                assert_near(train_step(net, x, call), train_step(plain, x, call), tolerance(mode, half))
 
 
 # ---- scaled losses --------------------------------------------------------------------------------------------------
 
 
-def test_grad_scaler(case32: Case, mode: str):
+def test_grad_scaler(case32: Case):
     """Three steps in float16, one of them skipped for an overflow: the same scales, and the same weights."""
 
     def train(net: nn.Module) -> tuple[list[float], list[Tensor]]:
@@ -147,14 +148,14 @@ def test_grad_scaler(case32: Case, mode: str):
     assert ours == theirs
     assert ours[1] < ours[0]
     assert any(not torch.equal(w, b) for w, b in zip(weights, before))
-    assert_same(weights, expected, tolerance(mode, torch.float16))
+    assert_near(weights, expected, tolerance(case32.subject.mode, torch.float16))
 
 
 def test_scaled_gradients_that_would_underflow(mode: str):
     """Gradients below the smallest float16, which the scale lifts over it, come through a replay as well."""
     torch.set_default_dtype(torch.float32)
-    net = iz.AdditiveCoupling(subnet(3), subnet(3), mode=mode).half()
-    x = torch.randn(BATCH, WIDTH, dtype=torch.float16, requires_grad=True)
+    net = iz.AdditiveCoupling(mlp(HALF, 3), mlp(HALF, 3), mode=mode).half()
+    x = torch.randn(BATCH, FEATURES, dtype=torch.float16, requires_grad=True)
     for scale, reaches in ((1.0, False), (2.0**14, True)):
         net.zero_grad()
         (net(x).float().sum() * 1e-8 * scale).backward()
@@ -164,7 +165,8 @@ def test_scaled_gradients_that_would_underflow(mode: str):
 # ---- modules in half precision --------------------------------------------------------------------------------------
 
 
-def test_pure_half(case: Case, mode: str, half: torch.dtype, use):
+def test_pure_half(case: Case, half: torch.dtype, use):
+    mode = case.subject.mode
     net, plain, x = case.net.to(half), case.plain.to(half), case.x.to(half)
 
     def call(net: nn.Module, x: Tensor) -> Tensor:
@@ -173,7 +175,7 @@ def test_pure_half(case: Case, mode: str, half: torch.dtype, use):
     for _ in range(2):
         actual, expected = train_step(net, x, call), train_step(plain, x, call)
         assert actual[-1].dtype == half
-        assert_same(actual, expected, tolerance(mode, half))
+        assert_near(actual, expected, tolerance(mode, half))
 
 
 def test_pure_half_is_as_near_to_float64_as_a_plain_net(half: torch.dtype):
@@ -212,23 +214,23 @@ def test_subnet_dtype(kind: str, mode: str, half: torch.dtype, use):
         "additive": (iz.AdditiveCoupling, PlainAdditive),
         "affine": (iz.AffineCoupling, PlainAffine),
     }[kind]
-    outputs = WIDTH // 2 * (1 if kind == "additive" else 2)
-    nets = [subnet(outputs).to(half) for _ in range(8)]
+    outputs = FEATURES // 2 * (1 if kind == "additive" else 2)
+    nets = [mlp(HALF, outputs).to(half) for _ in range(8)]
     net = iz.InvertibleSequential(*(ours(f, g, subnet_dtype=half) for f, g in zip(nets[::2], nets[1::2])), mode=mode)
     other = nn.Sequential(*(plain(Cast(f, half), Cast(g, half)) for f, g in zip(nets[::2], nets[1::2])))
-    x = torch.randn(BATCH, WIDTH)
+    x = torch.randn(BATCH, FEATURES)
     for _ in range(2):
         actual = train_step(net, x, use)  # the weights are shared, and so are their gradients
         assert actual[0].dtype == torch.float32
         assert {g.dtype for g in actual[1:-1]} == {half}
         expected = train_step(other, x, use)
-        assert_same(actual, expected, tolerance(mode, half))
+        assert_near(actual, expected, tolerance(mode, half))
 
 
 def test_subnet_dtype_keeps_log_dets_and_the_inverse_in_float32(half: torch.dtype):
     torch.set_default_dtype(torch.float32)
-    layer = iz.AffineCoupling(subnet(6).to(half), subnet(6).to(half), subnet_dtype=half)
-    x = torch.randn(BATCH, WIDTH)
+    layer = iz.AffineCoupling(mlp(HALF, 6).to(half), mlp(HALF, 6).to(half), subnet_dtype=half)
+    x = torch.randn(BATCH, FEATURES)
     y, log_det = layer.forward_and_log_det(x)
     assert y.dtype == log_det.dtype == torch.float32
     torch.testing.assert_close(layer.inverse(y), x)  # to float32, not to half
@@ -239,8 +241,8 @@ def test_subnet_dtype_keeps_log_dets_and_the_inverse_in_float32(half: torch.dtyp
 def test_every_coupling_has_a_subnet_dtype(build, mode: str):
     torch.set_default_dtype(torch.float32)
     parameters = build(nn.Identity()).map.parameters
-    layer = build(subnet(3 * parameters).bfloat16(), subnet_dtype=torch.bfloat16, mode=mode)
-    x = torch.randn(BATCH, WIDTH, requires_grad=True)
+    layer = build(mlp(HALF, 3 * parameters).bfloat16(), subnet_dtype=torch.bfloat16, mode=mode)
+    x = torch.randn(BATCH, FEATURES, requires_grad=True)
     y = layer(x)
     assert y.dtype == torch.float32
     y.square().sum().backward()
@@ -251,8 +253,8 @@ def test_every_coupling_has_a_subnet_dtype(build, mode: str):
 def test_streams_in_half_under_a_subnet_in_float32(mode: str):
     """The other way round: the value comes back in the stream's dtype."""
     torch.set_default_dtype(torch.float32)
-    layer = iz.AdditiveCoupling(subnet(3), subnet(3), subnet_dtype=torch.float32, mode=mode)
-    x = torch.randn(BATCH, WIDTH, dtype=torch.bfloat16, requires_grad=True)
+    layer = iz.AdditiveCoupling(mlp(HALF, 3), mlp(HALF, 3), subnet_dtype=torch.float32, mode=mode)
+    x = torch.randn(BATCH, FEATURES, dtype=torch.bfloat16, requires_grad=True)
     y = layer(x)
     assert y.dtype == torch.bfloat16
     y.float().square().sum().backward()
@@ -289,7 +291,7 @@ class Mixed(iz.InvertibleModule):
 
     def __init__(self, error: float = 0.0, **options) -> None:
         super().__init__(**options)
-        self.weight = nn.Parameter(torch.linalg.qr(torch.randn(WIDTH, WIDTH))[0].float())
+        self.weight = nn.Parameter(torch.linalg.qr(torch.randn(FEATURES, FEATURES))[0].float())
         self.error = error
 
     def function(self, x: Tensor) -> Tensor:
@@ -303,14 +305,14 @@ class Mixed(iz.InvertibleModule):
 def test_a_float32_layer_in_a_float64_stack(mode: str, trains: bool):
     net = nn.Sequential(*(layer for _ in range(3) for layer in (Mixed(mode=mode), iz.Reverse(mode=mode))))
     net.requires_grad_(trains)
-    net(torch.randn(BATCH, WIDTH, dtype=torch.float64, requires_grad=True)).square().sum().backward()
+    net(torch.randn(BATCH, FEATURES, dtype=torch.float64, requires_grad=True)).square().sum().backward()
 
 
 @pytest.mark.parametrize("outer", [nn.Sequential, iz.InvertibleSequential])
 def test_what_a_coarse_layer_lost_is_not_held_against_those_before_it(outer):
     """The exact Reverse gets back what the float32 layer behind it could rebuild."""
     net = outer(iz.Reverse(), iz.Reverse(), Mixed())
-    net(torch.randn(BATCH, WIDTH, dtype=torch.float64, requires_grad=True)).square().sum().backward()
+    net(torch.randn(BATCH, FEATURES, dtype=torch.float64, requires_grad=True)).square().sum().backward()
 
 
 def test_the_tolerance_of_float64_layers_stays():
@@ -327,7 +329,7 @@ def test_the_tolerance_of_float64_layers_stays():
         def inverse(self, y: Tensor) -> Tensor:
             return y / self.scale * (1 + 1e-5)
 
-    x = torch.randn(BATCH, WIDTH, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(BATCH, FEATURES, dtype=torch.float64, requires_grad=True)
     for net in (Off(), nn.Sequential(Mixed(), Off())):
         with pytest.raises(RuntimeError, match="Expected Off to be replayed within a relative error of 1.5e-08"):
             net(x).sum().backward()
@@ -335,4 +337,4 @@ def test_the_tolerance_of_float64_layers_stays():
 
 def test_a_wrong_inverse_in_a_coarse_layer_is_still_seen():
     with pytest.raises(RuntimeError, match="Expected Mixed to be replayed within a relative error of 3.5e-04"):
-        Mixed(error=0.01)(torch.randn(BATCH, WIDTH, dtype=torch.float64, requires_grad=True)).sum().backward()
+        Mixed(error=0.01)(torch.randn(BATCH, FEATURES, dtype=torch.float64, requires_grad=True)).sum().backward()

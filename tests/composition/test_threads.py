@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import invzoo as iz
 from invzoo.engine.memory import track_memory
-from tests.composition.cases import WIDTH, Case, assert_same, gradients, make, subnet, train_step
+from tests.reference import FEATURES, HALF, Case, assert_near, gradients, make, mlp, train_step
 
 
 def together(*functions: Callable[[], object]) -> list[object]:
@@ -26,21 +26,23 @@ def together(*functions: Callable[[], object]) -> list[object]:
 
 
 def stack(depth: int) -> nn.Module:
-    return iz.InvertibleSequential(*(iz.AdditiveCoupling(subnet(3), subnet(3), check="never") for _ in range(depth)))
+    return iz.InvertibleSequential(
+        *(iz.AdditiveCoupling(mlp(HALF, 3), mlp(HALF, 3), check="never") for _ in range(depth))
+    )
 
 
 def test_two_threads_train_two_models(case: Case):
-    other = make(case.name)
+    other = make(case.subject.form)
 
     def train(case: Case) -> None:
         for _ in range(10):
-            assert_same(train_step(case.net, case.x), train_step(case.plain, case.x))
+            assert_near(train_step(case.net, case.x), train_step(case.plain, case.x))
 
     together(lambda: train(case), lambda: train(other))
 
 
 def test_two_threads_keep_their_full_saving():
-    x = torch.randn(64, WIDTH)
+    x = torch.randn(64, FEATURES)
     stack(2)(x).sum().backward()
 
     def held(depth: int, meet: Callable[[], object]) -> tuple[int, int]:
@@ -72,7 +74,7 @@ def test_backward_in_another_thread(case: Case):
         return gradients(net, x)
 
     for _ in range(2):
-        assert_same(step(case.net), step(case.plain))
+        assert_near(step(case.net), step(case.plain))
 
 
 def test_double_backward_in_another_thread(case: Case):
@@ -85,7 +87,7 @@ def test_double_backward_in_another_thread(case: Case):
         return gradients(net, x)
 
     for _ in range(2):
-        assert_same(step(case.net), step(case.plain))
+        assert_near(step(case.net), step(case.plain))
 
 
 def test_forward_in_two_threads_and_backward_in_a_third(mode: str):
@@ -101,7 +103,7 @@ def test_forward_in_two_threads_and_backward_in_a_third(mode: str):
 
     with iz.mode(case.net, mode):
         for _ in range(2):
-            assert_same(step(case.net), step(case.plain))
+            assert_near(step(case.net), step(case.plain))
 
 
 def test_one_graph_walked_by_four_threads(case: Case):
@@ -112,7 +114,7 @@ def test_one_graph_walked_by_four_threads(case: Case):
     for _ in range(15):
         loss = case.net(x.sigmoid()).square().sum()
         for found in together(*[lambda loss=loss: torch.autograd.grad(loss, wanted, retain_graph=True)] * 4):
-            assert_same(found, expected)
+            assert_near(found, expected)
 
 
 def test_saved_tensors_looked_at_by_four_threads(case: Case):
@@ -138,11 +140,11 @@ def test_saved_tensors_looked_at_by_four_threads(case: Case):
         alone = saved(y)
         assert alone
         for found in together(*[lambda y=y: saved(y)] * 4):
-            assert_same(found, alone)
+            assert_near(found, alone)
 
 
 def test_two_heads_of_one_trunk_walked_by_two_threads(mode: str):
-    trunk, left, right = make("invertible_sequential"), make("sequential"), make("sequential")
+    trunk, left, right = make("stack"), make("sequential"), make("sequential")
 
     def step(trunk: nn.Module, left: nn.Module, right: nn.Module) -> list[Tensor | None]:
         x = trunk_x.clone().requires_grad_()
@@ -155,7 +157,7 @@ def test_two_heads_of_one_trunk_walked_by_two_threads(mode: str):
     trunk_x = trunk.x
     with iz.mode(trunk.net, mode), iz.mode(left.net, mode), iz.mode(right.net, mode):
         for _ in range(15):
-            assert_same(step(trunk.net, left.net, right.net), step(trunk.plain, left.plain, right.plain))
+            assert_near(step(trunk.net, left.net, right.net), step(trunk.plain, left.plain, right.plain))
 
 
 def test_one_model_shared_by_threads(case: Case):
@@ -166,14 +168,14 @@ def test_one_model_shared_by_threads(case: Case):
 
     def train() -> None:
         for _ in range(10):
-            assert_same(torch.autograd.grad(case.net(x.sigmoid()).square().sum(), wanted), expected)
+            assert_near(torch.autograd.grad(case.net(x.sigmoid()).square().sum(), wanted), expected)
 
     together(train, train, train)
 
 
 def test_a_shared_model_with_hooks_fires_them_in_every_thread(mode: str):
     """A replay in one thread must not keep hooks or flags from the forward of another."""
-    case, count, lock = make("invertible_sequential"), [0], threading.Lock()
+    case, count, lock = make("stack"), [0], threading.Lock()
 
     def hook(*args: object) -> None:
         with lock:
@@ -194,7 +196,7 @@ def test_a_shared_model_with_hooks_fires_them_in_every_thread(mode: str):
 
 def test_batch_norm_beside_a_thread_that_draws_random_numbers(mode: str):
     """One thread trains with BatchNorm; another draws random numbers: no wrong number, though a replay may refuse."""
-    case = make("invertible_sequential", lambda n: subnet(n, middle=nn.BatchNorm1d(5)))
+    case = make("stack", lambda *sizes: mlp(*sizes, nn.BatchNorm1d(5)))
     stop = threading.Event()
 
     def draw() -> None:
@@ -204,7 +206,7 @@ def test_batch_norm_beside_a_thread_that_draws_random_numbers(mode: str):
     def train() -> None:
         try:
             for _ in range(10):
-                assert_same(train_step(case.net, case.x), train_step(case.plain, case.x))
+                assert_near(train_step(case.net, case.x), train_step(case.plain, case.x))
         except RuntimeError as error:
             assert "Another thread may have drawn" in str(error)  # noqa: PT017 - once in a while
         finally:
@@ -232,11 +234,11 @@ def test_random_numbers_drawn_by_another_thread_never_make_a_wrong_gradient(how:
     """The generator is shared by all threads: the replay draws the forward's numbers, or says that it cannot."""
     masks: list[Recorded] = []
 
-    def net_of(outputs: int) -> nn.Module:
+    def net_of(*sizes: int) -> nn.Module:
         masks.append(Recorded())
-        return subnet(outputs, middle=masks[-1], hidden=200)
+        return mlp(*sizes, masks[-1], hidden=200)
 
-    net = iz.InvertibleSequential(*(iz.AdditiveCoupling(net_of(3), net_of(3), check="never") for _ in range(3)))
+    net = iz.InvertibleSequential(*(iz.AdditiveCoupling(net_of(3, 3), net_of(3, 3), check="never") for _ in range(3)))
     net.mode = how
     stop = threading.Event()
 
@@ -249,14 +251,14 @@ def test_random_numbers_drawn_by_another_thread_never_make_a_wrong_gradient(how:
             for _ in range(60):
                 for mask in masks:
                     mask.masks.clear()
-                y = net(torch.randn(256, WIDTH))
+                y = net(torch.randn(256, FEATURES))
                 try:
                     y.square().sum().backward()
                 except RuntimeError as error:
                     assert "random" in str(error) or "thread" in str(error)  # noqa: PT017 - either is right
                     continue
                 for mask in masks:
-                    assert_same(mask.masks[1:], mask.masks[:1] * (len(mask.masks) - 1))
+                    assert_near(mask.masks[1:], mask.masks[:1] * (len(mask.masks) - 1))
         finally:
             stop.set()
 

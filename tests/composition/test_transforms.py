@@ -17,14 +17,16 @@ import invzoo as iz
 from invzoo.engine import tuple_of
 from invzoo.testing import track_memory
 from invzoo.testing.running import flat, has_log_det
-from tests.composition.cases import (
-    WIDTH,
+from tests.reference import (
+    FEATURES,
+    HALF,
     Case,
-    assert_same,
+    assert_near,
     assert_same_step,
+    first_cases,
     gradients,
     make,
-    subnet,
+    mlp,
     train_step,
 )
 
@@ -65,7 +67,7 @@ def test_functional_call(case: Case, kind: str):
         return [x.grad, *(v.grad for v in leaves)]
 
     for _ in range(2):
-        assert_same(step(case.net), step(case.plain))
+        assert_near(step(case.net), step(case.plain))
     assert_same_step(case)
 
 
@@ -78,7 +80,7 @@ def test_functional_call_with_some_parameters(case: Case):
         functional_call(net, {name: leaf * 2}, (x.exp(),)).square().sum().backward()
         return [leaf.grad, *gradients(net, x)]
 
-    assert_same(step(case.net), step(case.plain))
+    assert_near(step(case.net), step(case.plain))
 
 
 def test_two_functional_calls_in_flight(case: Case):
@@ -92,7 +94,7 @@ def test_two_functional_calls_in_flight(case: Case):
         second.backward()
         return [*gradients(net, x), *(v.grad for v in leaves)]
 
-    assert_same(step(case.net), step(case.plain))
+    assert_near(step(case.net), step(case.plain))
 
 
 @pytest.mark.parametrize("kind", ["leaf", "non_leaf"])
@@ -120,7 +122,7 @@ def test_inner_loop_of_maml(case: Case):
         return gradients(net)
 
     for _ in range(2):
-        assert_same(step(case.net), step(case.plain))
+        assert_near(step(case.net), step(case.plain))
 
 
 # ---- torch.func -----------------------------------------------------------------------------------------------------
@@ -152,16 +154,16 @@ def test_torch_func(case: Case, name: str):
         TRANSFORMS[name](net, {n: p.detach() for n, p in net.named_parameters()}, case.x)
         for net in (case.net, case.plain)
     ]
-    assert_same(*results)
+    assert_near(*results)
     assert_same_step(case)
 
 
 def test_vjp_holds_one_activation(mode: str):
     """And the peak of its backward does not grow with depth."""
     held, peaks = [], []
-    x = torch.randn(64, WIDTH)
+    x = torch.randn(64, FEATURES)
     for depth in (6, 24):
-        layers = [iz.AdditiveCoupling(subnet(WIDTH // 2), swap=i % 2 == 1) for i in range(depth)]
+        layers = [iz.AdditiveCoupling(mlp(HALF, HALF), swap=i % 2 == 1) for i in range(depth)]
         net = iz.InvertibleSequential(*layers, mode=mode).requires_grad_(False)
         with track_memory() as memory:
             y, back = vjp(net, x)
@@ -179,7 +181,7 @@ def test_vjp_holds_one_activation(mode: str):
 @pytest.mark.parametrize("loss", [lambda y: y.sum(), lambda y: y.sin().sum()])
 def test_a_second_derivative_by_autograd_inside_a_transform_is_refused(mode: str, loss: Callable[[Tensor], Tensor]):
     """Also where the gradient that backward starts with is a constant."""
-    net = iz.InvertibleSequential(*[iz.AdditiveCoupling(subnet(WIDTH // 2)) for _ in range(2)], mode=mode)
+    net = iz.InvertibleSequential(*[iz.AdditiveCoupling(mlp(HALF, HALF)) for _ in range(2)], mode=mode)
     net.requires_grad_(False)
 
     def penalty(x: Tensor) -> Tensor:
@@ -187,17 +189,13 @@ def test_a_second_derivative_by_autograd_inside_a_transform_is_refused(mode: str
         return g.square().sum()
 
     with pytest.raises(RuntimeError, match="a second one by autograd inside it"):
-        grad(penalty)(torch.randn(4, WIDTH))
-
-
-CASES = {case.name: case for case in iz.testing.cases()}
+        grad(penalty)(torch.randn(4, FEATURES))
 
 
 @pytest.mark.parametrize("direction", ["forward", "log_det", "inverse"])
-@pytest.mark.parametrize("name", CASES)
-def test_gradients_of_every_layer_by_a_transform(name: str, direction: str):
+@pytest.mark.parametrize("case", first_cases())
+def test_gradients_of_every_layer_by_a_transform(case: iz.testing.Case, direction: str):
     """They are those that autograd finds in mode store, for inputs, side inputs and parameters."""
-    case = CASES[name]
     layer, values, side = (make_it(dtype=torch.float64) for make_it in (case.layer, case.inputs, case.side_inputs))
     with torch.no_grad():
         outputs = tuple_of(layer(*values, **side))
@@ -220,7 +218,7 @@ def test_gradients_of_every_layer_by_a_transform(name: str, direction: str):
         total = loss(*leaves)
     some = total.requires_grad  # integers have none
     expected = torch.autograd.grad(total, wrt, materialize_grads=True) if some else [torch.zeros_like(x) for x in wrt]
-    assert_same([x for group in found for x in group.values()], expected, 1e-6)
+    assert_near([x for group in found for x in group.values()], expected, 1e-6)
 
 
 class Called(nn.Module):
@@ -262,23 +260,23 @@ def test_a_transform_evaluates_as_often_as_autograd(mode: str):
 
 
 def test_dropout_inside_a_transform(mode: str):
-    case = make("invertible_sequential", lambda n: subnet(n, middle=nn.Dropout(0.5)))
+    case = make("stack", lambda *sizes: mlp(*sizes, nn.Dropout(0.5)))
 
     def step(net: nn.Module) -> list[Tensor]:
         torch.manual_seed(3)
         return [grad(lambda v: net(v).sin().sum())(case.x), torch.rand(2)]
 
     with iz.mode(case.net.requires_grad_(False), mode):
-        assert_same(step(case.net), step(case.plain.requires_grad_(False)))
+        assert_near(step(case.net), step(case.plain.requires_grad_(False)))
 
 
 def test_without_gradients_below_nothing_is_recorded_there(mode: str):
-    net, x = make("invertible_sequential").net, torch.randn(4, WIDTH)
+    net, x = make("stack").net, torch.randn(4, FEATURES)
     net.mode = mode
     with torch.no_grad():
         g, aux = grad(lambda v: (net(v).sin().sum(), net(x)), has_aux=True)(x)
     v = x.clone().requires_grad_()
-    assert_same([g], torch.autograd.grad(net(v).sin().sum(), v))
+    assert_near([g], torch.autograd.grad(net(v).sin().sum(), v))
     assert not g.requires_grad
     assert not aux.requires_grad
 
@@ -286,11 +284,11 @@ def test_without_gradients_below_nothing_is_recorded_there(mode: str):
 @pytest.mark.parametrize("mode", ["recompute", "invert"])
 @pytest.mark.parametrize("leaf", [True, False])
 def test_a_closure_that_needs_a_gradient_outside_a_transform_is_refused(mode: str, leaf: bool):
-    w = torch.rand(WIDTH, requires_grad=True)
+    w = torch.rand(FEATURES, requires_grad=True)
     w = w if leaf else w.exp()
     inverse = None if mode == "recompute" else lambda y: y / w
     with pytest.raises(RuntimeError, match="to close over no tensor that needs a gradient outside of it"):
-        grad(lambda v: iz.checkpoint(lambda t: t * w, v, inverse=inverse).sum())(torch.randn(4, WIDTH))
+        grad(lambda v: iz.checkpoint(lambda t: t * w, v, inverse=inverse).sum())(torch.randn(4, FEATURES))
 
 
 def test_forward_mode_through_a_transform(case: Case):
@@ -300,13 +298,14 @@ def test_forward_mode_through_a_transform(case: Case):
             dual = forward_ad.make_dual(case.x, case.x.cos())
             return [*forward_ad.unpack_dual(grad(lambda v: net(v).sin().sum())(dual))]
 
-    assert_same(tangent(case.net), tangent(case.plain))
+    assert_near(tangent(case.net), tangent(case.plain))
 
 
 def test_a_transform_is_traced(case: Case):
     net, other = case.net.requires_grad_(False), case.x.cos()
     traced = make_fx(grad(lambda v: net(v).sin().sum()))(case.x)
-    assert_same([traced(other)], [grad(lambda v: case.plain(v).sin().sum())(other)])
+    plain = case.plain.requires_grad_(False)
+    assert_near([traced(other)], [grad(lambda v: plain(v).sin().sum())(other)])
 
 
 COMPILED: dict[str, Callable[[iz.InvertibleSequential], Callable[[Tensor], Tensor]]] = {
@@ -322,19 +321,19 @@ def sum_of_sines(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 def test_compiled_nets_inside_a_transform(mode: str):
     """All in one test, for what the compiler keeps of one would be used in another."""
-    x, results = torch.randn(4, WIDTH), []
+    x, results = torch.randn(4, FEATURES), []
     for make_compiled in (lambda net: net, *COMPILED.values(), *COMPILED.values()):
         torch.manual_seed(0)
-        couplings = [iz.AdditiveCoupling(subnet(WIDTH // 2), swap=i % 2 == 1) for i in range(2)]
-        net = iz.InvertibleSequential(*couplings, iz.InvertibleLinear(WIDTH), mode=mode).requires_grad_(False)
+        couplings = [iz.AdditiveCoupling(mlp(HALF, HALF), swap=i % 2 == 1) for i in range(2)]
+        net = iz.InvertibleSequential(*couplings, iz.InvertibleLinear(FEATURES), mode=mode).requires_grad_(False)
         gradient = grad(partial(sum_of_sines, make_compiled(net)))
         results += [gradient(x), gradient(x)]
     for result in results:
-        assert_same([result], results[:1])
+        assert_near([result], results[:1])
 
 
 def test_a_closure_inside_a_transform(mode: str):
-    x, w = torch.randn(4, WIDTH), torch.rand(WIDTH) + 0.5
+    x, w = torch.randn(4, FEATURES), torch.rand(FEATURES) + 0.5
 
     def loss(x: Tensor, w: Tensor) -> Tensor:
         enabled = mode != "store"
@@ -342,11 +341,11 @@ def test_a_closure_inside_a_transform(mode: str):
         return iz.checkpoint(lambda v: v * w, x.sin(), inverse=inverse, enabled=enabled).exp().sum()
 
     found = grad(loss, argnums=(0, 1))(x, w)
-    assert_same(found, grad(lambda x, w: (x.sin() * w).exp().sum(), argnums=(0, 1))(x, w))
+    assert_near(found, grad(lambda x, w: (x.sin() * w).exp().sum(), argnums=(0, 1))(x, w))
 
 
 def test_a_closure_used_first_without_gradients_inside_a_transform(mode: str):
-    x, w = torch.randn(4, WIDTH), torch.rand(WIDTH) + 0.5
+    x, w = torch.randn(4, FEATURES), torch.rand(FEATURES) + 0.5
 
     def loss(call: Callable[..., Tensor], v: Tensor, w: Tensor) -> Tensor:
         def scale() -> Tensor:
@@ -362,7 +361,7 @@ def test_a_closure_used_first_without_gradients_inside_a_transform(mode: str):
         return iz.checkpoint(*args, **options, enabled=mode != "store")
 
     found = grad(partial(loss, call), argnums=(0, 1))(x, w)
-    assert_same(found, grad(partial(loss, lambda f, v, inverse: f(v)), argnums=(0, 1))(x, w))
+    assert_near(found, grad(partial(loss, lambda f, v, inverse: f(v)), argnums=(0, 1))(x, w))
 
 
 class Scaled(torch.autograd.Function):
@@ -394,7 +393,7 @@ def test_autograd_functions_for_which_torch_func_has_no_rule(mode: str):
     parameters = {name: p.detach() for name, p in net.named_parameters()}
     found = grad(lambda p, v: functional_call(net, p, (v,)).sin().sum(), argnums=(0, 1))(parameters, x)
     v = x.clone().requires_grad_()
-    assert_same([*found[0].values(), found[1]], torch.autograd.grad(net(v).sin().sum(), [*net.parameters(), v]))
+    assert_near([*found[0].values(), found[1]], torch.autograd.grad(net(v).sin().sum(), [*net.parameters(), v]))
 
 
 def test_a_result_of_vjp_is_differentiated(case: Case):
@@ -404,7 +403,7 @@ def test_a_result_of_vjp_is_differentiated(case: Case):
         again = grad(lambda u: back(u)[0].sin().sum())(case.x)
         return [*torch.autograd.grad(back(v)[0].sin().sum(), v), again, *vmap(back)(torch.stack([case.x, again]))]
 
-    assert_same(derivatives(case.net), derivatives(case.plain))
+    assert_near(derivatives(case.net), derivatives(case.plain))
 
 
 def test_vmap_over_an_ensemble(case: Case):
@@ -419,7 +418,7 @@ def test_vmap_over_an_ensemble(case: Case):
         y.square().sum().backward()
         return [y.detach(), *(v.grad for v in values.values())]
 
-    assert_same(step(case.net), step(case.plain))
+    assert_near(step(case.net), step(case.plain))
 
 
 def test_vmap_inside_subnets(mode: str):
@@ -431,7 +430,7 @@ def test_vmap_inside_subnets(mode: str):
         def forward(self, x: Tensor) -> Tensor:
             return vmap(self.net)(x)
 
-    case = make("invertible_sequential", lambda n: Mapped(subnet(n)))
+    case = make("stack", lambda *sizes: Mapped(mlp(*sizes)))
     with iz.mode(case.net, mode):
         assert_same_step(case)
 
@@ -454,7 +453,7 @@ def test_backward_in_inference_mode(case: Case):
     with torch.inference_mode():
         loss.backward()
         expected.backward()
-    assert_same([x.grad], [z.grad])
+    assert_near([x.grad], [z.grad])
 
 
 def test_forward_mode_by_hand(case: Case):
@@ -462,7 +461,7 @@ def test_forward_mode_by_hand(case: Case):
         with forward_ad.dual_level():
             return [*forward_ad.unpack_dual(net(forward_ad.make_dual(case.x, case.x.cos())))]
 
-    assert_same(tangent(case.net), tangent(case.plain))
+    assert_near(tangent(case.net), tangent(case.plain))
 
 
 def test_forward_over_reverse_by_hand(case: Case):
@@ -473,7 +472,7 @@ def test_forward_over_reverse_by_hand(case: Case):
             (g,) = torch.autograd.grad(net(dual).square().sum(), x, create_graph=True)
             return [t.detach() for t in forward_ad.unpack_dual(g)]
 
-    assert_same(tangent(case.net), tangent(case.plain))
+    assert_near(tangent(case.net), tangent(case.plain))
 
 
 def test_backward_under_a_dual_level(case: Case):
@@ -487,7 +486,7 @@ def test_backward_under_a_dual_level(case: Case):
             (g,) = torch.autograd.grad(y, x, v)
             return [t.detach() for t in forward_ad.unpack_dual(g)]
 
-    assert_same(tangent(case.net), tangent(case.plain))
+    assert_near(tangent(case.net), tangent(case.plain))
 
 
 # ---- batched gradients ----------------------------------------------------------------------------------------------
@@ -501,11 +500,11 @@ def test_batched_gradients(case: Case):
         return [*torch.autograd.grad(y, [x, *net.parameters()], basis, is_grads_batched=True)]
 
     for _ in range(2):
-        assert_same(jacobian(case.net), jacobian(case.plain))
+        assert_near(jacobian(case.net), jacobian(case.plain))
 
 
 def test_batched_gradients_with_dropout(mode: str):
-    case = make("invertible_sequential", lambda n: subnet(n, middle=nn.Dropout(0.5)))
+    case = make("stack", lambda *sizes: mlp(*sizes, nn.Dropout(0.5)))
 
     def jacobian(net: nn.Module) -> list[Tensor]:
         torch.manual_seed(3)
@@ -516,11 +515,11 @@ def test_batched_gradients_with_dropout(mode: str):
 
     with iz.mode(case.net, mode):
         for _ in range(2):
-            assert_same(jacobian(case.net), jacobian(case.plain))
+            assert_near(jacobian(case.net), jacobian(case.plain))
 
 
 def test_batch_norm_under_batched_gradients(mode: str):
-    case = make("invertible_sequential", lambda n: subnet(n, middle=nn.BatchNorm1d(5)))
+    case = make("stack", lambda *sizes: mlp(*sizes, nn.BatchNorm1d(5)))
 
     def jacobian(net: nn.Module) -> list[Tensor]:
         x = case.x.clone().requires_grad_()
@@ -528,7 +527,7 @@ def test_batch_norm_under_batched_gradients(mode: str):
         return [*torch.autograd.grad(y, x, torch.stack([y.detach(), y.detach().cos()]), is_grads_batched=True)]
 
     with iz.mode(case.net, mode):
-        assert_same(jacobian(case.net), jacobian(case.plain))
+        assert_near(jacobian(case.net), jacobian(case.plain))
 
 
 @pytest.mark.parametrize("vectorize", [False, True])
@@ -539,7 +538,7 @@ def test_functional_jacobian_and_hessian(case: Case, vectorize: bool):
             torch.autograd.functional.hessian(lambda v: net(v).square().sum(), case.x, vectorize=vectorize),
         ]
 
-    assert_same(both(case.net), both(case.plain))
+    assert_near(both(case.net), both(case.plain))
 
 
 def test_vmap_over_backward(case: Case):
@@ -549,23 +548,10 @@ def test_vmap_over_backward(case: Case):
         return [vmap(lambda v: torch.autograd.grad(y, x, v, retain_graph=True)[0])(torch.stack([y, y.cos()]).detach())]
 
     for _ in range(2):
-        assert_same(jacobian(case.net), jacobian(case.plain))
+        assert_near(jacobian(case.net), jacobian(case.plain))
 
 
 # ---- higher derivatives ---------------------------------------------------------------------------------------------
-
-
-def test_gradient_penalty(case: Case):
-    def step(net: nn.Module) -> list[Tensor | None]:
-        net.zero_grad()
-        x = case.x.clone().requires_grad_()
-        y = net(x.sigmoid())
-        (g,) = torch.autograd.grad(y.sin().sum(), x, create_graph=True)
-        (y.square().sum() + g.square().sum()).backward()
-        return gradients(net, x)
-
-    for _ in range(2):
-        assert_same(step(case.net), step(case.plain))
 
 
 def test_third_derivative(case: Case):
@@ -578,7 +564,7 @@ def test_third_derivative(case: Case):
             value = g.square().sum()
         return found
 
-    assert_same(derivatives(case.net), derivatives(case.plain))
+    assert_near(derivatives(case.net), derivatives(case.plain))
 
 
 def test_gradcheck_and_gradgradcheck(case: Case):
@@ -624,14 +610,14 @@ def test_backward_where_hooks_are_disabled(case: Case):
             loss.backward()
         return gradients(net, x)
 
-    assert_same(step(case.net), step(case.plain))
+    assert_near(step(case.net), step(case.plain))
 
 
 # ---- autocast and scalers -------------------------------------------------------------------------------------------
 
 
 def in_float32(case: Case) -> Case:
-    return Case(case.net.float(), case.plain.float(), case.x.float(), case.name)
+    return Case(case.net.float(), case.plain.float(), case.x.float(), case.subject)
 
 
 @pytest.mark.parametrize("where", ["forward", "step", "both_apart"])
@@ -654,7 +640,7 @@ def test_autocast(case: Case, where: str):
 
     for _ in range(2):
         # The rebuilt float32 stream is rounded to bfloat16 as the first one was, but for a last bit in rare cases.
-        assert_same(step(case.net), step(case.plain), rtol=1e-4)
+        assert_near(step(case.net), step(case.plain), tolerance=1e-4)
 
 
 def test_backward_alone_under_autocast(case: Case):
@@ -670,19 +656,19 @@ def test_backward_alone_under_autocast(case: Case):
         return gradients(net, x)
 
     for _ in range(2):
-        assert_same(step(case.net), step(case.plain), rtol=1e-5)
+        assert_near(step(case.net), step(case.plain), tolerance=1e-5)
 
 
 def test_autocast_of_a_tied_block_inside_and_outside(mode: str):
     """Autocast caches the weight's cast where it is first used, outside the stack or in it."""
 
     def build(plain: bool) -> nn.Module:
-        case = make("invertible_sequential")
+        case = make("stack")
         return case.plain if plain else case.net
 
     net, plain = build(False).float(), build(True).float()
     plain.load_state_dict(net.state_dict())
-    x = torch.randn(4, WIDTH, dtype=torch.float32)
+    x = torch.randn(4, FEATURES, dtype=torch.float32)
 
     def step(net: nn.Module) -> list[Tensor | None]:
         net.zero_grad()
@@ -695,25 +681,7 @@ def test_autocast_of_a_tied_block_inside_and_outside(mode: str):
 
     with iz.mode(net, mode):
         for _ in range(2):
-            assert_same(step(net), step(plain), rtol=1e-3)
-
-
-def test_grad_scaler(case: Case):
-    case = in_float32(case)
-
-    def train(net: nn.Module) -> list[Tensor | None]:
-        net = copy.deepcopy(net)
-        optimizer, scaler = torch.optim.SGD(net.parameters(), 0.1), torch.amp.GradScaler("cpu", init_scale=2.0**8)
-        for _ in range(3):
-            optimizer.zero_grad()
-            scaler.scale(net(case.x).square().mean()).backward()
-            scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-            scaler.step(optimizer)
-            scaler.update()
-        return [*net.parameters(), torch.tensor(scaler.get_scale())]
-
-    assert_same(train(case.net), train(case.plain), rtol=1e-5)
+            assert_near(step(net), step(plain), tolerance=1e-3)
 
 
 # ---- tracing --------------------------------------------------------------------------------------------------------
@@ -722,16 +690,9 @@ def test_grad_scaler(case: Case):
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # shapes are checked, and traced shapes are tensors
 def test_jit_trace(case: Case):
     traced = torch.jit.trace(case.net, case.x)
-    fresh = torch.randn(4, WIDTH)
-    assert_same([traced(fresh)], [case.plain(fresh)])
-    assert_same(train_step(traced, fresh), train_step(case.plain, fresh))
-    assert_same_step(case)
-
-
-def test_export(case: Case):
-    exported = torch.export.export(case.net, (case.x,)).module()
-    fresh = torch.randn(4, WIDTH)
-    assert_same([exported(fresh)], [case.plain(fresh)])
+    fresh = torch.randn(4, FEATURES)
+    assert_near([traced(fresh)], [case.plain(fresh)])
+    assert_near(train_step(traced, fresh), train_step(case.plain, fresh))
     assert_same_step(case)
 
 
@@ -745,6 +706,6 @@ def test_make_fx_of_a_step(case: Case, tracing_mode: str):
         return run
 
     traced = make_fx(step(case.net), tracing_mode=tracing_mode, _allow_non_fake_inputs=True)(case.x)
-    fresh = torch.randn(4, WIDTH)
-    assert_same([traced(fresh)], [step(case.plain)(fresh)])
+    fresh = torch.randn(4, FEATURES)
+    assert_near([traced(fresh).detach()], [step(case.plain)(fresh)])
     assert_same_step(case)

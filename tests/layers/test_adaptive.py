@@ -8,14 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import gradcheck, gradgradcheck
 from torch.testing import assert_close
 
 from invzoo.containers import InvertibleSequential
 from invzoo.layers.adaptive import InvertiblePReLU, SinhArcsinh, Snake
 from invzoo.layers.elementwise_map import PerFeatureMap
 from invzoo.layers.monotone import BernsteinPolynomial, SumOfSquares, UnconstrainedMonotonic
-from invzoo.module import mode
 from tests.layers.helpers import perturbed
 
 LAYERS: dict[str, Callable[..., PerFeatureMap]] = {
@@ -28,7 +26,6 @@ LAYERS: dict[str, Callable[..., PerFeatureMap]] = {
 }
 every = pytest.mark.parametrize("name", LAYERS)
 directions = pytest.mark.parametrize("direction", ["function", "inverse"])
-kinds = pytest.mark.parametrize("kind", ["store", "recompute", "invert"])
 
 
 def build(name: str, features: int = 3, dtype: torch.dtype = torch.float64, **options: object) -> PerFeatureMap:
@@ -45,63 +42,6 @@ def inputs(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
 
 
 # ---- what they share ------------------------------------------------------------------------------------------------
-
-
-@every
-@directions
-def test_log_det_is_that_of_the_jacobian(name: str, direction: str) -> None:
-    layer, x = build(name), inputs(4, 3, 2).detach()
-    run = layer if direction == "function" else layer.inv
-    got = run.forward_and_log_det(x)[1]
-    jacobians = [torch.autograd.functional.jacobian(run.function, sample[None]).view(6, 6) for sample in x]
-    assert_close(got, torch.stack([torch.linalg.slogdet(j)[1] for j in jacobians]))
-
-
-@every
-def test_inverse_undoes_the_function_and_the_function_the_inverse(name: str) -> None:
-    layer, x = build(name), inputs(200, 3)
-    assert_close(layer.inverse(layer.function(x)), x, rtol=1e-12, atol=1e-12)
-    assert_close(layer.function(layer.inverse(x)), x, rtol=1e-12, atol=1e-12)
-
-
-@every
-@directions
-def test_two_derivatives_by_values_parameters_and_context(name: str, direction: str) -> None:
-    layer = conditioned(name)
-    f = getattr(layer, direction)
-
-    def run(x: Tensor, context: Tensor, weight: Tensor) -> Tensor:
-        return torch.func.functional_call(_Call(f, layer), {"layer.weight": weight}, (x, context))
-
-    arguments = inputs(2, 3), inputs(2, 2).detach().div(5).requires_grad_(), layer.weight.detach().requires_grad_()
-    assert gradcheck(run, arguments)
-    assert gradgradcheck(run, arguments)
-
-
-class _Call(nn.Module):
-    def __init__(self, f: Callable[..., Tensor], layer: PerFeatureMap) -> None:
-        super().__init__()
-        self.f, self.layer = f, layer
-
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        return self.f(x, context=context)
-
-
-@every
-@kinds
-@pytest.mark.parametrize("swapped", [False, True])
-def test_gradients_with_log_det_are_the_same_in_each_mode(name: str, kind: str, swapped: bool) -> None:
-    layer, context = conditioned(name), inputs(4, 2)
-    run, x = (layer.inv if swapped else layer), inputs(4, 3, 2)
-    wanted = [x, context, *layer.parameters()]
-    with mode(layer, kind):
-        y, log_det = run.forward_and_log_det(x, context=context)
-        got = torch.autograd.grad(y.sin().sum() + log_det.square().sum(), wanted)
-    z, log_det = run.function_and_log_det(x, context=context)
-    expected = torch.autograd.grad(z.sin().sum() + log_det.square().sum(), wanted)
-    assert_close(y, z)
-    for a, b in zip(got, expected, strict=True):
-        assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
 @every
@@ -190,6 +130,7 @@ def test_transforms_of_torch_func_and_compilation(name: str, direction: str) -> 
     assert_close(torch.func.grad(lambda v: f(v).sum())(x), expected.grad)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["prelu", "sinh_arcsinh", "net", "squares", "bernstein"])
 def test_functions_compile_without_a_graph_break(name: str) -> None:
     layer, x = build(name), inputs(4, 3).detach()

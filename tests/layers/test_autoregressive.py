@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.autograd import gradcheck, gradgradcheck
 from torch.nn.utils import prune
 from torch.testing import assert_close
 
@@ -24,7 +23,6 @@ ORDERS = ["input", "reversed", "random"]
 
 all_maps = pytest.mark.parametrize("map_", MAPS, ids=str)
 all_orders = pytest.mark.parametrize("order", ORDERS)
-directions = pytest.mark.parametrize("inverted", [False, True], ids=["function", "inverse"])
 
 
 def trained(layer, std=0.5):
@@ -44,6 +42,10 @@ def inputs(*shape, dtype=torch.float64):
 
 def jacobian(function, x):
     return torch.autograd.functional.jacobian(lambda sample: function(sample[None])[0], x)
+
+
+def test_shifts_keep_volumes():
+    assert [made(map=map_).volume_preserving for map_ in MAPS] == [map_ == "shift" for map_ in MAPS]
 
 
 # ---- who sees whom --------------------------------------------------------------------------------------------------
@@ -148,52 +150,6 @@ def test_the_net_is_evaluated_once_for_output_and_log_det():
     with iz.mode(layer, "store"):
         layer.forward_and_log_det(inputs(3, 5))
     assert len(calls) == 1
-
-
-@all_maps
-@all_orders
-def test_log_det_in_both_directions(map_, order):
-    layer, x = made(map=map_, order=order), inputs(2, 5)
-    y, log_det = layer.forward_and_log_det(x)
-    expected = torch.stack([torch.linalg.slogdet(jacobian(layer.function, s)).logabsdet for s in x.detach()])
-    assert_close(log_det, expected)
-    back, inverse_log_det = layer.inv.forward_and_log_det(y.detach())
-    assert_close(back, x)
-    assert_close(inverse_log_det, -expected)
-    inverse = jacobian(layer.inv.function, y[0].detach())
-    assert_close(torch.linalg.slogdet(inverse).logabsdet, -expected[0])
-    assert layer.volume_preserving == (map_ == "shift")
-
-
-@all_maps
-@directions
-def test_gradients(map_, inverted):
-    layer = made(3, (5, 4), map=map_, order="random", context_features=2)
-    x, context = inputs(2, 3), inputs(2, 2)
-    run = (layer.inv if inverted else layer).forward_and_log_det
-    leaves = (x, context, *layer.parameters())
-    assert gradcheck(lambda *_: run(x, context=context), leaves, fast_mode=True)
-    if map_ in ("affine", "spline"):
-        assert gradgradcheck(lambda *_: run(x, context=context), leaves, fast_mode=True)
-
-
-@all_maps
-@directions
-def test_modes_agree(map_, inverted):
-    layer = made(map=map_, order="random", context_features=2)
-    module = layer.inv if inverted else layer
-    x, context = inputs(3, 5), inputs(3, 2)
-    weights = torch.randn(3, 5, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
-    leaves = [x, context, *layer.parameters()]
-    found = []
-    for mode in iz.Mode:
-        with iz.mode(layer, mode):
-            y, log_det = module.forward_and_log_det(x * 1, context=context.exp())
-            y = y + module(x * 2, context=context)
-            loss = (y * weights[0]).sum() + (log_det * weights[1]).sum()
-            found.append((y, log_det, torch.autograd.grad(loss, leaves)))
-    for other in found[1:]:
-        assert_close(other, found[0], rtol=1e-9, atol=1e-12)
 
 
 def test_mode_invert_trains_the_inverse_flow_like_plain_modules():
@@ -426,15 +382,6 @@ def test_autocast_can_be_undone():
         assert y.dtype is torch.float32
         assert_close(layer.inverse(y, context=context), x, rtol=1e-4, atol=1e-4)
     y.sum().backward()
-
-
-@all_maps
-def test_empty_batches_and_single_samples(map_):
-    layer = made(map=map_)
-    for batch in (0, 1):
-        y, log_det = layer.forward_and_log_det(inputs(batch, 5))
-        assert (y.shape, log_det.shape) == ((batch, 5), (batch,))
-        layer.inverse(y).sum().backward()
 
 
 def test_parameters_are_made_anew_after_to_empty():

@@ -121,16 +121,8 @@ def test_gradients(memory_format: torch.memory_format, pixels: int, direction: s
     conv, _ = pair(2)
     x = torch.randn(2, 2, pixels, pixels, dtype=torch.float64).to(memory_format=memory_format).requires_grad_()
     apply, leaves = getattr(conv, direction), (x, *conv.parameters())
-    assert gradcheck(lambda x, *_: apply(x), leaves)
-    assert gradgradcheck(lambda x, *_: apply(x), leaves)
-
-
-@all_kinds
-@directions
-def test_gradients_of_every_kind(kind: str, direction: str) -> None:
-    conv, _ = pair(3, kind=kind)
-    leaves = (inputs(2, 3, 4), *conv.parameters())
-    assert gradcheck(lambda x, *_: getattr(conv, direction)(x), leaves)
+    assert gradcheck(lambda x, *_: apply(x), leaves, fast_mode=True)
+    assert gradgradcheck(lambda x, *_: apply(x), leaves, fast_mode=True)
 
 
 @all_kinds
@@ -171,6 +163,7 @@ def test_input_is_left_alone(memory_format: torch.memory_format) -> None:
     assert x._version == version
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(2, 4, 3), (2, 4, 3, 3)], ids=str)
 @directions
 def test_compiles_without_a_break(shape: tuple[int, ...], direction: str) -> None:

@@ -1,9 +1,6 @@
 """InvertibleLinear: its matrices, its two directions, and what it refuses."""
 
-import copy
-import io
 import math
-import pickle
 from typing import Any
 
 import pytest
@@ -31,12 +28,6 @@ real_and_complex = pytest.mark.parametrize("dtype", [torch.float64, torch.comple
 
 def linear(*sizes: int, perturb: float = 0.1, dtype: torch.dtype = torch.float64, **options: Any) -> InvertibleLinear:
     return perturbed(InvertibleLinear(*sizes, dtype=dtype, **options), perturb)
-
-
-def apply_plainly(stack: nn.Sequential, x: Tensor) -> Tensor:
-    for layer in stack:
-        x = layer.function(x)
-    return x
 
 
 def eye_like(w: Tensor) -> Tensor:
@@ -212,21 +203,11 @@ def test_a_large_bias_does_no_harm(kind: str) -> None:
 
 @all_kinds
 @pytest.mark.parametrize("direction", ["function", "inverse"])
-@real_and_complex
-def test_gradients(kind: str, direction: str, dtype: torch.dtype) -> None:
-    layer = linear(3, kind=kind, dtype=dtype)
-    apply, leaves = getattr(layer, direction), (inputs(2, 3, dtype=dtype), *layer.parameters())
-    assert gradcheck(lambda x, *_: apply(x), leaves)
-    assert gradgradcheck(lambda x, *_: apply(x), leaves)
-
-
-@wide_kinds
-@pytest.mark.parametrize(("direction", "size"), [("function", 2), ("inverse", 4)])
-def test_gradients_of_wide(kind: str, direction: str, size: int) -> None:
-    layer = linear(2, 4, kind=kind)
-    apply, leaves = getattr(layer, direction), (inputs(2, size), *layer.parameters())
-    assert gradcheck(lambda x, *_: apply(x), leaves)
-    assert gradgradcheck(lambda x, *_: apply(x), leaves)
+def test_gradients_of_complex_values(kind: str, direction: str) -> None:
+    layer = linear(3, kind=kind, dtype=torch.complex128)
+    apply, leaves = getattr(layer, direction), (inputs(2, 3, dtype=torch.complex128), *layer.parameters())
+    assert gradcheck(lambda x, *_: apply(x), leaves, fast_mode=True)
+    assert gradgradcheck(lambda x, *_: apply(x), leaves, fast_mode=True)
 
 
 @all_kinds
@@ -247,17 +228,6 @@ def test_input_is_left_alone_and_the_result_repeats(kind: str) -> None:
     assert_close(layer.inverse(x), back, rtol=0, atol=0)
     assert_close(x, before, rtol=0, atol=0)
     assert x._version == version
-
-
-@all_kinds
-@pytest.mark.parametrize("mode", ["store", "recompute", "invert"])
-def test_modes_agree(kind: str, mode: str) -> None:
-    stack = nn.Sequential(*(linear(4, kind=kind) for _ in range(3)))
-    x = inputs(5, 4)
-    expected = torch.autograd.grad(apply_plainly(stack, x).pow(3).sum(), (x, *stack.parameters()))
-    for layer in stack:
-        layer.mode = mode
-    assert_close(torch.autograd.grad(stack(x).pow(3).sum(), (x, *stack.parameters())), expected)
 
 
 @pytest.mark.parametrize("mode", ["store", "recompute", "invert"])
@@ -359,23 +329,6 @@ def test_a_layer_moved_to_double_is_good_to_double(kind: str) -> None:
 
 
 @all_kinds
-def test_state_dict_round_trip(kind: str) -> None:
-    layer, other = linear(4, kind=kind), linear(4, kind=kind)
-    buffer, x = io.BytesIO(), inputs(2, 4)
-    torch.save(layer.state_dict(), buffer)
-    buffer.seek(0)
-    other.load_state_dict(torch.load(buffer, weights_only=True), strict=True)
-    assert_close(other(x), layer(x), rtol=0, atol=0)
-
-
-@all_kinds
-def test_copies_are_equal(kind: str) -> None:
-    layer, x = linear(4, kind=kind), inputs(2, 4)
-    assert_close(copy.deepcopy(layer)(x), layer(x), rtol=0, atol=0)
-    assert_close(pickle.loads(pickle.dumps(layer))(x), layer(x), rtol=0, atol=0)
-
-
-@all_kinds
 def test_reset_parameters_starts_afresh(kind: str) -> None:
     layer = InvertibleLinear(4, kind=kind, device="meta", dtype=torch.float64)
     x = torch.empty(2, 4, device="meta", dtype=torch.float64)
@@ -405,6 +358,7 @@ def test_transforms_of_torch_func(kind: str) -> None:
     assert_close(torch.func.jacfwd(layer.inverse)(x[0]), torch.linalg.inv(layer.weight))
 
 
+@pytest.mark.slow
 @all_kinds
 @pytest.mark.parametrize("direction", ["function", "inverse"])
 def test_compiles_without_a_break(kind: str, direction: str) -> None:

@@ -113,31 +113,12 @@ def test_odd_sizes(shape: tuple[int, ...]) -> None:
         assert layer.log_det(x).shape == shape[:1]
 
 
-@real_and_complex
 @pytest.mark.parametrize("direction", ["function", "inverse", "log_det"])
-def test_gradients(direction: str, dtype: torch.dtype) -> None:
-    layer = woodbury(3, 2, dtype=dtype)
-    apply, leaves = getattr(layer, direction), (inputs(2, 3, dtype=dtype), *layer.parameters())
-    assert gradcheck(lambda x, *_: apply(x), leaves)
-    assert gradgradcheck(lambda x, *_: apply(x), leaves)
-
-
-@pytest.mark.parametrize("mode", ["store", "recompute", "invert"])
-def test_modes_agree(mode: str) -> None:
-    stack = iz.InvertibleSequential(*(woodbury(4, 2, dim=1) for _ in range(3)))
-    x = inputs(5, 4, 3)
-    h, total = x, torch.zeros(5, dtype=torch.float64)
-    for layer in stack:
-        total = total + layer.log_det(h)
-        h = layer.function(h)
-    leaves = (x, *stack.parameters())
-    weights = torch.arange(5, dtype=torch.float64)
-    expected = torch.autograd.grad(h.pow(3).sum() + (weights * total).sum(), leaves, materialize_grads=True)
-    with iz.mode(stack, mode):
-        y, log_det = stack.forward_and_log_det(x)
-        grads = torch.autograd.grad(y.pow(3).sum() + (weights * log_det).sum(), leaves, materialize_grads=True)
-    assert_close(log_det, total)
-    assert_close(grads, expected)
+def test_gradients_of_complex_values(direction: str) -> None:
+    layer = woodbury(3, 2, dtype=torch.complex128)
+    apply, leaves = getattr(layer, direction), (inputs(2, 3, dtype=torch.complex128), *layer.parameters())
+    assert gradcheck(lambda x, *_: apply(x), leaves, fast_mode=True)
+    assert gradgradcheck(lambda x, *_: apply(x), leaves, fast_mode=True)
 
 
 def test_drift_of_a_deep_stack_in_float32() -> None:
@@ -174,6 +155,7 @@ def test_channels_last_stays() -> None:
     assert_close(y, layer(x.contiguous()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("direction", ["function", "inverse", "log_det"])
 def test_compiles_without_a_break(direction: str) -> None:
     layer, x = woodbury(4, 2), inputs(2, 4)

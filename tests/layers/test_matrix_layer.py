@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.autograd import gradcheck, gradgradcheck
 from torch.nn.utils import prune
 from torch.testing import assert_close
 
@@ -29,7 +28,6 @@ LAYERS: dict[str, tuple[Callable[..., Any], tuple[int, ...]]] = {
 
 all_kinds = pytest.mark.parametrize("kind", KINDS)
 all_layers = pytest.mark.parametrize("name", LAYERS)
-all_modes = pytest.mark.parametrize("mode", MODES)
 real_and_complex = pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
 directions = pytest.mark.parametrize("direction", ["function", "inverse", "log_det"])
 
@@ -183,10 +181,9 @@ def test_tools_on_the_matrix_act_in_every_method(tool: str, with_context: bool, 
 
 @all_layers
 @all_kinds
-@real_and_complex
-def test_log_det_is_that_of_the_jacobian(name: str, kind: str, dtype: torch.dtype) -> None:
-    layer = plain(name, kind, dtype)
-    x, _ = draw(name, dtype=dtype)
+def test_log_det_of_complex_values_is_that_of_the_jacobian(name: str, kind: str) -> None:
+    layer = plain(name, kind, torch.complex128)
+    x, _ = draw(name, dtype=torch.complex128)
     expected = torch.stack([log_abs_det(layer.function, one[None]) for one in x])
     y, log_det = layer.forward_and_log_det(x)
     back, inverse_log_det = layer.inverse_and_log_det(y)
@@ -202,26 +199,6 @@ def test_no_slogdet_where_the_scales_are_known(kind: str, monkeypatch: pytest.Mo
     layer = plain("conv", kind)
     monkeypatch.setattr(torch.linalg, "slogdet", lambda _: pytest.fail("slogdet"))
     layer.log_det(draw("conv")[0])
-
-
-@pytest.mark.parametrize("kind", ["scaled", "plu", "free"])
-@all_modes
-def test_gradients_of_the_log_det(kind: str, mode: str) -> None:
-    layer = plain("conv", kind, mode=mode)
-    x, _ = draw("conv")
-    weights = torch.arange(3, dtype=torch.float64)
-    _, log_det = layer.forward_and_log_det(x)
-    grads = torch.autograd.grad((weights * log_det).sum(), [*layer.matrix.parameters()], materialize_grads=True)
-    expected = 5 * weights.sum() * torch.linalg.slogdet(layer.weight).logabsdet
-    assert_close(grads, torch.autograd.grad(expected, [*layer.matrix.parameters()], materialize_grads=True))
-
-
-@all_kinds
-@pytest.mark.parametrize("batch", [0, 1])
-def test_log_det_of_small_batches(kind: str, batch: int) -> None:
-    for name in LAYERS:
-        x, _ = draw(name, batch)
-        assert plain(name, kind).forward_and_log_det(x)[1].shape == (batch,)
 
 
 def test_log_det_of_no_positions_is_zero() -> None:
@@ -307,36 +284,6 @@ def test_wide_and_conditioned(kind: str, cls: Callable[..., Any], shape: tuple[i
         layer.forward_and_log_det(x, context=context)
 
 
-@all_layers
-@all_kinds
-def test_modes_agree(name: str, kind: str) -> None:
-    layer, (x, context) = conditioned(name, kind), draw(name)
-    leaves, weights = (x, context, *layer.parameters()), torch.arange(3, dtype=torch.float64)
-    y, log_det = layer.function_and_log_det(x, context=context)
-    expected = torch.autograd.grad(y.pow(3).sum(), leaves, retain_graph=True)
-    both = torch.autograd.grad(y.pow(3).sum() + (weights * log_det).sum(), leaves)
-    assert all(g.count_nonzero() > 0 for g in both)
-    for mode in MODES:
-        with iz.mode(layer, mode):
-            y = layer(x, context=context)
-            assert_close(torch.autograd.grad(y.pow(3).sum(), leaves), expected)
-            y, log_det = layer.forward_and_log_det(x, context=context)
-            assert_close(torch.autograd.grad(y.pow(3).sum() + (weights * log_det).sum(), leaves), both)
-
-
-@all_layers
-@all_kinds
-def test_modes_agree_on_the_inverse(name: str, kind: str) -> None:
-    layer, (y, context) = conditioned(name, kind), draw(name)
-    leaves, weights = (y, context, *layer.parameters()), torch.arange(3, dtype=torch.float64)
-    x = layer.inverse(y, context=context)
-    expected = torch.autograd.grad(x.pow(3).sum() - (weights * layer.log_det(x, context=context)).sum(), leaves)
-    for mode in MODES:
-        with iz.mode(layer, mode):
-            x, log_det = layer.inverse_and_log_det(y, context=context)
-            assert_close(torch.autograd.grad(x.pow(3).sum() + (weights * log_det).sum(), leaves), expected)
-
-
 def test_a_conditioner_may_be_a_function_of_a_module() -> None:
     layer, (x, context) = plain("linear", "scaled"), draw("linear")
     net = nn.Sequential(nn.Linear(2, layer.num_parameters), nn.BatchNorm1d(layer.num_parameters), nn.Dropout(0.5))
@@ -353,30 +300,6 @@ def test_a_conditioner_may_be_a_function_of_a_module() -> None:
     assert_close(grads[1], grads[0])
     assert_close(grads[2], grads[0])
     assert net[1].num_batches_tracked == 3
-
-
-@pytest.mark.parametrize(
-    ("kind", "direction"),
-    [(k, d) for k in KINDS for d in ("function", "inverse", "log_det") if d != "log_det" or k not in KINDS[:2]],
-)
-def test_gradients(kind: str, direction: str) -> None:
-    layer = LAYERS["linear"][0](2, kind=kind, dtype=torch.float64)
-    layer.conditioner = nn.Linear(1, layer.num_parameters, dtype=torch.float64)
-    x, context = (torch.randn(2, n, dtype=torch.float64, requires_grad=True) for n in (2, 1))
-    leaves = (x, context, *layer.parameters())
-    assert gradcheck(lambda x, context, *_: getattr(layer, direction)(x, context=context), leaves)
-    assert gradgradcheck(lambda x, context, *_: getattr(layer, direction)(x, context=context), leaves)
-
-
-@all_kinds
-@pytest.mark.parametrize("batch", [0, 1])
-def test_small_batches(kind: str, batch: int) -> None:
-    for name in LAYERS:
-        layer, (x, context) = conditioned(name, kind), draw(name, batch)
-        y, log_det = layer.forward_and_log_det(x, context=context)
-        (y.sum() + log_det.sum()).backward()
-        assert log_det.shape == (batch,)
-        assert_close(layer.inverse(y, context=context), x)
 
 
 def test_channels_last_stays() -> None:
@@ -429,6 +352,7 @@ def test_autocast_rules_over_the_conditioner_alone() -> None:
     assert_close(back, x, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @directions
 def test_compiles_without_a_break(direction: str) -> None:
     layer, (x, context) = conditioned("conv", "plu", net=nn.Linear), draw("conv")

@@ -21,7 +21,7 @@ from invzoo.layers.integrals import clenshaw_curtis
 from invzoo.layers.mixture import MixtureOfLogistics
 from invzoo.layers.monotone import BernsteinPolynomial, Monotone, SumOfSquares, UnconstrainedMonotonic
 from invzoo.layers.roots import bracket, newton, with_gradients
-from invzoo.module import InvertibleModule, mode
+from invzoo.module import InvertibleModule
 from tests.layers.helpers import inputs
 
 
@@ -46,10 +46,6 @@ CURVES: dict[str, tuple[Callable[[Tensor], Tensor], tuple[float, float]]] = {
     "far": (lambda x: x - 1e9, (-math.inf, math.inf)),
 }
 every = pytest.mark.parametrize("name", CURVES)
-smooth = pytest.mark.parametrize("name", ["cubic", "sinh", "logit", "log"])
-kinds = pytest.mark.parametrize("kind", ["store", "recompute", "invert"])
-
-
 # ---- the solver -----------------------------------------------------------------------------------------------------
 
 
@@ -128,16 +124,6 @@ def test_gradients_are_those_of_the_implicit_function() -> None:
 # ---- Monotone -------------------------------------------------------------------------------------------------------
 
 
-@smooth
-def test_log_det_is_that_of_the_jacobian(name: str) -> None:
-    layer, x = Monotone(*CURVES[name]), inputs(3, 4).detach().sigmoid()
-    jacobians = [torch.autograd.functional.jacobian(layer.function, sample) for sample in x]
-    expected = torch.stack([torch.linalg.slogdet(j)[1] for j in jacobians])
-    y, log_det = layer.forward_and_log_det(x)
-    back, inverse_log_det = layer.inverse_and_log_det(y)
-    assert_close((log_det, -inverse_log_det, back), (expected, expected, x))
-
-
 def test_derivatives_of_the_inverse_and_of_log_det_reach_values_weights_and_context() -> None:
     layer = Monotone(Cubic())
 
@@ -158,22 +144,6 @@ class _Both(nn.Module):
         return self.layer.inverse(y, context=context), self.layer.log_det(y, context=context)
 
 
-@kinds
-@pytest.mark.parametrize("needs_grad", [False, True])
-@pytest.mark.parametrize("swapped", [False, True])
-def test_gradients_are_the_same_in_each_mode(kind: str, needs_grad: bool, swapped: bool) -> None:
-    layer = Monotone(Cubic())
-    run = layer.inv if swapped else layer
-    x, context = inputs(3, 4).requires_grad_(needs_grad), inputs(3, 4)
-    wanted = [context, *layer.parameters(), *([x] if needs_grad else [])]
-    with mode(layer, kind):
-        y, log_det = run.forward_and_log_det(x, context=context)
-    got = torch.autograd.grad(y.sin().sum() + log_det.square().sum(), wanted)
-    y, log_det = run.function_and_log_det(x, context=context)
-    expected = torch.autograd.grad(y.sin().sum() + log_det.square().sum(), wanted)
-    assert_close(got, expected)
-
-
 def test_nothing_needs_a_gradient() -> None:
     layer = Monotone(Cubic())
     with torch.no_grad():
@@ -185,6 +155,7 @@ def test_the_input_is_kept() -> None:
     assert all(layer.slow_inverse for layer in (Monotone, SumOfSquares, UnconstrainedMonotonic, BernsteinPolynomial))
 
 
+@pytest.mark.slow
 def test_a_compiled_function_is_the_curve() -> None:
     torch.compiler.reset()
     layer, x = Monotone(Cubic()), inputs(3, 4)

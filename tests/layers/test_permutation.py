@@ -1,8 +1,5 @@
 """Permutations: against indices by hand, and equal, not close."""
 
-import copy
-import io
-import pickle
 import re
 from collections.abc import Callable
 from typing import Any
@@ -11,13 +8,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, nn
-from torch.autograd import gradcheck, gradgradcheck
+from torch import Tensor
 
 from invzoo.containers import InvertibleSequential
 from invzoo.layers.halves import Deinterleave, Interleave, Swap
 from invzoo.layers.permutation import Permute, Reverse, Shuffle
-from invzoo.layers.split import Merge, Partition, Split
+from invzoo.layers.split import Merge, Split
 from invzoo.module import InvertibleModule, mode
 
 
@@ -100,38 +96,6 @@ def test_any_bits_are_moved_as_they_are(name: str, direction: str) -> None:
     assert same(getattr(layer, {"function": "inverse", "inverse": "function"}[direction])(y), x)
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # torch's own, in forward AD
-@every
-@directions
-@pytest.mark.parametrize("n", [2, 5, 6])
-def test_derivatives(name: str, direction: str, n: int) -> None:
-    f, x = getattr(MAKE[name](n), direction), torch.randn(2, n, 2, dtype=torch.float64, requires_grad=True)
-    assert gradcheck(f, x, check_forward_ad=True, check_batched_grad=True)
-    assert gradgradcheck(f, x)
-
-
-@every
-@pytest.mark.parametrize("dim", [1, -2])
-@pytest.mark.parametrize("n", [2, 5, 6])
-@pytest.mark.parametrize("kind", ["store", "recompute", "invert"])
-@pytest.mark.parametrize("inverted", [False, True])
-def test_gradients_in_each_mode(name: str, dim: int, n: int, kind: str, inverted: bool) -> None:
-    layer = MAKE[name](n, dim, mode=kind, check="always")
-    layer = layer.inv if inverted else layer
-    x = torch.randn(3, n, 4, dtype=torch.float64, requires_grad=True)
-    net = nn.Sequential(layer, Square(), layer)
-    expected = layer.function(layer.function(x) ** 2)
-    cotangent = torch.randn_like(expected)
-    y = net(x)
-    assert same(y, expected)
-    assert same(*(torch.autograd.grad(out, x, cotangent)[0] for out in (y, expected)))
-
-
-class Square(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return x**2
-
-
 @pytest.mark.parametrize("make", [lambda: Permute([1, 0, 2]), lambda: Shuffle(3)], ids=["permute", "shuffle"])
 @pytest.mark.parametrize("again", [False, True])
 def test_a_replay_reindexes_once(make: Callable, again: bool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,56 +116,17 @@ def test_a_replay_reindexes_once(make: Callable, again: bool, monkeypatch: pytes
 
 
 @every
-@pytest.mark.parametrize("dim", [1, -1, 0])
-@pytest.mark.parametrize("kind", ["store", "recompute", "invert"])
-@pytest.mark.parametrize("inverted", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.complex128, torch.int64])
-def test_log_dets_are_zeros(name: str, dim: int, kind: str, inverted: bool, dtype: torch.dtype) -> None:
-    layer, x = MAKE[name](5, dim, mode=kind), torch.randn(5, 5).mul(10).to(dtype)
-    x.requires_grad_(dtype.is_floating_point)
-    swapped = layer.inv if inverted else layer
-    y, log_det = swapped.forward_and_log_det(x)
-    assert same(y.resolve_conj(), swapped.function(x))
-    expected = torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32
-    assert no_log_det(log_det, 5, expected)
-    assert not log_det.requires_grad
-    back, log_det = swapped.inverse_and_log_det(y)
-    assert same(back, x)
-    assert no_log_det(log_det, 5, expected)
-    if dtype.is_floating_point:
-        (gradient,) = torch.autograd.grad((y * y.detach()).sum() + log_det.sum(), x)
-        assert same(gradient, x)
-
-
-@pytest.mark.parametrize("kind", ["store", "recompute", "invert"])
-@pytest.mark.parametrize("inverted", [False, True])
-def test_the_log_det_of_streams_is_that_of_a_sample(kind: str, inverted: bool) -> None:
-    a, b = torch.randn(3, 2, dtype=torch.float64, requires_grad=True), torch.randn(3, 4, 5, dtype=torch.float64)
-    layer = Swap(mode=kind)
-    (first, second), log_det = (layer.inv if inverted else layer).forward_and_log_det(a, b)
-    assert same(first, b)
-    assert same(second, a)
-    assert no_log_det(log_det, 3)
-    (first, second), log_det = layer.inverse_and_log_det(b, a)
-    assert no_log_det(log_det, 3)
-    (second.sum() + first.sum()).backward()
-    assert a.grad.unique().tolist() == [1]
-
-
-@pytest.mark.parametrize("kind", ["store", "recompute", "invert"])
-@pytest.mark.parametrize("split", ["half", "interleave", (1, 4), 0.7])
-def test_log_dets_of_split_and_merge_are_zeros(kind: str, split: Any) -> None:
-    x = torch.randn(3, 5, 2, dtype=torch.float64, requires_grad=True)
-    cut, glue = Split(split=split, mode=kind), Merge(split=split, mode=kind)
-    for divide, merge in ((cut, glue), (cut, cut.inv), (glue.inv, glue)):
-        streams, first = divide.forward_and_log_det(x)
-        assert [s.shape[1] for s in streams] == [*Partition(split).sizes(5)]
-        back, second = merge.forward_and_log_det(*streams)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.complex128, torch.int64])
+def test_log_dets_are_zeros(name: str, dtype: torch.dtype) -> None:
+    layer, x = MAKE[name](5), torch.randn(5, 5).mul(10).to(dtype)
+    expected = torch.float64 if dtype == torch.complex128 else torch.float32
+    for swapped in (layer, layer.inv):
+        y, log_det = swapped.forward_and_log_det(x)
+        assert same(y.resolve_conj(), swapped.function(x))
+        assert no_log_det(log_det, 5, expected)
+        back, log_det = swapped.inverse_and_log_det(y)
         assert same(back, x)
-        for log_det in (first, second, divide.inverse_and_log_det(*streams)[1], merge.inverse_and_log_det(x)[1]):
-            assert no_log_det(log_det, 3)
-        (gradient,) = torch.autograd.grad((back * x.detach()).sum(), x)
-        assert same(gradient, x)
+        assert no_log_det(log_det, 5, expected)
 
 
 def test_chains_on_streams_add_zeros() -> None:
@@ -244,6 +169,7 @@ def test_the_output_is_no_view_of_the_input(name: str, direction: str, n: int) -
     assert same(x, before)
 
 
+@pytest.mark.slow
 @every
 @directions
 @pytest.mark.parametrize("n", [4, 5])
@@ -272,23 +198,6 @@ def test_class_data_and_dtypes_of_the_module(name: str) -> None:
     assert not layer.saturating
     x = torch.randn(2, 5)
     assert same(layer.inverse(layer(x)), x)
-
-
-@every
-def test_copies_reindex_alike(name: str) -> None:
-    layer, x = MAKE[name](5), torch.randn(2, 5)
-    file = io.BytesIO()
-    torch.save(layer, file)
-    file.seek(0)
-    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), torch.load(file, weights_only=False)):
-        assert same(twin(x), layer(x))
-        assert same(twin.inverse(x), layer.inverse(x))
-
-
-@every
-def test_runs_on_the_meta_device(name: str) -> None:
-    layer, x = MAKE[name](5).to("meta"), torch.empty(2, 5, device="meta")
-    assert layer.inverse(layer(x)).shape == (2, 5)
 
 
 @every

@@ -1,7 +1,5 @@
 """Reshapes and squeezes: against torch's own and indices by hand, and equal, not close."""
 
-import copy
-import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +12,7 @@ from invzoo.containers import InvertibleSequential
 from invzoo.layers.permutation import Permute
 from invzoo.layers.reshape import Flatten, Pad, Rearrange, Reshape
 from invzoo.layers.squeeze import Squeeze, Unsqueeze
-from invzoo.module import InvertibleModule, mode
+from invzoo.module import InvertibleModule
 from tests.layers.helpers import refused
 
 # A layer, the shape of a batch, and that of its output.
@@ -52,12 +50,13 @@ def same(x: Tensor, y: Tensor) -> bool:
 
 @every
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex64, torch.uint8, torch.bool])
-@pytest.mark.parametrize("batch", [None, 0, 1])
+@pytest.mark.parametrize("batch", [None, 0])
 def test_moves_every_entry_and_back(name: str, dtype: torch.dtype, batch: int | None) -> None:
     layer, (_, shape, expected) = layer_of(name), CASES[name]
     if batch is not None:
         shape = (batch, *shape[1:])
         expected = (3, batch, 4) if name == "rearrange-batch" else (batch, *expected[1:])
+    assert layer.exact
     x = torch.rand(shape).mul(100).to(dtype)
     before = x.clone()
     y = layer(x)
@@ -67,24 +66,6 @@ def test_moves_every_entry_and_back(name: str, dtype: torch.dtype, batch: int | 
     if not isinstance(layer, Pad):
         y = torch.rand(expected).mul(100).to(dtype)
         assert same(layer(layer.inverse(y)), y)
-
-
-@every
-@pytest.mark.parametrize("kind", ["store", "recompute", "invert"])
-@pytest.mark.parametrize("inverted", [False, True])
-def test_gradients_in_each_mode(name: str, kind: str, inverted: bool) -> None:
-    layer = layer_of(name, check="always")
-    plain = layer.inverse if inverted else layer.function
-    x = torch.randn(CASES[name][2 if inverted else 1], dtype=torch.float64)
-    if inverted:
-        x = layer.function(layer.inverse(x))  # in the range of a layer that adds zeros
-    x.requires_grad_()
-    expected = plain(x**2).cos()
-    with mode(layer, kind):
-        y = (layer.inv if inverted else layer)(x**2).cos()
-        assert same(y, expected)
-        cotangent = torch.randn_like(y)
-        assert same(*(torch.autograd.grad(out, x, cotangent)[0] for out in (y, expected)))
 
 
 @every
@@ -110,6 +91,7 @@ def test_log_dets_are_zero_or_none(name: str) -> None:
     assert same(log_det, torch.zeros(2))
 
 
+@pytest.mark.slow
 @every
 def test_compiles_and_maps(name: str) -> None:
     layer, x = layer_of(name), torch.randn(3, *CASES[name][1])
@@ -118,25 +100,6 @@ def test_compiles_and_maps(name: str) -> None:
     assert same(torch.func.vmap(layer)(x), expected)
     compiled = torch.compile(lambda one: layer.inverse(layer.function(one)), backend="eager", fullgraph=True)
     assert same(compiled(x[0]), x[0])
-
-
-@every
-def test_strided_inputs(name: str) -> None:
-    layer, x = layer_of(name), torch.randn(CASES[name][1])
-    for strided in (x.mT.contiguous().mT, x[:1].expand_as(x)):
-        y = layer(strided)
-        assert same(y, layer(strided.contiguous()))
-        assert same(layer.inverse(y), strided)
-
-
-@every
-def test_copies_and_state(name: str) -> None:
-    layer, x = layer_of(name), torch.randn(CASES[name][1])
-    assert layer.state_dict() == {}
-    assert layer.exact
-    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
-        assert same(twin(x), layer(x))
-    assert layer(x.to("meta")).shape == CASES[name][2]
 
 
 @every

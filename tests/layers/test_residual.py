@@ -381,6 +381,7 @@ def test_half_precision_has_a_log_det_in_float32(dtype, estimator):
     assert_close(log_det, copy.deepcopy(layer).double().log_det(x.double()).float(), rtol=0.1, atol=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.parametrize("call", ["forward", "forward_and_log_det", "inverse"])
 def test_compiled(call):

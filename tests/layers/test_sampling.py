@@ -130,44 +130,14 @@ def test_empty_image() -> None:
     assert layer.inverse(layer(x)).shape == x.shape
 
 
-@classes
-def test_log_det_is_zero(cls: type[Sampling]) -> None:
-    layer, x = perturbed(cls(4, 2, dtype=torch.float64), 0.3), image(4, (2, 2))
-    jacobian = torch.autograd.functional.jacobian(layer.function, x[:1]).reshape(x[0].numel(), -1)
-    assert_close(torch.linalg.slogdet(jacobian).logabsdet, torch.tensor(0.0, dtype=torch.float64), rtol=0, atol=1e-12)
-    assert layer.volume_preserving
-    assert_close(layer.forward_and_log_det(x)[1], torch.zeros(2, dtype=torch.float64))
-
-
 @all_kinds
 @pytest.mark.parametrize("direction", ["function", "inverse"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
-def test_gradients(kind: str, direction: str, dtype: torch.dtype) -> None:
-    layer = down(2, (2,), kind=kind, dtype=dtype)
+def test_gradients_of_complex_values(kind: str, direction: str) -> None:
+    layer = down(2, (2,), kind=kind, dtype=torch.complex128)
     shape = (2, 2, 4) if direction == "function" else (2, 4, 2)
-    leaves = (torch.randn(shape, dtype=dtype, requires_grad=True), *layer.parameters())
-    assert gradcheck(lambda x, *_: getattr(layer, direction)(x), leaves)
-    assert gradgradcheck(lambda x, *_: getattr(layer, direction)(x), leaves)
-
-
-@pytest.mark.parametrize("mode", ["store", "recompute", "invert"])
-@all_kinds
-def test_modes_agree(mode: str, kind: str) -> None:
-    layers = (
-        down(1, 2, kind=kind),
-        down(4, 2, kind=kind),
-        perturbed(iz.OrthogonalUpsample(16, 2, dtype=torch.float64), 0.3),
-    )
-    stack, x = iz.InvertibleSequential(*layers), torch.randn(2, 1, 8, 4, dtype=torch.float64, requires_grad=True)
-    h: Tensor = x
-    for layer in layers:
-        h = layer.function(h)
-    expected = torch.autograd.grad(h.pow(3).sum(), (x, *stack.parameters()))
-    with iz.mode(stack, mode):
-        y = stack(x)
-        assert_close(torch.autograd.grad(y.pow(3).sum(), (x, *stack.parameters())), expected)
-        y, _ = stack.forward_and_log_det(x)
-        assert_close(torch.autograd.grad(y.pow(3).sum(), (x, *stack.parameters())), expected)
+    leaves = (torch.randn(shape, dtype=torch.complex128, requires_grad=True), *layer.parameters())
+    assert gradcheck(lambda x, *_: getattr(layer, direction)(x), leaves, fast_mode=True)
+    assert gradgradcheck(lambda x, *_: getattr(layer, direction)(x), leaves, fast_mode=True)
 
 
 @all_kinds
@@ -235,6 +205,7 @@ def test_from_the_meta_device(init: str) -> None:
         assert_close(weight, torch.kron(start(2), start(2)).float().expand(2, -1, -1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("direction", ["function", "inverse"])
 def test_compiles_without_a_break(direction: str) -> None:
     layer, x = down(4, (1, 2)), torch.randn(2, 8 if direction == "inverse" else 4, 2, 4, dtype=torch.float64)

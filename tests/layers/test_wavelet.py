@@ -1,21 +1,18 @@
 """Orthonormal transforms: against the matrices that define them, in float64."""
 
-import copy
 import math
-import pickle
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.autograd import gradcheck, gradgradcheck
 
 from invzoo.containers import InvertibleSequential
 from invzoo.layers.permutation import Permute
 from invzoo.layers.squeeze import Squeeze
 from invzoo.layers.wavelet import DCT, WAVELETS, HaarDownsample, HaarUpsample, Hadamard
-from invzoo.module import InvertibleModule, mode
+from invzoo.module import InvertibleModule
 from tests.layers.helpers import close, refused
 
 CASES: dict[str, tuple[Callable[..., InvertibleModule], tuple[int, ...]]] = {
@@ -75,16 +72,13 @@ def test_is_orthonormal_and_its_inverse_the_transpose(name: str) -> None:
 
 
 @every
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("batch", [0, 1, 2])
-def test_other_dtypes_and_batches(name: str, dtype: torch.dtype, batch: int) -> None:
-    layer, x = layer_of(name), input_of(name)[:1].expand(batch, *CASES[name][1][1:]).to(dtype)
-    y, tolerance = layer(x), 4 * torch.finfo(dtype).eps
-    assert y.dtype == dtype
-    torch.testing.assert_close(y, layer(x.double()).to(dtype), rtol=tolerance, atol=tolerance)
-    torch.testing.assert_close(layer.inverse(y), x, rtol=2 * tolerance, atol=2 * tolerance)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_changes_nothing(name: str, dtype: torch.dtype) -> None:
+    layer, x = layer_of(name), input_of(name, dtype=dtype)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(layer(x), y)
+        y = layer(x)
+    assert y.dtype == dtype
+    assert torch.equal(y, layer(x))
 
 
 @every
@@ -94,37 +88,6 @@ def test_sixteen_deep_in_float32(name: str) -> None:
     for _ in range(16):
         back = layer.inverse(layer(back))
     close(back, x, 1e-5)
-
-
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # torch's own, in forward AD
-@every
-@directions
-def test_derivatives(name: str, direction: str) -> None:
-    layer = layer_of(name)
-    x = input_of(name) if direction == "function" else layer(input_of(name))
-    x.requires_grad_()
-    assert gradcheck(getattr(layer, direction), x, check_forward_ad=True, fast_mode=True)
-    assert gradgradcheck(getattr(layer, direction), x, fast_mode=True)
-
-
-@every
-@pytest.mark.parametrize("kind", ["store", "recompute", "invert"])
-@pytest.mark.parametrize("with_log_det", [False, True])
-@pytest.mark.parametrize("inverted", [False, True])
-def test_gradients_in_each_mode(name: str, kind: str, with_log_det: bool, inverted: bool) -> None:
-    layer = layer_of(name, check="always")
-    x = input_of(name) if not inverted else layer(input_of(name))
-    x.requires_grad_()
-    expected = (layer.inverse if inverted else layer.function)(x**2).cos()
-    cotangent = torch.randn_like(expected)
-    with mode(layer, kind):
-        call = layer.inv if inverted else layer
-        y, log_det = call.forward_and_log_det(x**2) if with_log_det else (call(x**2), torch.zeros(2))
-        assert log_det.tolist() == [0, 0]
-        y = y.cos()
-        actual, wanted = (torch.autograd.grad(out, x, cotangent, create_graph=True)[0] for out in (y, expected))
-        close(actual, wanted)
-        close(*(torch.autograd.grad(gradient.sum(), x)[0] for gradient in (actual, wanted)))
 
 
 @pytest.mark.parametrize("name", WITHOUT_FACTORS)
@@ -158,6 +121,7 @@ def test_a_replay_of_the_dct_transforms_once(monkeypatch: pytest.MonkeyPatch) ->
     close(gradient, expected, 1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["haar-2d", "db2-short", "haar-up", "dct-pixels", "hadamard"])
 def test_compiles_and_maps(name: str) -> None:
     layer, x = layer_of(name), torch.randn(3, *CASES[name][1])
@@ -166,23 +130,6 @@ def test_compiles_and_maps(name: str) -> None:
     close(torch.func.vmap(layer)(x), expected, 1e-6)
     compiled = torch.compile(lambda one: layer.inverse(layer.function(one)), backend="aot_eager", fullgraph=True)
     close(compiled(x[0]), x[0], 1e-5)
-
-
-@every
-def test_strided_inputs(name: str) -> None:
-    layer, x = layer_of(name), input_of(name)
-    for strided in (x.mT.contiguous().mT, x[:1].expand_as(x)):
-        close(layer(strided), layer(strided.contiguous()))
-
-
-@every
-def test_copies_and_state(name: str) -> None:
-    layer, x = layer_of(name), input_of(name)
-    assert layer.state_dict() == {}
-    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
-        assert torch.equal(twin(x), layer(x))
-    assert layer.to(torch.float16)(x).dtype == torch.float64
-    assert layer(x.to("meta")).shape == layer(x).shape
 
 
 @every

@@ -146,6 +146,29 @@ class PlainDtype(Scale):
         return super().log_det(x).float()
 
 
+class SharesWork(Scale):  # the log-determinant by the shared methods alone
+    log_det = iz.InvertibleModule.log_det
+
+    def function_and_log_det(self, x):
+        return self.function(x), Scale.log_det(self, x)
+
+    def inverse_with_log_det(self, y):
+        return self.inverse(y), -Scale.log_det(self, y)
+
+
+class SharesWorkWrongly(SharesWork):
+    def function_and_log_det(self, x):
+        return self.function(x), -Scale.log_det(self, x)
+
+
+class WrongAlone(Scale):
+    def log_det(self, x):
+        return -super().log_det(x)
+
+    def function_and_log_det(self, x):
+        return self.function(x), Scale.log_det(self, x)
+
+
 @pytest.mark.parametrize(
     ("defect", "message"),
     [
@@ -160,11 +183,17 @@ class PlainDtype(Scale):
         (ClaimsVolume, "the log-determinant to be that of autograd's Jacobian"),
         (Refuses, "no error in assert_log_det; got TypeError"),
         (PlainDtype, "to be torch.float64; got torch.float32"),
+        (SharesWorkWrongly, "the log-determinant to be that of autograd's Jacobian"),
+        (WrongAlone, "the log-determinant to be that of autograd's Jacobian"),
     ],
 )
 def test_log_det(defect, message):
     with pytest.raises(AssertionError, match=message):
         testing.assert_log_det(defect(), X)
+
+
+def test_log_det_of_a_layer_that_shares_its_work():
+    testing.assert_log_det(SharesWork(), X)
 
 
 class Undefined(Scale):
@@ -227,6 +256,12 @@ class GradOnly(Curve):  # FrEIA's IResNetLayer: autograd inside, which no_grad t
 def test_round_trip(defect, message):
     with pytest.raises(AssertionError, match=message):
         testing.assert_round_trip(defect(), X)
+
+
+def test_round_trip_is_as_coarse_as_the_coarsest_tensor():
+    with pytest.raises(AssertionError, match="the inverse to return the inputs"):
+        testing.assert_round_trip(Coarse(), X)
+    testing.assert_round_trip(Coarse().float(), X)
 
 
 # ---- gradients and modes --------------------------------------------------------------------------------------------
@@ -325,7 +360,14 @@ class MovesInReplay(Scale):
         return super().function(x)
 
 
-@pytest.mark.parametrize("defect", [WrongReplay, DriftingInverse, Counting, RandomPython, MovesInReplay])
+class WrongReplayOfLogDet(Scale):
+    def log_det(self, x):
+        return super().log_det(x) * (1 + 1e-6 * (iz.Mode.invert == self.mode))
+
+
+@pytest.mark.parametrize(
+    "defect", [WrongReplay, WrongReplayOfLogDet, DriftingInverse, Counting, RandomPython, MovesInReplay]
+)
 def test_modes(defect):
     with pytest.raises(AssertionError, match=f"{defect.__name__}"):
         testing.assert_modes_agree(defect(), X)
@@ -406,9 +448,15 @@ class ReadsMemory(Scale):
         return super().function(torch.as_strided(x, x.shape, (x.shape[1], 1), x.storage_offset()))
 
 
+class ReadsStrides(Scale):
+    def function(self, x):
+        return super().function(x) + 1e-3 * (not x.is_contiguous())
+
+
 @pytest.mark.parametrize(
     ("defect", "message"),
     [
+        (ReadsStrides, "output of forward on strided inputs in mode store to be that of other forms"),
         (WritesBack, "got a write into it|RuntimeError"),
         (Writes, "got a write into it|RuntimeError"),
         (Marks, "requires_grad=True|RuntimeError"),
@@ -439,13 +487,36 @@ class OffState(Scale):
         return {"s": self.s.detach(), "extra": torch.zeros(1)}
 
 
+class ForgetsABuffer(Scale):
+    """The buffer is part of the state, but is not loaded."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("shift", torch.ones((), dtype=torch.float64))
+
+    def function(self, x):
+        return super().function(x) + self.shift
+
+    def inverse(self, y):
+        return super().inverse(y - self.shift)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        super()._load_from_state_dict(state_dict | {f"{prefix}shift": self.shift}, prefix, *args)
+
+
 class Mute(Scale):
     def __repr__(self):
         return "a layer"
 
 
 @pytest.mark.parametrize(
-    ("defect", "message"), [(KeepsLambda, "pickle"), (OffState, "state_dict|pickle"), (Mute, "name in the repr")]
+    ("defect", "message"),
+    [
+        (KeepsLambda, "pickle"),
+        (OffState, "state_dict|pickle"),
+        (ForgetsABuffer, "output after loading its state"),
+        (Mute, "name in the repr"),
+    ],
 )
 def test_portable(defect, message):
     with pytest.raises(AssertionError, match=message):
@@ -476,8 +547,19 @@ class Coarse(Scale):
         return (y.to(torch.float32) - self.b.to(torch.float32)).mul((-self.s).exp()).to(y.dtype)
 
 
+class CoarseLogDet(Scale):
+    def log_det(self, x):
+        return super().log_det(x) + (x.dtype == torch.float32)
+
+
 @pytest.mark.parametrize(
-    ("defect", "message"), [(Plain, "dtype"), (Only32, "RuntimeError"), (Coarse, "inverse to return")]
+    ("defect", "message"),
+    [
+        (Plain, "dtype"),
+        (Only32, "RuntimeError"),
+        (Coarse, "inverse to return"),
+        (CoarseLogDet, "the torch.float32 log-determinant to be that in float64"),
+    ],
 )
 def test_dtypes(defect, message):
     with pytest.raises(AssertionError, match=message):
@@ -508,9 +590,39 @@ class OddLogDet(Scale):
         return super().log_det(x) if len(x) else x.new_zeros(1)
 
 
-@pytest.mark.parametrize("defect", [Centred, FirstOnly, Squeezes, OddLogDet])
-def test_batch_sizes(defect):
-    with pytest.raises(AssertionError, match=r"output of a batch of 1|outputs of shapes|shape \(1, 4\)"):
+class Detaches(Scale):
+    def function(self, x):
+        return super().function(x if len(x) else x.detach())
+
+
+class _Mean(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient.mean(0, keepdim=True).expand_as(gradient) if len(gradient) else gradient
+
+
+class MeanGradient(Scale):
+    def function(self, x):
+        return _Mean.apply(super().function(x))
+
+
+@pytest.mark.parametrize(
+    ("defect", "message"),
+    [
+        (Centred, "the outputs of a batch of 1"),
+        (FirstOnly, "the outputs of a batch of 1"),
+        (Squeezes, r"outputs of shapes|shape \(1, 4\)"),
+        (OddLogDet, "outputs of shapes"),
+        (Detaches, "gradients of all inputs of shapes"),
+        (MeanGradient, "the gradients of a batch of 1"),
+    ],
+)
+def test_batch_sizes(defect, message):
+    with pytest.raises(AssertionError, match=message):
         testing.assert_batch_sizes(defect(), X)
 
 

@@ -46,6 +46,7 @@ def test_a_loop(accumulated: int):
     assert_learns_and_saves(lambda: Net().double(), lambda net: train(net, 6, gradient_accumulation_steps=accumulated))
 
 
+@pytest.mark.slow
 def test_a_loop_in_mixed_precision():
     assert_learns_and_saves(Net, lambda net: train(net, 4, mixed_precision="bf16"), rtol=5e-2, less=2)
 

@@ -10,6 +10,7 @@ import invzoo as iz
 from tests.tools.nets import BATCH, Net, assert_learns_and_saves, examples
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*logging interval"),  # advice
     pytest.mark.filterwarnings("ignore:You defined a `validation_step`"),  # and it may have no data
     pytest.mark.filterwarnings("ignore:.*is deprecated", "ignore::FutureWarning"),  # its own use of others
@@ -69,6 +70,7 @@ def test_fit_in_mixed_precision(tmp_path):
     assert_learns_and_saves(Regression, train, rtol=5e-2, less=2)
 
 
+@pytest.mark.usual
 def test_checkpoints(tmp_path):
     module = Regression(depth=2).double()
     fitter = trainer(tmp_path, max_epochs=1)
@@ -80,6 +82,7 @@ def test_checkpoints(tmp_path):
     assert module.current_epoch == 2
 
 
+@pytest.mark.usual
 def test_an_error_of_a_layer_reaches_the_caller(tmp_path):
     class Careless(Regression):
         def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:

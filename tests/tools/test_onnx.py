@@ -15,6 +15,7 @@ from invzoo.engine import tuple_of
 from tests.tools.families import DIRECTIONS, FAMILIES, REFUSED, given, take_few_steps, together
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),  # the exporter's own
 ]
 
@@ -80,6 +81,7 @@ def test_what_onnx_has_no_operator_for_is_refused(missing: str):
         export(layer.eval(), values, kwargs=side)
 
 
+@pytest.mark.usual
 @torch.no_grad()
 def test_a_matrix_is_folded(tmp_path: Path):
     """What solves a system to make its matrix hands it to a layer that holds it."""

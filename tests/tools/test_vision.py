@@ -125,11 +125,13 @@ def train(net: nn.Module, channels_last: bool = False) -> list[float]:
     return losses
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [VisionTransformer, ConvNeXt])
 def test_a_recipe(make: Callable[[], nn.Module]):
     assert_learns_and_saves(lambda: make().double(), train, less=2)
 
 
+@pytest.mark.slow
 def test_channels_last():
     assert_learns_and_saves(
         lambda: ConvNeXt(2).double().to(memory_format=torch.channels_last), lambda net: train(net, True), less=1

@@ -2,6 +2,7 @@
 
 import invzoo as iz
 
+from ...layers.mixture import MixtureOfLogistics
 from ...layers.spline import RationalQuadratic
 from ..entries import Case, Entry
 from .nets import Conditioned, convolutions, subnet
@@ -16,6 +17,8 @@ COUPLINGS: tuple[Entry, ...] = (
         "0",
         Case(lambda: iz.AdditiveCoupling(subnet(3, 3), subnet(3, 3)), (6,)),
         Case(lambda: iz.AdditiveCoupling(subnet(2, 3)), (5,), id="one-sided"),
+        Case(lambda: iz.AdditiveCoupling(subnet(3, 2), subnet(2, 3), split="interleave", swap=True), (5,), id="swap"),
+        Case(lambda: iz.AdditiveCoupling(subnet(4, 1), subnet(1, 4), split=(1, 4)), (5,), id="sizes"),
         Case(lambda: iz.AdditiveCoupling(subnet(2, 2), subnet(2, 2), swap=True), (2,), (2,), id="streams"),
         Case(lambda: iz.AdditiveCoupling(convolutions(2, 2), split="checkerboard"), (2, 3, 2), id="checkerboard"),
         Case(lambda: iz.AdditiveCoupling(Conditioned(2, 3, 2)), (4,), id="context", side={"context": (3,)}),
@@ -29,6 +32,7 @@ COUPLINGS: tuple[Entry, ...] = (
         Case(lambda: iz.AffineCoupling(subnet(2, 4), scale="sigmoid", split="interleave"), (4,), id="sigmoid"),
         Case(lambda: iz.AffineCoupling(subnet(2, 4), scale="unit", zero_init=True), (4,), id="unit"),
         Case(lambda: iz.AffineCoupling(subnet(2, 4), scale="exp", swap=True), (4,), id="exp"),
+        Case(lambda: iz.AffineCoupling(subnet(1, 6), subnet(3, 2), split=0.25, swap=True), (4,), id="fraction"),
         Case(lambda: iz.AffineCoupling(convolutions(2, 4), split="checkerboard"), (2, 3, 2), id="checkerboard"),
         Case(lambda: iz.AffineCoupling(Conditioned(2, 3, 4)), (4,), id="context", side={"context": (3,)}),
     ),
@@ -68,6 +72,7 @@ COUPLINGS: tuple[Entry, ...] = (
         Case(lambda: iz.MaskedAutoregressive(3, (6, 4)), (3,)),
         Case(lambda: iz.MaskedAutoregressive(3, (5,), map="shift", order="reversed"), (2, 3), id="shift"),
         Case(lambda: iz.MaskedAutoregressive(3, (4,), map="spline", order="random"), (3,), id="spline"),
+        Case(lambda: iz.MaskedAutoregressive(3, (4,), map=MixtureOfLogistics(2)), (3,), id="mixture"),
         Case(lambda: iz.MaskedAutoregressive(3, (4,), map=RationalQuadratic(3, tails=None)), (3,), id="no_tails"),
         Case(
             lambda: iz.MaskedAutoregressive(3, (6, 4), context_features=2), (3,), id="context", side={"context": (2,)}

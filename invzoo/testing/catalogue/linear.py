@@ -24,9 +24,13 @@ def _matrix_cases(
 
     contexts = [
         Case(lambda kind=kind: conditioned(kind), shape, id=f"{kind}, context", side={"context": (2,)})  # type: ignore[misc]
-        for kind in ("householder", "scaled", "plu")
+        for kind in kinds
     ]
-    return [*square, Case(lambda: layer(size, wide), shape, id="wide"), *contexts]
+    wider = [
+        Case(lambda kind=kind: layer(size, wide, kind=kind), shape, id=f"wide {kind}")  # type: ignore[misc]
+        for kind in ("householder", "cayley", "scaled")
+    ]
+    return [*square, *wider, *contexts]
 
 
 LINEAR: tuple[Entry, ...] = (

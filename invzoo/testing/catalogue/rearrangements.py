@@ -14,6 +14,7 @@ REARRANGEMENTS: tuple[Entry, ...] = (
         "0",
         Case(lambda: iz.Permute([2, 0, 1]), (3,)),
         Case(lambda: iz.Permute([1, 0], dim=-1), (3, 2), id="last"),
+        Case(lambda: iz.Permute([2, 0, 1]), (3, 1, 2), id="images"),
     ),
     Entry(iz.Shuffle, "the same with a random order", "0", Case(lambda: iz.Shuffle(5), (5, 2))),
     Entry(iz.Reverse, "y[i] = x[n - 1 - i]", "0", Case(iz.Reverse, (3, 2))),
@@ -46,6 +47,7 @@ REARRANGEMENTS: tuple[Entry, ...] = (
         Case(iz.Split, (4,)),
         Case(lambda: iz.Split(split="interleave"), (5, 2), id="interleave"),
         Case(lambda: iz.Split(split=(1, 3)), (4,), id="sizes"),
+        Case(lambda: iz.Split(split=0.7), (5,), id="fraction"),
     ),
     Entry(
         iz.Merge,
@@ -53,6 +55,7 @@ REARRANGEMENTS: tuple[Entry, ...] = (
         "0",
         Case(iz.Merge, (2,), (2,)),
         Case(lambda: iz.Merge(split="interleave"), (3, 2), (2, 2), id="interleave"),
+        Case(lambda: iz.Merge(split=(1, 3)), (1,), (3,), id="sizes"),
     ),
     # ---- shapes ----
     Entry(
@@ -91,6 +94,8 @@ REARRANGEMENTS: tuple[Entry, ...] = (
         "0",
         Case(iz.HaarDownsample, (1, 2, 4)),
         Case(lambda: iz.HaarDownsample("db2", order="positions_first"), (2, 6), id="db2"),
+        Case(lambda: iz.HaarDownsample("db2"), (1, 2, 4), id="short"),
+        Case(iz.HaarDownsample, (1, 2, 2, 2), id="volumes"),
     ),
     Entry(
         iz.HaarUpsample,
@@ -105,6 +110,13 @@ REARRANGEMENTS: tuple[Entry, ...] = (
         "0",
         Case(iz.DCT, (2, 5)),
         Case(lambda: iz.DCT((-2, -1)), (2, 3), id="pixels"),
+        Case(lambda: iz.DCT(1), (3, 2), id="channels"),
     ),
-    Entry(iz.Hadamard, "the Hadamard transform of some dims", "0", Case(iz.Hadamard, (4, 2))),
+    Entry(
+        iz.Hadamard,
+        "the Hadamard transform of some dims",
+        "0",
+        Case(iz.Hadamard, (4, 2)),
+        Case(lambda: iz.Hadamard((-1, 1)), (2, 3, 4), id="pixels"),
+    ),
 )

@@ -53,6 +53,7 @@ SURJECTIONS: tuple[Entry, ...] = (
         "(x1, x2) -> x1, and back with x2 drawn given x1",
         "log p(x2 | x1)",
         _surjection(lambda: iz.Slice(2), (4,)),
+        _surjection(lambda: iz.Slice(1, -1), (2, 3), id="last"),
         _surjection(lambda: iz.Slice(2, distribution=_Gaussian(2, 3, 2)), (4,), id="context", side={"context": (3,)}),
         keeps="its input",
     ),
