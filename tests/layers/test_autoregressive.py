@@ -268,7 +268,7 @@ TOOLS = [adapt, normalise_weights, normalise_weights_by_hooks, prune_weights, wr
 @pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated:FutureWarning")
 @pytest.mark.parametrize("tool", TOOLS, ids=lambda tool: tool.__name__)
 @pytest.mark.parametrize("mode", iz.Mode)
-@directions
+@pytest.mark.parametrize("inverted", [False, True], ids=["function", "inverse"])
 def test_tools_act_on_the_net_in_both_directions(tool, mode, inverted):
     layer = made(4, (9, 3), order="reversed", context_features=2, mode=mode)
     x, context, plain = inputs(3, 4), inputs(3, 2), copy.deepcopy(layer)
@@ -289,7 +289,7 @@ def test_tools_act_on_the_net_in_both_directions(tool, mode, inverted):
 
 
 @pytest.mark.parametrize("mode", iz.Mode)
-@directions
+@pytest.mark.parametrize("inverted", [False, True], ids=["function", "inverse"])
 def test_hooks_on_the_nets_layers_fire_in_both_directions(mode, inverted):
     layer, calls = made(3, (6,), context_features=2, mode=mode), []
     hooked = [m for m in layer.net.modules() if isinstance(m, nn.Linear)]

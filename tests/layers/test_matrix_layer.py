@@ -123,7 +123,7 @@ def test_own_parameters_are_all_in_order(kind: str) -> None:
 
 @pytest.mark.parametrize("method", ["forward", "forward_and_log_det", "inverse_and_log_det", "inverse", "log_det"])
 @pytest.mark.parametrize("with_context", [False, True], ids=["plain", "context"])
-@all_modes
+@pytest.mark.parametrize("mode", iz.Mode)
 def test_hooks_on_the_matrix_fire_once_in_every_method(method: str, with_context: bool, mode: str) -> None:
     layer = (conditioned if with_context else plain)("linear", "plu", mode=mode)
     (x, context), calls = draw("linear"), []
@@ -157,7 +157,7 @@ def test_no_parameter_is_read_behind_the_call_of_the_matrix(kind: str) -> None:
 @pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated:FutureWarning")
 @pytest.mark.parametrize("with_context", [False, True], ids=["plain", "context"])
 @pytest.mark.parametrize("tool", TOOLS)
-@all_modes
+@pytest.mark.parametrize("mode", iz.Mode)
 def test_tools_on_the_matrix_act_in_every_method(tool: str, with_context: bool, mode: str) -> None:
     layer = (conditioned if with_context else plain)("linear", "plu", mode=mode)
     x, context = draw("linear")

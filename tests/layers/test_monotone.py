@@ -248,7 +248,7 @@ searches = pytest.mark.parametrize("name", SEARCHES)
 
 
 @searches
-@kinds
+@pytest.mark.parametrize("kind", iz.Mode)
 @pytest.mark.parametrize("with_log_det", [False, True])
 def test_what_is_saved_does_not_depend_on_how_long_a_search_takes(
     name: str, kind: str, with_log_det: bool, monkeypatch: pytest.MonkeyPatch
