@@ -1,6 +1,6 @@
 """The engine: frees what backward needs after forward, and rebuilds it. It knows callables and tensors, no layers."""
 
-from .call import Operation, call
+from .call import call
 from .callables import SideNames, modules_of
 from .chain import Through, chain, uncompiled
 from .checkpoint import checkpoint
@@ -9,6 +9,7 @@ from .freeing import freeing
 from .methods import CompiledMethods
 from .mode import Mode, Policy, check_of
 from .nested import map_tensors
+from .operation import Operation
 from .state import inside_container, place, steps_aside, transformed, unrecorded
 from .tape import Tape, tuple_of
 

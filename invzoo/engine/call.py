@@ -25,12 +25,11 @@ NOTE [How a call forgets and remembers]
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from ._torch import (
@@ -45,45 +44,17 @@ from ._torch import (
     transparent,
     version_of,
 )
-from .fingerprint import Fingerprint, distance, fingerprint, tolerance
+from .fingerprint import Prints, tolerance
 from .mode import Mode, Policy
 from .nested import attributes_of, map_tensors
+from .operation import Operation
 from .slots import Slot, anything_freed, key_of, slot_of
 from .state import note, state, steps_aside
 from .surroundings import Surroundings
 from .tape import Input, Meta, Tape, tuple_of
 from .transforms import run_below, runs_below
 
-__all__ = ["Operation", "call"]
-
-
-@dataclass(slots=True)
-class Operation:
-    """What the engine knows of a layer: a function, the way back, and what its replay must find as it was.
-
-    Args:
-        name: what errors call it.
-        function: ``function(*inputs, **side) -> outputs``.
-        inverse: ``inverse(*outputs, **side) -> inputs``; None where there is none.
-        replay: ``replay(tape, *outputs, **side)`` rebuilds the inputs and runs the function once on the tape; None
-            inverts first and then runs the function.
-        roots: the modules whose parameters, buffers, flags and hooks the function sees.
-        policy: mode and checks.
-        keeps_input: whether ``invert`` keeps the inputs instead of inverting, which loses precision or takes long.
-        takes_saved: whether ``inverse`` has the argument ``saved``, the set of input positions not to compute.
-        log_det: whether the function returns a log-determinant behind its outputs, which ``inverse`` and ``replay`` do
-            without, so that nobody holds it.
-    """
-
-    name: str
-    function: Callable[..., Any]
-    inverse: Callable[..., Any] | None
-    replay: "Callable[..., None] | None"
-    roots: Sequence[nn.Module]
-    policy: Policy
-    keeps_input: bool = False
-    takes_saved: bool = False
-    log_det: bool = False
+__all__ = ["call"]
 
 
 def call(operation: Operation, inputs: tuple[Any, ...], side: dict[str, Any]) -> Any:
@@ -144,8 +115,7 @@ class Call:
     leaf_inputs: Sequence[int | None] = ()  # the storages of inputs that want a gradient of their own
     side: dict[str, Any] = {}  # noqa: RUF012 - nobody writes into it
     lock: threading.RLock  # shared along a chain: several threads may run one graph
-    prints: Sequence[tuple[int, Fingerprint]] = ()
-    compared = "input"  # what the fingerprints are of
+    prints: Prints | None = None  # what its replay is compared by, if it is
     wanted = False  # whether a backward may replay it: its graph saved something, or a call before it needs its inputs
 
     def __init__(self, operation: Operation, inputs: tuple[Any, ...], side: dict[str, Any]):
@@ -232,8 +202,7 @@ class Call:
             self.given = [*self.given, *kept]
             self.lock = threading.RLock()
         if self.wanted and self._unverified(operation.policy):
-            self.compared = "input" if invert else "output" if operation.policy.check == "always" else "saved tensor"
-            self.prints = [(i, fingerprint(x)) for i, x in self._comparable(inputs, outputs)]
+            self.prints = self._take_prints(inputs, outputs)
         if self.wanted and (self.leaves or self.surroundings.trains):
             self._come_first(inputs, outputs)
         self.release()
@@ -257,14 +226,14 @@ class Call:
                 self._pull()
                 self._restore()
 
-    def _comparable(self, inputs: tuple[Any, ...], outputs: tuple[Any, ...]) -> list[tuple[int, Tensor]]:
-        """Return what a replay is compared by, and its positions (rule 6)."""
-        if self.compared == "saved tensor":
-            saved = [(i, handle.value) for i, ref in enumerate(self.handles) if (handle := ref()) is not None]
-            # Only numbers: kernels may leave parts of their workspaces unwritten.
-            return [(i, x) for i, x in saved if x is not None and (x.is_floating_point() or x.is_complex())]
-        values = inputs if self.compared == "input" else outputs
-        return [(i, x) for i, x in enumerate(values) if isinstance(x, Tensor) and i not in self.passed]
+    def _take_prints(self, inputs: tuple[Any, ...], outputs: tuple[Any, ...]) -> Prints:
+        """Take the fingerprints that a replay is compared by (rule 6)."""
+        if self.kept is None:
+            return Prints("input", [None if i in self.passed else x for i, x in enumerate(inputs)])
+        if self.operation.policy.check == "always":
+            return Prints("output", outputs)
+        saved = [None if (handle := ref()) is None else handle.value for ref in self.handles]
+        return Prints("saved tensor", [x if _is_number(x) else None for x in saved])
 
     def _link(self, inputs: tuple[Any, ...], outputs: tuple[Any, ...]) -> None:
         """Put the outputs into slots, and become the one who rebuilds those of the inputs (rule 2)."""
@@ -389,9 +358,10 @@ class Call:
     def _recompute(self, tape: Tape, kept: tuple[Any, ...]) -> Sequence[Any]:
         """Run the function again, as far as anybody needs it, and return what it is compared by."""
         function, inputs = self.operation.function, [tape.input(i, x) for i, x in enumerate(kept)]
-        if self.compared == "output" or self.surroundings.generators:  # of which all numbers are counted
+        whole = self.prints is not None and self.prints.what == "output"
+        if whole or self.surroundings.generators:  # of which all numbers are counted
             outputs = tuple_of(tape.run(function, *inputs, **self.side))
-            return outputs if self.compared == "output" else tape.saved()
+            return outputs if whole else tape.saved()
         tape.run_until_saved(function, *inputs, **self.side)
         return tape.saved()
 
@@ -491,21 +461,8 @@ class Call:
         return policy.check == "always" or (policy.check == "first" and self._verified_as not in policy.verified)
 
     def _verify(self, values: Sequence[Any]) -> None:
-        if not self.prints:
-            self.operation.policy.verified.add(self._verified_as)
-            return
-        allowed = tolerance(self._dtypes())  # no replay comes nearer than what it starts from
-        for position, was in self.prints:
-            value = values[position]
-            if value is None:  # nobody awaits it any more
-                continue
-            error = distance(was, fingerprint(value))
-            if not error <= allowed:
-                raise RuntimeError(
-                    f"Expected {self.operation.name} to be replayed within a relative error of {allowed:.1e}; got "
-                    f"{error:.1e}, for {self.compared} {position}. Its inverse is wrong, or it is not deterministic, "
-                    "or too ill-conditioned for this precision. Mend it, or use mode 'recompute' or 'store'"
-                )
+        if self.prints is not None:  # no replay comes nearer than what it starts from
+            self.prints.compare(self.operation.name, values, tolerance(self._dtypes()))
         self.operation.policy.verified.add(self._verified_as)
 
     def _dtypes(self) -> set[torch.dtype]:
@@ -542,6 +499,11 @@ class Call:
             raise
         finally:
             set_grad_enabled(grad)
+
+
+def _is_number(tensor: Tensor | None) -> bool:
+    """Whether a tensor is numbers, and not, say, a kernel's workspace, of which parts may be left unwritten."""
+    return tensor is not None and (tensor.is_floating_point() or tensor.is_complex())
 
 
 def _heads(slots: Sequence[Slot | None]) -> list[Slot]:

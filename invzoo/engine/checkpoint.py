@@ -4,10 +4,11 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-from .call import Operation, call
+from .call import call
 from .callables import SideNames, modules_of
 from .freeing import freeing
 from .mode import Policy, check_of
+from .operation import Operation
 
 __all__ = ["checkpoint"]
 

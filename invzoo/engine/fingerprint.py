@@ -1,8 +1,9 @@
 """A few numbers that tell whether a tensor was rebuilt as it was, at the cost of one pass over it and no memory."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from ._torch import is_distributed, is_fake, whole, without_modes
 from .chain import uncompiled
 from .nested import plain_parts
 
-__all__ = ["Fingerprint", "distance", "fingerprint", "precision_of", "project", "tolerance"]
+__all__ = ["Fingerprint", "Prints", "distance", "fingerprint", "precision_of", "project", "tolerance"]
 
 Fingerprint = list[float]  # four random projections of each part, and the norm of all
 
@@ -91,3 +92,30 @@ def distance(was: Fingerprint, now: Fingerprint) -> float:
         return 0.0
     error = math.sqrt(sum((a - b) ** 2 for a, b in zip(was[:-1], now[:-1], strict=True)) / 4)
     return error / was[-1] if was[-1] else error
+
+
+class Prints:
+    """The fingerprints of some values, to compare what a replay makes of them.
+
+    Args:
+        what: what errors call one of the values.
+        values: those that are no tensors are not compared.
+    """
+
+    __slots__ = ("_prints", "what")
+
+    def __init__(self, what: str, values: Iterable[Any]):
+        self.what = what
+        self._prints = [(i, fingerprint(x)) for i, x in enumerate(values) if isinstance(x, Tensor)]
+
+    def compare(self, name: str, values: Sequence[Any], allowed: float) -> None:
+        """Raise if values of the replay of ``name`` are others; None stands for one that nobody needs any more."""
+        for position, was in self._prints:
+            value = values[position]
+            error = 0.0 if value is None else distance(was, fingerprint(value))
+            if not error <= allowed:
+                raise RuntimeError(
+                    f"Expected {name} to be replayed within a relative error of {allowed:.1e}; got {error:.1e}, for "
+                    f"{self.what} {position}. Its inverse is wrong, or it is not deterministic, or too ill-conditioned "
+                    "for this precision. Mend it, or use mode 'recompute' or 'store'"
+                )

@@ -21,7 +21,7 @@ NOTE [Transforms]
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,15 +40,13 @@ from ._torch import (
     with_tensors,
 )
 from .nested import map_tensors
+from .operation import Operation
 from .state import nothing_saved, state
-
-if TYPE_CHECKING:
-    from .call import Operation
 
 __all__ = ["run_below", "runs_below"]
 
 
-def runs_below(operation: "Operation", inputs: tuple[Any, ...], side: dict[str, Any]) -> bool:
+def runs_below(operation: Operation, inputs: tuple[Any, ...], side: dict[str, Any]) -> bool:
     """Whether a call that steps aside for a transform can run below it instead."""
     if nothing_saved() or (records := records_below()) is None or state.packing or with_tensors is None:
         return False
@@ -61,7 +59,7 @@ def runs_below(operation: "Operation", inputs: tuple[Any, ...], side: dict[str, 
 
 def run_below(
     call: "Callable[[Operation, tuple[Any, ...], dict[str, Any]], Any]",
-    operation: "Operation",
+    operation: Operation,
     inputs: tuple[Any, ...],
     side: dict[str, Any],
 ) -> Any:
@@ -146,7 +144,7 @@ class Below:
                 found.append((root, lowered))
         return [root for root, _ in found], [lowered for _, lowered in found]
 
-    def lowered(self, operation: "Operation") -> "Operation":
+    def lowered(self, operation: Operation) -> "Operation":
         """Return the operation as it is below."""
 
         def lowered(function: Callable[..., Any]) -> Callable[..., Any]:
