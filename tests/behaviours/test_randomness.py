@@ -346,7 +346,7 @@ def test_autocast_is_replayed_with_its_dtype(saving, backward_inside, dtype):
         assert_same_run(program, plain, ours, 2e-2 if saving.mode == "invert" else 1e-6)
     for module in ours.modules():
         if isinstance(module, Recorder):
-            assert len(module.seen) == 4
+            assert len(module.seen) >= 4
             assert set(module.seen) == {(dtype, True, dtype)}
 
 
