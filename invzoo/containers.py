@@ -12,6 +12,7 @@ from torch.nn.modules import module as torch_module
 from . import engine
 from .engine import CompiledMethods, Policy, SideNames
 from .errors import refuse
+from .layers._checks import check_dim_given, given_dim
 from .layers.split import Partition, SplitSpec, cut, join, merging, splitting
 from .log_dets import LogDets
 from .module import InvertibleModule
@@ -224,7 +225,7 @@ class Parallel(_Composite):
 
     Args:
         layers: invertible modules that take and return one tensor each.
-        dim: the dimension that one tensor is split along.
+        dim: the dimension that one tensor is split along; 1 by default, but to be given for one tensor of three dims.
         sizes: those of the parts in ``dim``; as `torch.chunk` would have them, if None.
         options: those of :class:`InvertibleModule`. Modes and checks are those of the layers.
 
@@ -239,15 +240,15 @@ class Parallel(_Composite):
     """
 
     def __init__(
-        self, *layers: InvertibleModule, dim: int = 1, sizes: Sequence[int] | None = None, **options: Any
+        self, *layers: InvertibleModule, dim: int | None = None, sizes: Sequence[int] | None = None, **options: Any
     ) -> None:
         super().__init__(**options)
         if sizes is not None and len(sizes) != len(layers):
             refuse(self, "sizes", f"hold {len(layers)} sizes, one for each layer", list(sizes))
         self.layers = nn.ModuleList(_checked(self, f"layer {i}", layer) for i, layer in enumerate(layers))
-        self.dim, self.sizes = dim, None if sizes is None else tuple(sizes)
+        self.dim, self.sizes = given_dim(self, dim), None if sizes is None else tuple(sizes)
         two = len(layers) == 2  # then neighbours may leave it two streams
-        self.streams = Partition(self.sizes or "half", dim) if two else None  # type: ignore[arg-type]
+        self.streams = Partition(self.sizes or "half", self.dim) if two else None  # type: ignore[arg-type]
         set_options(self, options)
 
     def _layers(self) -> Iterable[tuple[str, InvertibleModule]]:
@@ -284,6 +285,7 @@ class Parallel(_Composite):
         return _one_or_all(outputs)
 
     def _cut(self, x: Tensor) -> tuple[Tensor, ...]:
+        check_dim_given(self, x)
         if not -x.ndim <= self.dim < x.ndim:
             refuse(self, "input", f"have a dim {self.dim}", f"shape {tuple(x.shape)}")
         parts = x.chunk(len(self.layers), self.dim)
@@ -331,7 +333,7 @@ class MultiScale(_Composite):
     def __init__(
         self,
         *stages: InvertibleModule,
-        dim: int = 1,
+        dim: int | None = None,
         split: SplitSpec = "half",
         input_shape: Sequence[int] | None = None,
         **options: Any,
@@ -340,7 +342,7 @@ class MultiScale(_Composite):
         if not stages:
             refuse(self, "stages", "be at least one", "none")
         self.stages = nn.ModuleList(_checked(self, f"stage {i}", stage) for i, stage in enumerate(stages))
-        self.partition = Partition(split, dim)
+        self.partition = Partition(split, given_dim(self, dim))
         self.latent_shapes: list[torch.Size] | None = None
         if input_shape is not None:
             self.latent_shapes = [shape[1:] for shape in output_shapes(self, (1, *input_shape), {})]
@@ -373,6 +375,7 @@ class MultiScale(_Composite):
         return *latents, *values
 
     def _let_go(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        check_dim_given(self, x)
         going, latent = self.partition.cut(x)
         return going, latent.clone()  # a view would keep all of x
 
@@ -386,6 +389,7 @@ class MultiScale(_Composite):
             with engine.place(partial(_place, "stage", name, stage)):
                 (x,) = _step(stage.inv, (x,), side, log_dets)
                 if i:
+                    check_dim_given(self, x)
                     x = join(self.partition, (x, latents.pop()), stage)
         return x
 
@@ -407,6 +411,7 @@ def _streams(layer: InvertibleModule, values: tuple[Any, ...], streams: Partitio
         return None
     if not all(isinstance(value, Tensor) and -value.ndim <= wanted.dim < value.ndim for value in values):
         return None  # the layer says what is wrong
+    check_dim_given(layer, values[0])  # also where it would go on with the streams of a layer before it
     n = sum(value.shape[wanted.dim] for value in values)
     return wanted if layer.takes_streams(*wanted.sizes(n)) else None
 

@@ -67,6 +67,7 @@ class InvertibleModule(nn.Module):
     slow_inverse: ClassVar[bool] = False  # the inverse takes many evaluations: mode invert keeps the input instead
     exact: ClassVar[bool] = False  # the inverse is exact in floating point
     composite: ClassVar[bool] = False  # made of layers that are calls of their own
+    assumes_dim: bool = False  # whether `dim` was not given, and is 1, for which one tensor of three dims is refused
     streams: Any = None  # how the layer splits one tensor into two streams, if it takes either
     _compiled: CompiledMethods | None = None  # what compiles the layer's methods
 
@@ -302,6 +303,7 @@ class Inverse(InvertibleModule):
     saturating = property(lambda self: self.layer.saturating)
     exact = property(lambda self: self.layer.exact)
     composite = property(lambda self: self.layer.composite)
+    assumes_dim = property(lambda self: self.layer.assumes_dim)
     streams = property(lambda self: self.layer.streams)
     inv = property(lambda self: self.layer)
     _compiled = property(lambda self: self.layer._compiled)

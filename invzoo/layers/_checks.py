@@ -1,6 +1,6 @@
 """Errors of one form, "<Layer>: Expected <argument> to ...; got ...", for every layer."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ __all__ = [
     "autocast_enabled",
     "check_callable",
     "check_choice",
+    "check_dim_given",
     "check_dims",
     "check_features",
     "check_floating",
@@ -19,11 +20,15 @@ __all__ = [
     "check_positive",
     "check_positive_int",
     "check_tensor",
+    "given_dim",
+    "given_dims",
     "refuse",
 ]
 
 
 def check_callable(owner: object, argument: str, value: Any) -> None:
+    if isinstance(value, type):
+        refuse(owner, argument, "be a module or a function", f"the class {value.__name__}: make one of it", TypeError)
     if not callable(value):
         refuse(owner, argument, "be a module or a function", type(value).__name__, TypeError)
 
@@ -64,6 +69,30 @@ def check_dims(owner: object, argument: str, x: Tensor, dims: Collection[int], l
     """The number of dims is one of ``dims``; ``layout`` says in words what they mean."""
     if x.ndim not in dims:
         refuse(owner, argument, f"have dims {layout}", f"shape {tuple(x.shape)}")
+
+
+def given_dim(owner: Any, dim: Any) -> int:
+    """Return ``dim`` if it is an int. For None that is 1, where ``owner`` only assumes the features."""
+    if dim is None:
+        owner.assumes_dim = True
+        return 1
+    if not isinstance(dim, int) or isinstance(dim, bool):
+        refuse(owner, "dim", "be an int", repr(dim), TypeError)
+    return dim
+
+
+def given_dims(owner: Any, dim: Any) -> tuple[int, ...]:
+    """As :func:`given_dim`, where several will do."""
+    several = isinstance(dim, Sequence) and not isinstance(dim, str)
+    return tuple(given_dim(owner, d) for d in (dim if several else (dim,)))
+
+
+def check_dim_given(owner: Any, x: Tensor) -> None:
+    """``owner`` was given its dim, or ``x`` has other than three dims: of those, dim 1 may be time."""
+    if owner.assumes_dim and x.ndim == 3:
+        expected = "be given for a tensor of three dims: dim=1 for the channels of a signal (batch, channels, length), "
+        expected += "dim=-1 for the features of tokens (batch, tokens, features)"
+        refuse(owner, "dim", expected, f"none, and shape {tuple(x.shape)}")
 
 
 def check_features(owner: object, argument: str, x: Tensor, dim: int, size: int) -> None:

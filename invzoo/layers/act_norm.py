@@ -59,7 +59,8 @@ class ActNorm(ElementwiseMap):
 
     Args:
         features: size of ``dim``.
-        dim: the dimension that has a scale and a shift for each entry.
+        dim: the dimension that has a scale and a shift for each entry; 1 by default, but to be given for one tensor of
+            three dims.
         max_log_scale: the bound ``a`` on ``s``, in nats.
         min_std: the least ``std``. A feature that varies less in the first batch, a constant one say, gets this std,
             and a warning says so.
@@ -96,7 +97,7 @@ class ActNorm(ElementwiseMap):
         self,
         features: int,
         *,
-        dim: int = 1,
+        dim: int | None = None,
         max_log_scale: float = 2.0,
         min_std: float = 1e-3,
         device: torch.device | str | None = None,

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..engine import Tape
 from ..log_dets import sum_per_sample
-from ._checks import check_features, check_like, check_positive_int, refuse
+from ._checks import check_dim_given, check_features, check_like, check_positive_int, given_dim, refuse
 from .conditioned import Conditioned, Conditioner
 from .elementwise import check_real
 from .maps import Map
@@ -29,6 +29,7 @@ def check_per_feature(owner: Any, argument: str, x: Any, parameter: Tensor) -> N
     """``x`` is real, like the layer's ``parameter``, and has its features in its dim."""
     check_real(owner, argument, x)
     check_like(owner, argument, x, parameter)
+    check_dim_given(owner, x)
     check_features(owner, argument, x, owner.dim, owner.features)
 
 
@@ -49,11 +50,11 @@ class ElementwiseMap(Conditioned):
     map: Map
     dim: int
 
-    def __init__(self, map: Map, dim: int, conditioner: Conditioner | None, **options: Any) -> None:  # noqa: A002
+    def __init__(self, map: Map, dim: int | None, conditioner: Conditioner | None, **options: Any) -> None:  # noqa: A002
         super().__init__(**options)
         map.check(self)
         self.set_conditioner(conditioner)
-        self.map, self.dim = map, dim
+        self.map, self.dim = map, given_dim(self, dim)
 
     @abstractmethod
     def check_argument(self, argument: str, x: Tensor) -> None:
@@ -173,7 +174,7 @@ class PerFeatureMap(ElementwiseMap):
         self,
         map: Map,  # noqa: A002
         features: int,
-        dim: int,
+        dim: int | None,
         conditioner: Conditioner | None,
         factory: dict[str, Any],
         **options: Any,

@@ -32,7 +32,7 @@ kinds = pytest.mark.parametrize("kind", ["store", "recompute", "invert"])
 
 
 def build(name: str, features: int = 3, dtype: torch.dtype = torch.float64, **options: object) -> PerFeatureMap:
-    return perturbed(LAYERS[name](features, dtype=dtype, **options), 0.5)
+    return perturbed(LAYERS[name](features, dim=1, dtype=dtype, **options), 0.5)
 
 
 def conditioned(name: str, features: int = 3) -> PerFeatureMap:

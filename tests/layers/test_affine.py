@@ -64,7 +64,7 @@ def test_elementwise_affine_starts_as_the_identity_and_stays_bounded():
 @pytest.mark.parametrize("scale", ["tanh", "softclip", "sigmoid", "unit", "exp"])
 def test_conditional_affine_is_the_map_of_the_couplings(scale):
     x, context = randn(2, 3, 4), randn(2, 5)
-    layer = trained(iz.ConditionalAffine(nn.Linear(5, 6), scale=scale, max_log_scale=1.5))
+    layer = trained(iz.ConditionalAffine(nn.Linear(5, 6), dim=1, scale=scale, max_log_scale=1.5))
     h = layer.conditioner(context)[..., None]
     map_ = Affine(scale, 1.5)
     y, log_det = layer.forward_and_log_det(x, context=context)
@@ -94,8 +94,10 @@ def test_a_conditioner_adds_to_the_parameters_in_any_shape_that_broadcasts(dim, 
 
 
 def test_a_conditioner_of_zeros_changes_nothing():
-    plain, x = trained(iz.ElementwiseAffine(3)), randn(2, 3, 4)
-    conditioned = iz.ElementwiseAffine(3, conditioner=lambda context: context.new_zeros(len(context), 6)).double()
+    plain, x = trained(iz.ElementwiseAffine(3, dim=1)), randn(2, 3, 4)
+    conditioned = iz.ElementwiseAffine(
+        3, dim=1, conditioner=lambda context: context.new_zeros(len(context), 6)
+    ).double()
     conditioned.load_state_dict(plain.state_dict())
     assert_close(conditioned(x, context=randn(2, 1)), plain(x), rtol=0, atol=0)
 
@@ -103,8 +105,8 @@ def test_a_conditioner_of_zeros_changes_nothing():
 @pytest.mark.parametrize("log_det", [True, False])
 def test_modes_agree(log_det):
     for layer in (
-        trained(iz.ElementwiseAffine(3, conditioner=nn.Sequential(nn.Linear(2, 6), nn.Tanh()))),
-        trained(iz.ConditionalAffine(nn.Sequential(nn.Linear(2, 6), nn.Tanh()))),
+        trained(iz.ElementwiseAffine(3, dim=1, conditioner=nn.Sequential(nn.Linear(2, 6), nn.Tanh()))),
+        trained(iz.ConditionalAffine(nn.Sequential(nn.Linear(2, 6), nn.Tanh()), dim=1)),
     ):
         x, context = randn(4, 3, 2), randn(4, 2)
         expected = gradients(layer, "store", x, context, log_det)
@@ -122,7 +124,7 @@ def test_a_function_as_conditioner_moves_the_buffers_of_its_modules_once(mode):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_derivatives_of_two_orders(mode):
-    layer = trained(iz.ElementwiseAffine(2, conditioner=nn.Linear(2, 4), mode=mode))
+    layer = trained(iz.ElementwiseAffine(2, dim=1, conditioner=nn.Linear(2, 4), mode=mode))
     given = randn(2, 2, 2, requires_grad=True), randn(2, 2, requires_grad=True)
     for run in (layer.forward_and_log_det, layer.inverse_and_log_det):
         assert gradcheck(lambda x, c, run=run: run(x, context=c), given)
@@ -130,7 +132,7 @@ def test_derivatives_of_two_orders(mode):
 
 
 def test_a_chain_gives_the_context_to_the_layers_that_take_it():
-    conditioned = iz.ElementwiseAffine(3, conditioner=nn.Linear(2, 6))
+    conditioned = iz.ElementwiseAffine(3, dim=1, conditioner=nn.Linear(2, 6))
     chain = trained(iz.InvertibleSequential(iz.ElementwiseAffine(3), conditioned, iz.Reverse()))
     x, context = randn(2, 3), randn(2, 2)
     y, log_det = chain.forward_and_log_det(x, context=context)
@@ -144,7 +146,7 @@ def test_a_chain_gives_the_context_to_the_layers_that_take_it():
 
 
 def test_a_deep_stack_comes_back_in_float32():
-    layers = [iz.ElementwiseAffine(3, max_log_scale=0.3, conditioner=nn.Linear(2, 6)) for _ in range(16)]
+    layers = [iz.ElementwiseAffine(3, dim=1, max_log_scale=0.3, conditioner=nn.Linear(2, 6)) for _ in range(16)]
     chain = trained(iz.InvertibleSequential(*layers)).float()
     x, context = torch.randn(5, 3, 4), torch.randn(5, 2)
     assert_close(chain.inverse(chain(x, context=context), context=context), x, rtol=1e-4, atol=1e-4)
@@ -152,7 +154,7 @@ def test_a_deep_stack_comes_back_in_float32():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_computed_in_single(dtype):
-    layer, x = trained(iz.ElementwiseAffine(3)).to(dtype), torch.randn(4, 3, 2).to(dtype)
+    layer, x = trained(iz.ElementwiseAffine(3, dim=1)).to(dtype), torch.randn(4, 3, 2).to(dtype)
     y, log_det = layer.forward_and_log_det(x)
     assert y.dtype == dtype
     assert log_det.dtype == torch.float32
@@ -172,7 +174,7 @@ def test_autocast_leaves_scales_in_single_precision():
 
 @pytest.mark.parametrize("batch", [0, 1])
 def test_small_batches(batch):
-    layer = iz.ElementwiseAffine(3, conditioner=nn.Linear(2, 6))
+    layer = iz.ElementwiseAffine(3, dim=1, conditioner=nn.Linear(2, 6))
     x, context = torch.randn(batch, 3, 4, requires_grad=True), torch.randn(batch, 2)
     y, log_det = layer.forward_and_log_det(x, context=context)
     (y.sum() + log_det.sum()).backward()
@@ -214,12 +216,12 @@ def test_small_batches(batch):
             r"Expected conditioner to return shape \(2, 6\); got \(2, 3\)",
         ),
         (
-            lambda: iz.ConditionalAffine(nn.Identity())(torch.ones(2, 3, 4), context=torch.ones(2, 6, 3)),
+            lambda: iz.ConditionalAffine(nn.Identity(), dim=1)(torch.ones(2, 3, 4), context=torch.ones(2, 6, 3)),
             ValueError,
             r"return shape \(2, 6\) or \(2, 6, 4\); got \(2, 6, 3\)",
         ),
         (
-            lambda: iz.ConditionalAffine(nn.Identity())(torch.ones(2, 3, 4), context=torch.ones(3, 6)),
+            lambda: iz.ConditionalAffine(nn.Identity(), dim=1)(torch.ones(2, 3, 4), context=torch.ones(3, 6)),
             ValueError,
             r"return shape \(2, 6\) or \(2, 6, 4\); got \(3, 6\)",
         ),

@@ -31,7 +31,7 @@ def coupling(kind, split="half", n=7, two_sided=True, swap=False, **options):
     first, second = sizes[::-1] if swap else sizes
     factor = 1 if kind is iz.AdditiveCoupling else 2
     g = Net(first, second * factor) if two_sided else None
-    return kind(Net(second, first * factor), g, split=split, swap=swap, **options)
+    return kind(Net(second, first * factor), g, dim=1, split=split, swap=swap, **options)
 
 
 CASES = [*itertools.product(KINDS, [*SPLITS, "checkerboard"], [True, False], [True, False])]

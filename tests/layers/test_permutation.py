@@ -105,7 +105,7 @@ def test_any_bits_are_moved_as_they_are(name: str, direction: str) -> None:
 @directions
 @pytest.mark.parametrize("n", [2, 5, 6])
 def test_derivatives(name: str, direction: str, n: int) -> None:
-    f, x = getattr(MAKE[name](n), direction), torch.randn(2, n, 2, dtype=torch.float64, requires_grad=True)
+    f, x = getattr(MAKE[name](n, dim=1), direction), torch.randn(2, n, 2, dtype=torch.float64, requires_grad=True)
     assert gradcheck(f, x, check_forward_ad=True, check_batched_grad=True)
     assert gradgradcheck(f, x)
 
@@ -132,7 +132,7 @@ class Square(nn.Module):
         return x**2
 
 
-@pytest.mark.parametrize("make", [lambda: Permute([1, 0, 2]), lambda: Shuffle(3)], ids=["permute", "shuffle"])
+@pytest.mark.parametrize("make", [lambda: Permute([1, 0, 2], 1), lambda: Shuffle(3, 1)], ids=["permute", "shuffle"])
 @pytest.mark.parametrize("again", [False, True])
 def test_a_replay_reindexes_once(make: Callable, again: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     layer, sizes = make(), []
@@ -192,7 +192,7 @@ def test_the_log_det_of_streams_is_that_of_a_sample(kind: str, inverted: bool) -
 @pytest.mark.parametrize("split", ["half", "interleave", (1, 4), 0.7])
 def test_log_dets_of_split_and_merge_are_zeros(kind: str, split: Any) -> None:
     x = torch.randn(3, 5, 2, dtype=torch.float64, requires_grad=True)
-    cut, glue = Split(split=split, mode=kind), Merge(split=split, mode=kind)
+    cut, glue = Split(1, split, mode=kind), Merge(1, split, mode=kind)
     for divide, merge in ((cut, glue), (cut, cut.inv), (glue.inv, glue)):
         streams, first = divide.forward_and_log_det(x)
         assert [s.shape[1] for s in streams] == [*Partition(split).sizes(5)]
@@ -248,7 +248,7 @@ def test_the_output_is_no_view_of_the_input(name: str, direction: str, n: int) -
 @directions
 @pytest.mark.parametrize("n", [4, 5])
 def test_compiles_and_maps(name: str, direction: str, n: int) -> None:
-    f, x = getattr(MAKE[name](n), direction), torch.randn(3, 2, n)
+    f, x = getattr(MAKE[name](n, dim=1), direction), torch.randn(3, 2, n)
     torch.compiler.reset()
     expected = torch.stack([f(row) for row in x])
     assert same(torch.func.vmap(f)(x), expected)

@@ -325,8 +325,8 @@ def test_zero_init_starts_at_the_identity():
 
 
 def test_each_feature_has_a_spline_of_its_own_and_the_context_adds_to_it():
-    layer = iz.RationalQuadraticSpline(3, bins=4, conditioner=nn.Linear(2, 33), dtype=torch.float64).double()
-    plain = iz.RationalQuadraticSpline(3, bins=4, dtype=torch.float64)
+    layer = iz.RationalQuadraticSpline(3, dim=1, bins=4, conditioner=nn.Linear(2, 33), dtype=torch.float64).double()
+    plain = iz.RationalQuadraticSpline(3, dim=1, bins=4, dtype=torch.float64)
     assert layer.weight.shape == (11, 3)
     x, context = torch.randn(5, 3, 2, dtype=torch.float64), torch.randn(5, 2, dtype=torch.float64)
     assert_close(plain(x), x)

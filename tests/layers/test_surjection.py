@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributions import Bernoulli, Beta, Distribution, Independent, MultivariateNormal, Normal
 
 from invzoo.containers import InvertibleSequential
-from invzoo.layers.coupling import AffineCoupling
+from invzoo.layers.couplings import AffineCoupling
 from invzoo.layers.dequantize import Dequantize
 from invzoo.layers.linear import InvertibleLinear
 from invzoo.layers.surjection import Abs, Augment, Slice, Surjection

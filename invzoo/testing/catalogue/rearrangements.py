@@ -15,14 +15,14 @@ REARRANGEMENTS: tuple[Entry, ...] = (
         Case(lambda: iz.Permute([2, 0, 1]), (3,)),
         Case(lambda: iz.Permute([1, 0], dim=-1), (3, 2), id="last"),
     ),
-    Entry(iz.Shuffle, "the same with a random order", "0", Case(lambda: iz.Shuffle(5), (5, 2))),
-    Entry(iz.Reverse, "y[i] = x[n - 1 - i]", "0", Case(iz.Reverse, (3, 2))),
+    Entry(iz.Shuffle, "the same with a random order", "0", Case(lambda: iz.Shuffle(5, dim=1), (5, 2))),
+    Entry(iz.Reverse, "y[i] = x[n - 1 - i]", "0", Case(lambda: iz.Reverse(dim=1), (3, 2))),
     Entry(
         iz.Swap,
         "(x1, x2) -> (x2, x1)",
         "0",
         Case(iz.Swap, (4,)),
-        Case(iz.Swap, (5, 2), id="odd"),
+        Case(lambda: iz.Swap(dim=1), (5, 2), id="odd"),
         Case(iz.Swap, (3,), (2,), id="streams"),
     ),
     Entry(
@@ -30,21 +30,21 @@ REARRANGEMENTS: tuple[Entry, ...] = (
         "[a0 a1 b0 b1] -> [a0 b0 a1 b1]",
         "0",
         Case(iz.Interleave, (4,)),
-        Case(iz.Interleave, (5, 2), id="odd"),
+        Case(lambda: iz.Interleave(dim=1), (5, 2), id="odd"),
     ),
     Entry(
         iz.Deinterleave,
         "[a0 b0 a1 b1] -> [a0 a1 b0 b1]",
         "0",
         Case(iz.Deinterleave, (4,)),
-        Case(iz.Deinterleave, (5, 2), id="odd"),
+        Case(lambda: iz.Deinterleave(dim=1), (5, 2), id="odd"),
     ),
     Entry(
         iz.Split,
         "x -> (x1, x2)",
         "0",
         Case(iz.Split, (4,)),
-        Case(lambda: iz.Split(split="interleave"), (5, 2), id="interleave"),
+        Case(lambda: iz.Split(dim=1, split="interleave"), (5, 2), id="interleave"),
         Case(lambda: iz.Split(split=(1, 3)), (4,), id="sizes"),
     ),
     Entry(
@@ -52,7 +52,7 @@ REARRANGEMENTS: tuple[Entry, ...] = (
         "(x1, x2) -> x",
         "0",
         Case(iz.Merge, (2,), (2,)),
-        Case(lambda: iz.Merge(split="interleave"), (3, 2), (2, 2), id="interleave"),
+        Case(lambda: iz.Merge(dim=1, split="interleave"), (3, 2), (2, 2), id="interleave"),
     ),
     # ---- shapes ----
     Entry(
@@ -81,7 +81,7 @@ REARRANGEMENTS: tuple[Entry, ...] = (
         iz.Pad,
         "x -> (0, x, 0)",
         "none",
-        Case(lambda: iz.Pad(2), (3, 2)),
+        Case(lambda: iz.Pad(2, dim=1), (3, 2)),
         Case(lambda: iz.Pad((1, 2), dim=(-1, -2)), (1, 2, 3), id="pixels"),
     ),
     # ---- orthonormal transforms ----
@@ -106,5 +106,5 @@ REARRANGEMENTS: tuple[Entry, ...] = (
         Case(iz.DCT, (2, 5)),
         Case(lambda: iz.DCT((-2, -1)), (2, 3), id="pixels"),
     ),
-    Entry(iz.Hadamard, "the Hadamard transform of some dims", "0", Case(iz.Hadamard, (4, 2))),
+    Entry(iz.Hadamard, "the Hadamard transform of some dims", "0", Case(lambda: iz.Hadamard(dim=1), (4, 2))),
 )
