@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from .log_dets import LogDets
 from .module import InvertibleModule
 from .shapes import output_shapes
 
-__all__ = ["Chain", "InvertibleSequential", "MultiScale", "Parallel", "Repeat", "set_options"]
+__all__ = ["Chain", "InvertibleSequential", "Layers", "MultiScale", "Parallel", "Repeat", "set_options"]
 
 
 class _Composite(InvertibleModule):
@@ -150,19 +150,44 @@ def _one_or_all(values: Sequence[Any]) -> Any:
     return values[0] if len(values) == 1 else tuple(values)
 
 
-class InvertibleSequential(Chain, nn.Sequential):
+class _Guarded:
+    """Let only layers into a list of them; an edit that would bring another module leaves it as it was."""
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        super().add_module(name, _checked(self, f"layer {name}", module))  # type: ignore[misc]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, nn.Module) or name in vars(self).get("_modules", ()):
+            _checked(self, f"layer {name}", value)
+        super().__setattr__(name, value)
+
+    def insert(self, index: int, module: nn.Module) -> Any:
+        return super().insert(index, _checked(self, f"layer {index}", module))  # type: ignore[misc]
+
+    def extend(self, modules: Iterable[nn.Module]) -> Any:
+        start: int = len(self)  # type: ignore[arg-type]
+        layers = [_checked(self, f"layer {i}", module) for i, module in enumerate(modules, start)]
+        return super().extend(layers)  # type: ignore[misc]
+
+
+class Layers(_Guarded, nn.ModuleList):
+    """The layers of a container that is no sequence of them."""
+
+
+class InvertibleSequential(Chain, _Guarded, nn.Sequential):
     """Apply invertible layers one after the other; backward holds one activation, however many they are.
 
-    It has `torch.nn.Sequential`'s interface (index, slice, append, named layers). Neighbouring couplings that split
-    alike run on two streams, so that a stack splits once and merges once. Each side input goes to the layers that have
-    an argument of its name.
+    It has `torch.nn.Sequential`'s interface (index, slice, edits in place, ``+`` and ``*``, named layers), and what
+    comes of it is an InvertibleSequential. Neighbouring couplings that split alike run on two streams, so that a stack
+    splits once and merges once. Each side input goes to the layers that have an argument of its name.
 
     Args:
         layers: invertible modules, or one ordered dict of them.
         options: those of :class:`InvertibleModule`. Modes and checks are those of the layers.
 
     Raises:
-        TypeError: for a layer that is not an invertible module, or a side input that no layer takes.
+        TypeError: for a layer that is not an invertible module, now or put in later, or a side input that no layer
+            takes.
 
     Example:
         >>> net = iz.InvertibleSequential(iz.AdditiveCoupling(nn.Linear(2, 2)), iz.Reverse())
@@ -178,8 +203,14 @@ class InvertibleSequential(Chain, nn.Sequential):
             self.add_module(str(name), layer)
         set_options(self, options)
 
-    def add_module(self, name: str, module: nn.Module | None) -> None:
-        super().add_module(name, _checked(self, f"layer {name}", module))
+    def __add__(self, other: nn.Sequential) -> "InvertibleSequential":
+        return InvertibleSequential(*super().__add__(other))
+
+    def __iadd__(self, other: nn.Sequential) -> Self:
+        return self.extend(other) if isinstance(other, nn.Sequential) else super().__iadd__(other)
+
+    def __mul__(self, other: int) -> "InvertibleSequential":
+        return InvertibleSequential(*super().__mul__(other))
 
     def _layers(self) -> Iterable[tuple[str, InvertibleModule]]:
         return self._modules.items()  # type: ignore[return-value]
@@ -245,7 +276,7 @@ class Parallel(_Composite):
         super().__init__(**options)
         if sizes is not None and len(sizes) != len(layers):
             refuse(self, "sizes", f"hold {len(layers)} sizes, one for each layer", list(sizes))
-        self.layers = nn.ModuleList(_checked(self, f"layer {i}", layer) for i, layer in enumerate(layers))
+        self.layers = Layers(_checked(self, f"layer {i}", layer) for i, layer in enumerate(layers))
         self.dim, self.sizes = given_dim(self, dim), None if sizes is None else tuple(sizes)
         two = len(layers) == 2  # then neighbours may leave it two streams
         self.streams = Partition(self.sizes or "half", self.dim) if two else None  # type: ignore[arg-type]
@@ -341,7 +372,7 @@ class MultiScale(_Composite):
         super().__init__(**options)
         if not stages:
             refuse(self, "stages", "be at least one", "none")
-        self.stages = nn.ModuleList(_checked(self, f"stage {i}", stage) for i, stage in enumerate(stages))
+        self.stages = Layers(_checked(self, f"stage {i}", stage) for i, stage in enumerate(stages))
         self.partition = Partition(split, given_dim(self, dim))
         self.latent_shapes: list[torch.Size] | None = None
         if input_shape is not None:
@@ -422,7 +453,7 @@ def _has_hooks(layer: nn.Module) -> bool:
     return any(tables) or torch_module._has_any_global_hook()
 
 
-def _checked(owner: nn.Module, argument: str, layer: Any) -> InvertibleModule:
+def _checked(owner: object, argument: str, layer: Any) -> InvertibleModule:
     if not isinstance(layer, InvertibleModule):
         hint = "Plain layers belong outside the stack, or into a coupling's subnet"
         refuse(owner, argument, "be an InvertibleModule", f"{type(layer).__name__}. {hint}", TypeError)

@@ -1,7 +1,7 @@
 """The base class of every invertible layer, and a layer with its directions swapped."""
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from types import FunctionType, MethodType
 from typing import Any, ClassVar, NoReturn
@@ -49,7 +49,8 @@ class InvertibleModule(nn.Module):
         seed: keep the state of the random number generators on every call; otherwise on calls that use them.
 
     Raises:
-        TypeError: in mode ``invert``, for a layer that has no inverse.
+        TypeError: for a class that defines ``forward`` and no ``function``; and in mode ``invert``, for a layer that
+            has no inverse.
 
     Example:
         >>> class Double(iz.InvertibleModule):
@@ -81,6 +82,10 @@ class InvertibleModule(nn.Module):
         checkpoint: bool = True,
         seed: bool = False,
     ) -> None:
+        if _is_overridden(self, "forward") and not _is_overridden(self, "function"):
+            lines = "`def function(self, x): ...` in place of forward, and `def inverse(self, y): ...`"
+            got = f"forward, whose activations nobody would free. Write {lines}"
+            refuse(self, "class", "define function, which forward runs", got, TypeError)
         super().__init__()
         self._policy = Policy(checkpoint, invertible, engine.check_of(check), seed, free_input)
         if mode is not None:
@@ -335,29 +340,44 @@ class Inverse(InvertibleModule):
         return f"{self.layer._name()}.inv"
 
 
-@contextmanager
-def mode(module: nn.Module, value: Mode | str) -> Iterator[None]:
-    """Set the mode of every invertible module inside ``module`` for as long as the context lasts.
+class mode:  # noqa: N801 - reads as the word that it is, like torch.set_grad_enabled
+    """Set the mode of every invertible module inside ``module``.
+
+    It acts at once; used in a ``with``, it puts the mode that each module had back at the end. In ``'invert'`` a layer
+    without an inverse is recomputed.
 
     Args:
         module: a module with invertible modules in it, or one itself.
         value: ``'store'``, ``'recompute'`` or ``'invert'``.
 
     Raises:
-        ValueError: for another mode.
+        ValueError: for another mode, and for a module without invertible modules; then nothing changes.
 
     Example:
         >>> layer = iz.InvertibleLeakyReLU()
         >>> with iz.mode(layer, "store"):
         ...     print(layer.mode)
         store
+        >>> _ = iz.mode(layer, "recompute")
+        >>> print(layer.mode)
+        recompute
     """
-    policies = [m._policy for m in module.modules() if isinstance(m, InvertibleModule)]
-    before = [(p, p.checkpoint, p.invertible) for p in policies]
-    for policy in policies:
-        policy.mode = value
-    try:
-        yield
-    finally:
-        for policy, checkpoint, invertible in before:
+
+    def __init__(self, module: nn.Module, value: Mode | str) -> None:
+        value = engine.mode_of(value)
+        layers = [m for m in module.modules() if isinstance(m, InvertibleModule)]
+        if not layers:
+            got = f"{type(module).__name__}, none of whose modules saves memory"
+            refuse("iz.mode", "module", "be an InvertibleModule or hold one", got)
+        otherwise = Mode.recompute if value is Mode.invert else value
+        self._modes = [(layer._policy, value if layer._has_inverse() else otherwise) for layer in layers]
+        self._before = [(policy, policy.checkpoint, policy.invertible) for policy, _ in self._modes]
+        self.__enter__()
+
+    def __enter__(self) -> None:
+        for policy, value in self._modes:
+            policy.mode = value
+
+    def __exit__(self, *error: object) -> None:
+        for policy, checkpoint, invertible in self._before:
             policy.checkpoint, policy.invertible = checkpoint, invertible

@@ -97,6 +97,25 @@ class Pair(inn.InvertibleModule):
         return None if 0 in saved else a, c - a.square()
 
 
+def test_forward_takes_the_place_of_function_nowhere():
+    class Sinh(inn.InvertibleModule):
+        def forward(self, x):
+            return x.sinh()
+
+        def inverse(self, y):
+            return y.asinh()
+
+    lines = r"`def function\(self, x\): ...` in place of forward, and `def inverse\(self, y\): ...`"
+    with pytest.raises(TypeError, match=f"Sinh: Expected class to define function, .*; got forward, .*{lines}"):
+        Sinh()
+
+    class Late(inn.InvertibleModule):
+        pass
+
+    with pytest.raises(NotImplementedError, match=r"Expected Late to define function"):
+        Late(mode="store")(torch.ones(1))
+
+
 def test_saved_names_the_inputs_that_need_no_computing():
     layer = Pair()
     a, b = (torch.randn(4, dtype=torch.float64, requires_grad=True) for _ in range(2))

@@ -7,7 +7,7 @@ from .checkpoint import checkpoint
 from .fingerprint import tolerance
 from .freeing import freeing
 from .methods import CompiledMethods
-from .mode import Mode, Policy, check_of
+from .mode import Mode, Policy, check_of, mode_of
 from .state import inside_container, place, steps_aside, transformed
 from .surroundings import map_tensors
 from .tape import Tape, tuple_of
@@ -27,6 +27,7 @@ __all__ = [
     "freeing",
     "inside_container",
     "map_tensors",
+    "mode_of",
     "modules_of",
     "place",
     "steps_aside",
