@@ -1,11 +1,13 @@
 """The base class of every invertible layer, and a layer with its directions swapped."""
 
+import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
-from types import FunctionType, MethodType
+from types import MethodType
 from typing import Any, ClassVar, NoReturn
 
+import torch
 from torch import Tensor, nn
 from torch.distributions import constraints
 
@@ -15,7 +17,7 @@ from .engine import CompiledMethods, Mode, Operation, Policy, SideNames, Tape
 from .errors import refuse
 from .log_dets import zero_log_det
 
-__all__ = ["Inverse", "InvertibleModule", "mode"]
+__all__ = ["Inverse", "InvertibleModule", "mode", "modules_behind"]
 
 
 def _option(name: str, doc: str, convert: Callable[[Any], Any] = lambda value: value) -> Any:
@@ -71,6 +73,7 @@ class InvertibleModule(nn.Module):
     assumes_dim: bool = False  # whether `dim` was not given, and is 1, for which one tensor of three dims is refused
     streams: Any = None  # how the layer splits one tensor into two streams, if it takes either
     _compiled: CompiledMethods | None = None  # what compiles the layer's methods
+    _looked_behind: bool = False  # whether somebody has asked who trains the modules behind its functions
 
     def __init__(
         self,
@@ -139,6 +142,7 @@ class InvertibleModule(nn.Module):
         with self._freeing(inputs):
             if self.composite:
                 return self.function(*inputs, **side)
+            _check_arguments(self, inputs, side)
             return engine.call(self._operation(), inputs, side)
 
     def forward_and_log_det(self, *inputs: Any, **side: Any) -> tuple[Any, Tensor]:
@@ -153,6 +157,7 @@ class InvertibleModule(nn.Module):
         with self._freeing(inputs):
             if self.composite:
                 return self.function_and_log_det(*inputs, **side)
+            _check_arguments(self, inputs, side)
             *outputs, log_det = engine.call(self._operation(log_det=True), inputs, side)
             return (outputs[0] if len(outputs) == 1 else tuple(outputs)), log_det
 
@@ -222,9 +227,9 @@ class InvertibleModule(nn.Module):
 
     def _roots(self) -> tuple[nn.Module, ...]:
         """Return the modules that :meth:`function` sees: this one, and those behind functions that it was given."""
-        values = [value for name, value in vars(self).items() if name != "_compiled_call_impl"]
-        functions = [value for value in values if isinstance(value, FunctionType | MethodType | partial)]
-        return (self, *engine.modules_of(*functions)) if functions else (self,)
+        values = [v for name, v in vars(self).items() if name not in _COMPILED and not isinstance(v, _DATA)]
+        functions = [v for v in values if callable(v)]
+        return (self, *modules_behind(self, *functions)) if functions else (self,)
 
     def _policies(self) -> list[Policy]:
         return [self._policy]
@@ -254,6 +259,46 @@ class InvertibleModule(nn.Module):
     seed = _option("seed", "Whether the random number generators' state is kept on every call, used or not.", bool)
     check = _option("check", "When a replay is compared with its forward (first, always or never).", engine.check_of)
     free_input = _option("free_input", "Whether a call frees the memory of its input until backward.", bool)
+
+
+_COMPILED = ("_compiled", "_compiled_call_impl")
+_DATA = (dict, list, tuple, set, int, float, str, Tensor)  # the compiler does not know that they cannot be called
+
+
+def modules_behind(layer: InvertibleModule, *functions: Callable[..., Any]) -> list[nn.Module]:
+    """Find the modules that functions which a layer was given lead to; warn once of those that nobody trains."""
+    modules = engine.modules_of(*functions)
+    if modules and not layer._looked_behind and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        trained = any(p.requires_grad for module in modules for p in module.parameters())
+        if trained and (strangers := engine.unregistered(modules)):
+            names = ", ".join(dict.fromkeys(type(module).__name__ for module in strangers))
+            warnings.warn(
+                f"{layer._name()}: Expected the modules behind its functions to be registered where an optimizer finds "
+                f"them; got {names}, which neither the layer nor a module that calls it holds. Pass the module itself, "
+                "or register it: `layer.add_module('net', net)`",
+                stacklevel=_depth_of_caller(),
+            )
+        if trained:
+            layer._looked_behind = True
+    return modules
+
+
+def _depth_of_caller() -> int:
+    """Return how many of the callers of this function's caller are of this package or torch, plus 1."""
+    frame, depth = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith((f"{__package__}.", "torch.")):
+        frame, depth = frame.f_back, depth + 1
+    return depth
+
+
+def _check_arguments(layer: InvertibleModule, inputs: tuple[Any, ...], side: dict[str, Any]) -> None:
+    """Refuse a side input that the layer does not take, and one by position, which no replay would know as one."""
+    if side:
+        layer.side_names().check(layer, side)
+    if len(inputs) > 1 and len(inputs) > (takes := SideNames.of(layer.function).inputs):
+        names = " and ".join(f"`{name}=`" for name in sorted(layer.side_names().names))
+        hint = f". Pass {names} by name" if names else ""
+        refuse(layer, "inputs", f"be {takes} by position", f"{len(inputs)}{hint}", TypeError)
 
 
 def _call(module: nn.Module, *args: Any, **options: Any) -> Any:

@@ -1,7 +1,7 @@
 """The engine: frees what backward needs after forward, and rebuilds it. It knows callables and tensors, no layers."""
 
 from .call import Operation, call
-from .callables import SideNames, modules_of
+from .callables import SideNames, modules_of, unregistered
 from .chain import Through, chain, uncompiled
 from .checkpoint import checkpoint
 from .fingerprint import tolerance
@@ -35,4 +35,5 @@ __all__ = [
     "transformed",
     "tuple_of",
     "uncompiled",
+    "unregistered",
 ]

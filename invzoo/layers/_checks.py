@@ -19,9 +19,12 @@ __all__ = [
     "check_like",
     "check_positive",
     "check_positive_int",
+    "check_returned",
     "check_tensor",
+    "explain",
     "given_dim",
     "given_dims",
+    "in_words",
     "refuse",
 ]
 
@@ -31,6 +34,46 @@ def check_callable(owner: object, argument: str, value: Any) -> None:
         refuse(owner, argument, "be a module or a function", f"the class {value.__name__}: make one of it", TypeError)
     if not callable(value):
         refuse(owner, argument, "be a module or a function", type(value).__name__, TypeError)
+
+
+def check_returned(owner: object, argument: str, h: Any, shape: Sequence[int], hint: str = "") -> None:
+    """A subnet called ``argument`` returned a tensor of ``shape``."""
+    if isinstance(h, Tensor) and [*h.shape] == [*shape]:
+        return
+    got = f"shape {tuple(h.shape)}" if isinstance(h, Tensor) else type(h).__name__
+    if isinstance(h, tuple):
+        hint = f". Let a module of your own return the one of them to use: `return self.net(x)[0]`{hint}"
+    refuse(owner, argument, f"return a Tensor of shape {tuple(shape)}", f"{got}{hint}")
+
+
+def explain(owner: object, argument: str, value: Any, error: Exception, hint: str = "") -> None:
+    """Say in what a subnet raised what it was given; what torch's modules raise about that becomes an error of ours."""
+    origin = _origin(error)
+    called = isinstance(error, TypeError) and origin.startswith(__package__)  # with other arguments than it has
+    if origin.startswith(__package__.split(".")[0]) and not called:
+        return  # which says it all
+    kind = {RuntimeError: ValueError, TypeError: TypeError}.get(type(error))
+    machine = any(word in str(error) for word in ("CUDA", "cuDNN", "memory"))
+    if kind and not machine and (called or origin.startswith(("torch.nn.modules", "torch.nn.functional"))):
+        refuse(owner, argument, f"take {in_words(value)}", f"{type(error).__name__}: {error}{hint}", kind)
+    error.add_note(f"{type(owner).__name__}: {argument} was given {in_words(value)}{hint}")
+
+
+def _origin(error: Exception) -> str:
+    """Name the module whose code raised, or called what raised in the depths of torch."""
+    origin, trace = "", error.__traceback__
+    while trace is not None:
+        name = trace.tb_frame.f_globals.get("__name__", "")
+        if not name.startswith("torch.") or name.startswith(("torch.nn.", "torch.distributed")):
+            origin = name
+        trace = trace.tb_next
+    return origin
+
+
+def in_words(value: Any) -> str:
+    """Say what a tensor is, or of which type another value is."""
+    tensor = isinstance(value, Tensor)
+    return f"{value.dtype} of shape {tuple(value.shape)} on {value.device}" if tensor else type(value).__name__
 
 
 def check_choice(owner: object, argument: str, value: Any, choices: Collection[Any]) -> None:

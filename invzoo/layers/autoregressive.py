@@ -132,18 +132,18 @@ class MaskedAutoregressive(InvertibleModule):
         self.net.reset_parameters()
         self._reset_order()
 
-    def function(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+    def function(self, x: Tensor, *, context: Tensor | None = None) -> Tensor:
         x, h = self._parameters_at(x, context)
         return self._restored(self.map.forward(x, h, -1).to(x.dtype))
 
-    def inverse(self, y: Tensor, context: Tensor | None = None) -> Tensor:
+    def inverse(self, y: Tensor, *, context: Tensor | None = None) -> Tensor:
         y, context = self._enter("y", y, context)
         return self._restored(self.net.solve(y, self.map.inverse, context))
 
-    def log_det(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+    def log_det(self, x: Tensor, *, context: Tensor | None = None) -> Tensor:
         return sum_per_sample(self, self.map.log_slope(*self._parameters_at(x, context), -1))
 
-    def function_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def function_and_log_det(self, x: Tensor, *, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         x, h = self._parameters_at(x, context)
         y, log_slope = self.map.forward_and_log_slope(x, h, -1)
         return self._restored(y.to(x.dtype)), sum_per_sample(self, log_slope)

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from .. import engine
 from ..engine import Operation, SideNames, Tape
 from ..log_dets import LogDets, sum_per_sample
-from ..module import InvertibleModule
-from ._checks import check_callable, check_dim_given, given_dim, refuse
+from ..module import InvertibleModule, modules_behind
+from ._checks import check_callable, check_dim_given, check_returned, explain, given_dim, refuse
 from .maps import Map
 from .split import Partition, SplitSpec, checkerboard, cut, join
 
@@ -104,14 +104,6 @@ class Coupling(InvertibleModule):
             moving[order] = update.call(tuple(moving[order]), side, log_dets)
         return moving[0] if self.streams is None else tuple(moving)
 
-    def check_subnet(self, name: str, x: Tensor, h: Tensor) -> None:
-        """Raise if ``h``, which the subnet called ``name`` returned, cannot move ``x``."""
-        shape = [*x.shape]
-        shape[self.dim] *= self.map.parameters
-        if not isinstance(h, Tensor) or [*h.shape] != shape:
-            got = f"shape {tuple(h.shape)}" if isinstance(h, Tensor) else type(h).__name__
-            refuse(self, name, f"return a Tensor of shape {tuple(shape)}", got)
-
     def extra_repr(self) -> str:
         return f"{self.map}, dim={self.dim}, split={self.split!r}" + (", swap=True" if self.swap else "")
 
@@ -134,7 +126,11 @@ class _Update:
         asked = log_dets is not None and not self.coupling.volume_preserving
         if side:
             side = SideNames.of(self.net).choose(side)
-        outputs = engine.tuple_of(engine.call(self._operation(log_det=asked), inputs, side))
+        try:
+            outputs = engine.tuple_of(engine.call(self._operation(log_det=asked), inputs, side))
+        except Exception as error:
+            explain(self.coupling, self.name, inputs[-1], error, self._hint(inputs, -1, side))
+            raise
         if asked:
             log_dets.add(outputs[-1])  # type: ignore[union-attr]  # it is asked for
         return outputs[: len(inputs)]
@@ -142,7 +138,7 @@ class _Update:
     def _operation(self, *, log_det: bool) -> Operation:
         def function(*inputs: Tensor, **side: Any) -> tuple[Tensor, ...]:
             h = self._evaluate(inputs[-1], **side)
-            self.coupling.check_subnet(self.name, inputs[0], h)
+            self._check_value(inputs, side, h)
             moved, *logs = there(inputs[0], h)
             return moved, *inputs[1:], *logs
 
@@ -158,8 +154,28 @@ class _Update:
 
         there = self._there_and_log_det if log_det else self._there
         title = f"{type(self.coupling).__name__}{'.inv' * self.inverted} ({self.name}{', log_det' * log_det})"
-        roots = engine.modules_of(self.net)
+        roots = (self.net,) if isinstance(self.net, nn.Module) else modules_behind(self.coupling, self.net)
         return Operation(title, function, inverse, replay, roots, self.coupling._policy, log_det=log_det)
+
+    def _check_value(self, inputs: tuple[Tensor, ...], side: dict[str, Any], h: Any) -> None:
+        """Raise if ``h``, which the subnet returned, cannot move the first of the inputs."""
+        shape = [*inputs[0].shape]
+        shape[self.coupling.dim] *= self.coupling.map.parameters
+        if not isinstance(h, Tensor) or [*h.shape] != shape:
+            check_returned(self.coupling, self.name, h, shape, self._hint(inputs, 0, side))
+        if h.is_complex() and not self.coupling.map.takes_complex:
+            refuse(self.coupling, self.name, "return real values", h.dtype, TypeError)
+
+    def _hint(self, inputs: tuple[Tensor, ...], position: int, side: dict[str, Any]) -> str:
+        """Say, behind an error, which part of the features an input is, and which side inputs did not come."""
+        names = " and ".join(f"`{name}=`" for name in sorted(SideNames.of(self.net).names - side.keys()))
+        hint = f". Pass {names} by name: tensors by position are streams" if names else ""
+        if len(inputs) == 1:
+            return hint
+        which = ("first", "second")[self.target if position == 0 else 1 - self.target]
+        dim, kind = self.coupling.dim, "half" if self.coupling.split == "half" else "stream"
+        sizes = [x.shape[dim] if -x.ndim <= dim < x.ndim else 0 for x in inputs]
+        return f". The {which} {kind} has {sizes[position]} of {sum(sizes)} features in dim {dim}{hint}"
 
     def _evaluate(self, source: Tensor, **side: Any) -> Tensor:
         x, dtype = self._masked(source, 0, 1 - self.target), self.coupling.subnet_dtype

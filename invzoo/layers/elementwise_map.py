@@ -64,23 +64,23 @@ class ElementwiseMap(Conditioned):
     def map_parameters(self, x: Tensor, context: Any = None) -> Tensor:
         """Return the parameters stacked along ``dim``; their other dims are those of ``x``, or broadcast to them."""
 
-    def function(self, x: Tensor, context: Any = None) -> Tensor:
+    def function(self, x: Tensor, *, context: Any = None) -> Tensor:
         self.check_argument("x", x)
         return self.map.forward(x, self.map_parameters(x, context), self.dim)
 
-    def inverse(self, y: Tensor, context: Any = None) -> Tensor:
+    def inverse(self, y: Tensor, *, context: Any = None) -> Tensor:
         self.check_argument("y", y)
         return self.map.inverse(y, self.map_parameters(y, context), self.dim)
 
-    def log_det(self, x: Tensor, context: Any = None) -> Tensor:
+    def log_det(self, x: Tensor, *, context: Any = None) -> Tensor:
         self.check_argument("x", x)
         return self._log_det(x, self.map_parameters(x, context))
 
-    def function_and_log_det(self, x: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
+    def function_and_log_det(self, x: Tensor, *, context: Any = None) -> tuple[Tensor, Tensor]:
         self.check_argument("x", x)
         return self._map_and_log_det(x, self.map_parameters(x, context))
 
-    def inverse_with_log_det(self, y: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
+    def inverse_with_log_det(self, y: Tensor, *, context: Any = None) -> tuple[Tensor, Tensor]:
         self.check_argument("y", y)
         return self._undo_and_log_det(y, self.map_parameters(y, context))
 

@@ -23,6 +23,7 @@ class Map(ABC):
     """A monotone map of each value, with its inverse and the logarithm of its slope. Abstract."""
 
     volume_preserving: ClassVar[bool] = False
+    takes_complex: ClassVar[bool] = False
     records: ClassVar[bool] = True  # whether autograd saves anything of `forward`
 
     @property
@@ -68,6 +69,7 @@ class Shift(Map):
     """``x -> x + h``."""
 
     volume_preserving = True
+    takes_complex = True
     records = False
     parameters = 1
 

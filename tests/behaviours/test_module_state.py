@@ -258,6 +258,7 @@ def test_modules_behind_plain_objects(mode, name):
     ours.net.load_state_dict(plain.net.state_dict())
     f = ours if name == "itself" else getattr(ours, name)
     layer, x = iz.AdditiveCoupling(f, mode=mode), torch.randn(5, FEATURES)
+    layer.add_module("net", ours.net)
     some_loss(layer(x)).backward()
     some_loss(PlainAdditive(plain.net)(x)).backward()
     assert_near(dict(ours.net.named_buffers()), dict(plain.net.named_buffers()))

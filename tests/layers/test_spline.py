@@ -353,6 +353,7 @@ def test_a_conditioner_runs_once_forward_and_once_in_backward(with_log_det):
         return net(context)
 
     layer = iz.RationalQuadraticSpline(3, conditioner=conditioner, check="never")
+    layer.add_module("net", net)
     x, context = torch.randn(5, 3, requires_grad=True), torch.randn(5, 2, requires_grad=True)
     run = layer.forward_and_log_det if with_log_det else lambda *a, **k: (layer(*a, **k),)
     sum(v.sum() for v in run(x * 1, context=context)).backward()

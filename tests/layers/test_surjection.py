@@ -305,7 +305,7 @@ def test_a_context_reaches_the_distribution(layer: type[Any]) -> None:
 
 
 def test_side_inputs_that_the_distribution_does_not_take_are_refused() -> None:
-    with refused("Augment: Expected side inputs among ['x']; got ['context']", TypeError):
+    with refused("Augment: Expected side inputs among []; got ['context']", TypeError):
         Augment(1)(torch.zeros(2, 3), context=torch.zeros(2, 1))
 
 
