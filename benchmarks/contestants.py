@@ -59,7 +59,7 @@ def pairs(subnets: Subnets) -> zip:
 
 def invzoo(subnets: Subnets, mode: str) -> nn.Module:
     """Build the stack of InvZoo's layers."""
-    net = iz.InvertibleSequential(*(iz.AdditiveCoupling(f, g) for f, g in pairs(subnets)))
+    net = iz.InvertibleSequential(*(iz.AdditiveCoupling(f, g, dim=1) for f, g in pairs(subnets)))
     net.mode = mode
     return net
 

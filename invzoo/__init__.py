@@ -17,7 +17,7 @@ from .layers.affine import ConditionalAffine, ElementwiseAffine
 from .layers.autoregressive import MaskedAutoregressive
 from .layers.batch_norm import InvertibleBatchNorm
 from .layers.conv import InvertibleConv1x1
-from .layers.coupling import AdditiveCoupling, AffineCoupling, GINCoupling
+from .layers.couplings import AdditiveCoupling, AffineCoupling, GINCoupling
 from .layers.dequantize import Dequantize
 from .layers.emerging import EmergingConv
 from .layers.halves import Deinterleave, Interleave, Swap

@@ -14,7 +14,7 @@ from .layers.act_norm import ActNorm
 from .layers.activation import Identity
 from .layers.conditioned import Conditioner
 from .layers.conv import InvertibleConv1x1
-from .layers.coupling import AffineCoupling
+from .layers.couplings import AffineCoupling
 from .layers.linear import InvertibleLinear
 from .layers.sampling import sizes_of
 from .layers.split import Partition
@@ -40,7 +40,7 @@ class GlowStep(Chain):
         features: size of ``dim``.
         f: the coupling's subnet, a module or a function; it gets the side inputs as keyword arguments.
         kind: of the matrix: ``'householder'``, ``'cayley'``, ``'scaled'``, ``'plu'`` or ``'free'``.
-        dim: 1 or -1.
+        dim: 1 or -1; 1 by default, but to be given for one tensor of three dims.
         scale, max_log_scale: of the coupling, as for :class:`AffineCoupling`.
         zero_init: set the last weighted module of ``f`` to zero, as the paper does, so that the step starts linear.
         subnet_dtype: what the subnet's input is cast to, while its value is cast back: with ``f`` alone in bfloat16,
@@ -69,7 +69,7 @@ class GlowStep(Chain):
         f: Callable[..., Tensor],
         *,
         kind: str = "householder",
-        dim: int = 1,
+        dim: int | None = None,
         scale: str = "tanh",
         max_log_scale: float = 2.0,
         zero_init: bool = True,
@@ -79,9 +79,9 @@ class GlowStep(Chain):
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        if dim not in (1, -1):
+        if dim not in (None, 1, -1):
             refuse(self, "dim", "be 1 or -1", repr(dim))
-        mix = InvertibleConv1x1 if dim == 1 else InvertibleLinear
+        mix = InvertibleLinear if dim == -1 else InvertibleConv1x1
         self.act_norm = ActNorm(features, dim=dim, device=device, dtype=dtype)
         self.mix = mix(features, kind=kind, device=device, dtype=dtype)
         settings: dict[str, Any] = {"scale": scale, "max_log_scale": max_log_scale, "zero_init": zero_init}
@@ -107,7 +107,7 @@ class HINTCoupling(Chain):
         subnet: ``subnet(inputs, outputs)`` makes a module or a function from ``inputs`` features in ``dim`` to
             ``outputs``; it gets the side inputs as keyword arguments.
         depth: how often the features are halved, at most; as often as there are two of them if None.
-        dim: the dimension that is split.
+        dim: the dimension that is split; 1 by default, but to be given for one tensor of three dims.
         scale, max_log_scale: as for :class:`AffineCoupling`.
         zero_init: set the last weighted module of each subnet to zero, so that the layer starts as the identity.
         subnet_dtype: what the subnets' inputs are cast to, as for :class:`GlowStep`.
@@ -134,7 +134,7 @@ class HINTCoupling(Chain):
         subnet: Callable[[int, int], Callable[..., Tensor]],
         *,
         depth: int | None = None,
-        dim: int = 1,
+        dim: int | None = None,
         scale: str = "tanh",
         max_log_scale: float = 2.0,
         zero_init: bool = True,
@@ -145,7 +145,7 @@ class HINTCoupling(Chain):
         self._check_arguments(features, subnet, depth)
         settings: dict[str, Any] = {"scale": scale, "max_log_scale": max_log_scale, "zero_init": zero_init}
         settings |= {"dim": dim, "subnet_dtype": subnet_dtype}
-        sizes = Partition("half", dim).sizes(features)
+        sizes = Partition("half").sizes(features)
         self.coupling = AffineCoupling(subnet(sizes[0], 2 * sizes[1]), split=sizes, swap=True, **settings)
         if features > 2 and depth != 1:
             settings["depth"] = None if depth is None else depth - 1

@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +14,13 @@ from . import engine
 from .domains import Domain, end_of, of_parts, uniform
 from .engine import CompiledMethods, Policy, SideNames
 from .errors import refuse
+from .layers._checks import check_dim_given, given_dim
 from .layers.split import Partition, SplitSpec, cut, join, merging, splitting
 from .log_dets import LogDets
 from .module import InvertibleModule
 from .shapes import output_shapes
 
-__all__ = ["Chain", "InvertibleSequential", "MultiScale", "Parallel", "Repeat", "set_options"]
+__all__ = ["Chain", "InvertibleSequential", "Layers", "MultiScale", "Parallel", "Repeat", "set_options"]
 
 
 class _Composite(InvertibleModule):
@@ -163,19 +164,44 @@ def _one_or_all(values: Sequence[Any]) -> Any:
     return values[0] if len(values) == 1 else tuple(values)
 
 
-class InvertibleSequential(Chain, nn.Sequential):
+class _Guarded:
+    """Let only layers into a list of them; an edit that would bring another module leaves it as it was."""
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        super().add_module(name, _checked(self, f"layer {name}", module))  # type: ignore[misc]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, nn.Module) or name in vars(self).get("_modules", ()):
+            _checked(self, f"layer {name}", value)
+        super().__setattr__(name, value)
+
+    def insert(self, index: int, module: nn.Module) -> Any:
+        return super().insert(index, _checked(self, f"layer {index}", module))  # type: ignore[misc]
+
+    def extend(self, modules: Iterable[nn.Module]) -> Any:
+        start: int = len(self)  # type: ignore[arg-type]
+        layers = [_checked(self, f"layer {i}", module) for i, module in enumerate(modules, start)]
+        return super().extend(layers)  # type: ignore[misc]
+
+
+class Layers(_Guarded, nn.ModuleList):
+    """The layers of a container that is no sequence of them."""
+
+
+class InvertibleSequential(Chain, _Guarded, nn.Sequential):
     """Apply invertible layers one after the other; backward holds one activation, however many they are.
 
-    It has `torch.nn.Sequential`'s interface (index, slice, append, named layers). Neighbouring couplings that split
-    alike run on two streams, so that a stack splits once and merges once. Each side input goes to the layers that have
-    an argument of its name.
+    It has `torch.nn.Sequential`'s interface (index, slice, edits in place, ``+`` and ``*``, named layers), and what
+    comes of it is an InvertibleSequential. Neighbouring couplings that split alike run on two streams, so that a stack
+    splits once and merges once. Each side input goes to the layers that have an argument of its name.
 
     Args:
         layers: invertible modules, or one ordered dict of them.
         options: those of :class:`InvertibleModule`. Modes and checks are those of the layers.
 
     Raises:
-        TypeError: for a layer that is not an invertible module, or a side input that no layer takes.
+        TypeError: for a layer that is not an invertible module, now or put in later, or a side input that no layer
+            takes.
 
     Example:
         >>> net = iz.InvertibleSequential(iz.AdditiveCoupling(nn.Linear(2, 2)), iz.Reverse())
@@ -191,8 +217,14 @@ class InvertibleSequential(Chain, nn.Sequential):
             self.add_module(str(name), layer)
         set_options(self, options)
 
-    def add_module(self, name: str, module: nn.Module | None) -> None:
-        super().add_module(name, _checked(self, f"layer {name}", module))
+    def __add__(self, other: nn.Sequential) -> "InvertibleSequential":
+        return InvertibleSequential(*super().__add__(other))
+
+    def __iadd__(self, other: nn.Sequential) -> Self:
+        return self.extend(other) if isinstance(other, nn.Sequential) else super().__iadd__(other)
+
+    def __mul__(self, other: int) -> "InvertibleSequential":
+        return InvertibleSequential(*super().__mul__(other))
 
     def _layers(self) -> Iterable[tuple[str, InvertibleModule]]:
         return self._modules.items()  # type: ignore[return-value]
@@ -238,7 +270,7 @@ class Parallel(_Composite):
 
     Args:
         layers: invertible modules that take and return one tensor each.
-        dim: the dimension that one tensor is split along.
+        dim: the dimension that one tensor is split along; 1 by default, but to be given for one tensor of three dims.
         sizes: those of the parts in ``dim``; as `torch.chunk` would have them, if None.
         options: those of :class:`InvertibleModule`. Modes and checks are those of the layers.
 
@@ -253,15 +285,15 @@ class Parallel(_Composite):
     """
 
     def __init__(
-        self, *layers: InvertibleModule, dim: int = 1, sizes: Sequence[int] | None = None, **options: Any
+        self, *layers: InvertibleModule, dim: int | None = None, sizes: Sequence[int] | None = None, **options: Any
     ) -> None:
         super().__init__(**options)
         if sizes is not None and len(sizes) != len(layers):
             refuse(self, "sizes", f"hold {len(layers)} sizes, one for each layer", list(sizes))
-        self.layers = nn.ModuleList(_checked(self, f"layer {i}", layer) for i, layer in enumerate(layers))
-        self.dim, self.sizes = dim, None if sizes is None else tuple(sizes)
+        self.layers = Layers(_checked(self, f"layer {i}", layer) for i, layer in enumerate(layers))
+        self.dim, self.sizes = given_dim(self, dim), None if sizes is None else tuple(sizes)
         two = len(layers) == 2  # then neighbours may leave it two streams
-        self.streams = Partition(self.sizes or "half", dim) if two else None  # type: ignore[arg-type]
+        self.streams = Partition(self.sizes or "half", self.dim) if two else None  # type: ignore[arg-type]
         set_options(self, options)
 
     def _layers(self) -> Iterable[tuple[str, InvertibleModule]]:
@@ -306,6 +338,7 @@ class Parallel(_Composite):
         return _one_or_all(outputs)
 
     def _cut(self, x: Tensor) -> tuple[Tensor, ...]:
+        check_dim_given(self, x)
         if not -x.ndim <= self.dim < x.ndim:
             refuse(self, "input", f"have a dim {self.dim}", f"shape {tuple(x.shape)}")
         parts = x.chunk(len(self.layers), self.dim)
@@ -353,7 +386,7 @@ class MultiScale(_Composite):
     def __init__(
         self,
         *stages: InvertibleModule,
-        dim: int = 1,
+        dim: int | None = None,
         split: SplitSpec = "half",
         input_shape: Sequence[int] | None = None,
         **options: Any,
@@ -361,8 +394,8 @@ class MultiScale(_Composite):
         super().__init__(**options)
         if not stages:
             refuse(self, "stages", "be at least one", "none")
-        self.stages = nn.ModuleList(_checked(self, f"stage {i}", stage) for i, stage in enumerate(stages))
-        self.partition = Partition(split, dim)
+        self.stages = Layers(_checked(self, f"stage {i}", stage) for i, stage in enumerate(stages))
+        self.partition = Partition(split, given_dim(self, dim))
         self.latent_shapes: list[torch.Size] | None = None
         if input_shape is not None:
             self.latent_shapes = [shape[1:] for shape in output_shapes(self, (1, *input_shape), {})]
@@ -409,6 +442,7 @@ class MultiScale(_Composite):
         return *latents, *values
 
     def _let_go(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        check_dim_given(self, x)
         going, latent = self.partition.cut(x)
         return going, latent.clone()  # a view would keep all of x
 
@@ -422,6 +456,7 @@ class MultiScale(_Composite):
             with engine.place(partial(_place, "stage", name, stage)):
                 (x,) = _step(stage.inv, (x,), side, log_dets)
                 if i:
+                    check_dim_given(self, x)
                     x = join(self.partition, (x, latents.pop()), stage)
         return x
 
@@ -443,6 +478,7 @@ def _streams(layer: InvertibleModule, values: tuple[Any, ...], streams: Partitio
         return None
     if not all(isinstance(value, Tensor) and -value.ndim <= wanted.dim < value.ndim for value in values):
         return None  # the layer says what is wrong
+    check_dim_given(layer, values[0])  # also where it would go on with the streams of a layer before it
     n = sum(value.shape[wanted.dim] for value in values)
     return wanted if layer.takes_streams(*wanted.sizes(n)) else None
 
@@ -453,7 +489,7 @@ def _has_hooks(layer: nn.Module) -> bool:
     return any(tables) or torch_module._has_any_global_hook()
 
 
-def _checked(owner: nn.Module, argument: str, layer: Any) -> InvertibleModule:
+def _checked(owner: object, argument: str, layer: Any) -> InvertibleModule:
     if not isinstance(layer, InvertibleModule):
         hint = "Plain layers belong outside the stack, or into a coupling's subnet"
         refuse(owner, argument, "be an InvertibleModule", f"{type(layer).__name__}. {hint}", TypeError)

@@ -1,11 +1,13 @@
 """The base class of every invertible layer, and a layer with its directions swapped."""
 
+import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
-from types import FunctionType, MethodType
+from contextlib import AbstractContextManager, nullcontext
+from types import MethodType
 from typing import Any, ClassVar, NoReturn
 
+import torch
 from torch import Tensor, nn
 from torch.distributions import constraints
 
@@ -17,7 +19,7 @@ from .errors import refuse
 from .log_dets import zero_log_det
 from .own_hooks import check_hook
 
-__all__ = ["Inverse", "InvertibleModule", "mode"]
+__all__ = ["Inverse", "InvertibleModule", "mode", "modules_behind"]
 
 
 def _option(name: str, doc: str, convert: Callable[[Any], Any] = lambda value: value) -> Any:
@@ -55,7 +57,8 @@ class InvertibleModule(nn.Module):
         seed: keep the state of the random number generators on every call; otherwise on calls that use them.
 
     Raises:
-        TypeError: in mode ``invert``, for a layer that has no inverse.
+        TypeError: for a class that defines ``forward`` and no ``function``; and in mode ``invert``, for a layer that
+            has no inverse.
 
     Example:
         >>> class Double(iz.InvertibleModule):
@@ -75,8 +78,10 @@ class InvertibleModule(nn.Module):
     exact: ClassVar[bool] = False  # the inverse is exact in floating point
     two_way: ClassVar[bool] = True  # the function undoes the inverse too, whatever that was given
     composite: ClassVar[bool] = False  # made of layers that are calls of their own
+    assumes_dim: bool = False  # whether `dim` was not given, and is 1, for which one tensor of three dims is refused
     streams: Any = None  # how the layer splits one tensor into two streams, if it takes either
     _compiled: CompiledMethods | None = None  # what compiles the layer's methods
+    _looked_behind: bool = False  # whether somebody has asked who trains the modules behind its functions
 
     def __init__(
         self,
@@ -88,6 +93,10 @@ class InvertibleModule(nn.Module):
         checkpoint: bool = True,
         seed: bool = False,
     ) -> None:
+        if _is_overridden(self, "forward") and not _is_overridden(self, "function"):
+            lines = "`def function(self, x): ...` in place of forward, and `def inverse(self, y): ...`"
+            got = f"forward, whose activations nobody would free. Write {lines}"
+            refuse(self, "class", "define function, which forward runs", got, TypeError)
         super().__init__()
         self._policy = Policy(checkpoint, invertible, engine.check_of(check), seed, free_input)
         if mode is not None:
@@ -153,6 +162,7 @@ class InvertibleModule(nn.Module):
             self.prepare(inputs, inverted=False)
             if self.composite:
                 return self.function(*inputs, **side)
+            _check_arguments(self, inputs, side)
             return engine.call(self._operation(), inputs, side)
 
     def forward_and_log_det(self, *inputs: Any, **side: Any) -> tuple[Any, Tensor]:
@@ -168,6 +178,7 @@ class InvertibleModule(nn.Module):
             self.prepare(inputs, inverted=False)
             if self.composite:
                 return self.function_and_log_det(*inputs, **side)
+            _check_arguments(self, inputs, side)
             *outputs, log_det = engine.call(self._operation(log_det=True), inputs, side)
             return (outputs[0] if len(outputs) == 1 else tuple(outputs)), log_det
 
@@ -242,9 +253,9 @@ class InvertibleModule(nn.Module):
 
     def _roots(self) -> tuple[nn.Module, ...]:
         """Return the modules that :meth:`function` sees: this one, and those behind functions that it was given."""
-        values = [value for name, value in vars(self).items() if name != "_compiled_call_impl"]
-        functions = [value for value in values if isinstance(value, FunctionType | MethodType | partial)]
-        return (self, *engine.modules_of(*functions)) if functions else (self,)
+        values = [v for name, v in vars(self).items() if name not in _COMPILED and not isinstance(v, _DATA)]
+        functions = [v for v in values if callable(v)]
+        return (self, *modules_behind(self, *functions)) if functions else (self,)
 
     @property
     def _undo(self) -> Callable[..., Any]:
@@ -279,6 +290,46 @@ class InvertibleModule(nn.Module):
     seed = _option("seed", "Whether the random number generators' state is kept on every call, used or not.", bool)
     check = _option("check", "When a replay is compared with its forward (first, always or never).", engine.check_of)
     free_input = _option("free_input", "Whether a call frees the memory of its input until backward.", bool)
+
+
+_COMPILED = ("_compiled", "_compiled_call_impl")
+_DATA = (dict, list, tuple, set, int, float, str, Tensor)  # the compiler does not know that they cannot be called
+
+
+def modules_behind(layer: InvertibleModule, *functions: Callable[..., Any]) -> list[nn.Module]:
+    """Find the modules that functions which a layer was given lead to; warn once of those that nobody trains."""
+    modules = engine.modules_of(*functions)
+    if modules and not layer._looked_behind and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        trained = any(p.requires_grad for module in modules for p in module.parameters())
+        if trained and (strangers := engine.unregistered(modules)):
+            names = ", ".join(dict.fromkeys(type(module).__name__ for module in strangers))
+            warnings.warn(
+                f"{layer._name()}: Expected the modules behind its functions to be registered where an optimizer finds "
+                f"them; got {names}, which neither the layer nor a module that calls it holds. Pass the module itself, "
+                "or register it: `layer.add_module('net', net)`",
+                stacklevel=_depth_of_caller(),
+            )
+        if trained:
+            layer._looked_behind = True
+    return modules
+
+
+def _depth_of_caller() -> int:
+    """Return how many of the callers of this function's caller are of this package or torch, plus 1."""
+    frame, depth = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith((f"{__package__}.", "torch.")):
+        frame, depth = frame.f_back, depth + 1
+    return depth
+
+
+def _check_arguments(layer: InvertibleModule, inputs: tuple[Any, ...], side: dict[str, Any]) -> None:
+    """Refuse a side input that the layer does not take, and one by position, which no replay would know as one."""
+    if side:
+        layer.side_names().check(layer, side)
+    if len(inputs) > 1 and len(inputs) > (takes := SideNames.of(layer.function).inputs):
+        names = " and ".join(f"`{name}=`" for name in sorted(layer.side_names().names))
+        hint = f". Pass {names} by name" if names else ""
+        refuse(layer, "inputs", f"be {takes} by position", f"{len(inputs)}{hint}", TypeError)
 
 
 def _call(module: nn.Module, *args: Any, **options: Any) -> Any:
@@ -335,6 +386,7 @@ class Inverse(InvertibleModule):
     slow_inverse = property(lambda self: not self.layer.two_way)  # then mode invert keeps the inputs as well
     exact = property(lambda self: self.layer.exact)
     composite = property(lambda self: self.layer.composite)
+    assumes_dim = property(lambda self: self.layer.assumes_dim)
     streams = property(lambda self: self.layer.streams)
     inv = property(lambda self: self.layer)
     _compiled = property(lambda self: self.layer._compiled)
@@ -373,29 +425,44 @@ class Inverse(InvertibleModule):
         return f"{self.layer._name()}.inv"
 
 
-@contextmanager
-def mode(module: nn.Module, value: Mode | str) -> Iterator[None]:
-    """Set the mode of every invertible module inside ``module`` for as long as the context lasts.
+class mode:  # noqa: N801 - reads as the word that it is, like torch.set_grad_enabled
+    """Set the mode of every invertible module inside ``module``.
+
+    It acts at once; used in a ``with``, it puts the mode that each module had back at the end. In ``'invert'`` a layer
+    without an inverse is recomputed.
 
     Args:
         module: a module with invertible modules in it, or one itself.
         value: ``'store'``, ``'recompute'`` or ``'invert'``.
 
     Raises:
-        ValueError: for another mode.
+        ValueError: for another mode, and for a module without invertible modules; then nothing changes.
 
     Example:
         >>> layer = iz.InvertibleLeakyReLU()
         >>> with iz.mode(layer, "store"):
         ...     print(layer.mode)
         store
+        >>> _ = iz.mode(layer, "recompute")
+        >>> print(layer.mode)
+        recompute
     """
-    policies = [m._policy for m in module.modules() if isinstance(m, InvertibleModule)]
-    before = [(p, p.checkpoint, p.invertible) for p in policies]
-    for policy in policies:
-        policy.mode = value
-    try:
-        yield
-    finally:
-        for policy, checkpoint, invertible in before:
+
+    def __init__(self, module: nn.Module, value: Mode | str) -> None:
+        value = engine.mode_of(value)
+        layers = [m for m in module.modules() if isinstance(m, InvertibleModule)]
+        if not layers:
+            got = f"{type(module).__name__}, none of whose modules saves memory"
+            refuse("iz.mode", "module", "be an InvertibleModule or hold one", got)
+        otherwise = Mode.recompute if value is Mode.invert else value
+        self._modes = [(layer._policy, value if layer._has_inverse() else otherwise) for layer in layers]
+        self._before = [(policy, policy.checkpoint, policy.invertible) for policy, _ in self._modes]
+        self.__enter__()
+
+    def __enter__(self) -> None:
+        for policy, value in self._modes:
+            policy.mode = value
+
+    def __exit__(self, *error: object) -> None:
+        for policy, checkpoint, invertible in self._before:
             policy.checkpoint, policy.invertible = checkpoint, invertible

@@ -163,11 +163,203 @@ def test_a_plain_layer_is_refused():
         iz.InvertibleSequential(iz.Reverse(), nn.Linear(3, 3))
 
 
-def test_the_layer_without_an_inverse_is_named(x):
-    class OneWay(iz.InvertibleModule):
-        def function(self, x):
-            return x.relu()
+# ---- edits ----------------------------------------------------------------------------------------------------------
 
+
+def names_and_layers(net):
+    return [*net.named_children()]
+
+
+@pytest.mark.parametrize(
+    ("edit", "wanted"),
+    [
+        (lambda net, a, b: net + net, [0, 1, 0, 1]),
+        (lambda net, a, b: net + iz.InvertibleSequential(a), [0, 1, "a"]),
+        (lambda net, a, b: net + nn.Sequential(a), [0, 1, "a"]),
+        (lambda net, a, b: net * 2, [0, 1, 0, 1]),
+        (lambda net, a, b: 2 * net, [0, 1, 0, 1]),
+        (lambda net, a, b: net.__iadd__(net), [0, 1, 0, 1]),
+        (lambda net, a, b: net.__iadd__(nn.Sequential(a, b)), [0, 1, "a", "b"]),
+        (lambda net, a, b: net.__imul__(2), [0, 1, 0, 1]),
+        (lambda net, a, b: net.append(a), [0, 1, "a"]),
+        (lambda net, a, b: net.extend([a, b]), [0, 1, "a", "b"]),
+        (lambda net, a, b: net.extend(net), [0, 1, 0, 1]),
+        (lambda net, a, b: net.insert(1, a), [0, "a", 1]),
+        (lambda net, a, b: net.insert(-1, a), [0, "a", 1]),
+        (lambda net, a, b: net[1:], [1]),
+        (lambda net, a, b: net[::-1], [1, 0]),
+        (lambda net, a, b: net.pop(slice(1)), [0]),
+        (lambda net, a, b: net.__setitem__(1, a) or net, [0, "a"]),
+        (lambda net, a, b: net.__delitem__(0) or net, [1]),
+        (lambda net, a, b: setattr(net, "0", a) or net, ["a", 1]),
+        (lambda net, a, b: setattr(net, "2", a) or net, [0, 1, "a"]),
+        (lambda net, a, b: net.register_module("2", a) or net, [0, 1, "a"]),
+        (lambda net, a, b: net.set_submodule("1", a) or net, [0, "a"]),
+    ],
+)
+def test_what_edits_make_goes_both_ways(edit, wanted, x):
+    net, a, b = iz.InvertibleSequential(coupling(), iz.Swap()), coupling(True), iz.Reverse()
+    known = {0: net[0], 1: net[1], "a": a, "b": b}
+    edited = edit(net, a, b)
+    assert type(edited) is iz.InvertibleSequential
+    assert [*edited] == [known[key] for key in wanted]
+    assert_close(edited.inverse(edited(x)), x)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda net, plain: net.extend((plain, iz.Swap())),
+        lambda net, plain: net.__iadd__(nn.Sequential(iz.Swap(), plain)),
+        lambda net, plain: net.append(plain),
+        lambda net, plain: net.extend([iz.Swap(), plain]),
+        lambda net, plain: net.insert(0, plain),
+        lambda net, plain: net.__setitem__(0, plain),
+        lambda net, plain: net.__setitem__(0, None),
+        lambda net, plain: setattr(net, "0", plain),
+        lambda net, plain: setattr(net, "0", 3),
+        lambda net, plain: setattr(net, "other", plain),
+        lambda net, plain: net.add_module("2", plain),
+        lambda net, plain: net.add_module("2", None),
+        lambda net, plain: net.register_module("2", plain),
+        lambda net, plain: net.set_submodule("0", plain),
+    ],
+)
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda *layers: iz.InvertibleSequential(*layers),
+        lambda *layers: iz.Parallel(*layers).layers,
+        lambda *layers: iz.MultiScale(*layers).stages,
+    ],
+    ids=["sequential", "parallel", "multi-scale"],
+)
+def test_edits_that_could_not_be_inverted_change_nothing(make, edit):
+    net = make(iz.Swap(), iz.Reverse())
+    before = names_and_layers(net)
+    with pytest.raises(TypeError, match=r"Expected layer \w+ to be an InvertibleModule; got (ReLU|NoneType|int)"):
+        edit(net, nn.ReLU())
+    assert names_and_layers(net) == before
+
+
+def test_a_sum_with_a_plain_layer_is_refused():
+    with pytest.raises(TypeError, match="InvertibleSequential: Expected layer 1 to be an InvertibleModule; got ReLU"):
+        iz.InvertibleSequential(iz.Swap()) + nn.Sequential(nn.ReLU())
+    assert type(nn.Sequential(nn.ReLU()) + iz.InvertibleSequential(iz.Swap())) is nn.Sequential
+
+
+@pytest.mark.parametrize(
+    ("edit", "error"),
+    [
+        (lambda net: net.__add__([iz.Swap()]), ValueError),
+        (lambda net: net.__iadd__([iz.Swap()]), ValueError),
+        (lambda net: net * 2.0, TypeError),
+        (lambda net: net * 0, ValueError),
+        (lambda net: net.__imul__(0), ValueError),
+        (lambda net: net.insert(5, iz.Swap()), IndexError),
+        (lambda net: net.__setitem__(2, iz.Swap()), IndexError),
+        (lambda net: net.pop(2), IndexError),
+        (lambda net: net.extend(3), TypeError),
+    ],
+)
+def test_what_sequential_refuses_is_refused(edit, error):
+    net = iz.InvertibleSequential(iz.Swap(), iz.Reverse())
+    before = names_and_layers(net)
+    for other in (net, nn.Sequential(*net)):
+        with pytest.raises(error):
+            edit(other)
+    assert names_and_layers(net) == before
+
+
+# ---- modes ----------------------------------------------------------------------------------------------------------
+
+
+class OneWay(iz.InvertibleModule):
+    def function(self, x):
+        return x.relu()
+
+
+def modes(net):
+    return [str(layer.mode) for layer in net]
+
+
+@pytest.fixture
+def mixed():
+    net = nn.Sequential(coupling(), OneWay(mode="recompute"), coupling())
+    net[2].mode = "store"
+    return net
+
+
+MIXED = ["invert", "recompute", "store"]
+
+
+def test_a_mode_acts_at_once(mixed, x):
+    iz.mode(mixed, "store")
+    assert modes(mixed) == ["store"] * 3
+    iz.mode(mixed, "invert")  # what has no inverse is recomputed
+    assert modes(mixed) == ["invert", "recompute", "invert"]
+    got = torch.autograd.grad(mixed(x * 1).sum(), x)
+    iz.mode(mixed, "store")
+    assert_close(got, torch.autograd.grad(mixed(x * 1).sum(), x))
+
+
+def test_a_mode_for_a_while_is_put_back(mixed):
+    with iz.mode(mixed, "store") as nothing:
+        assert nothing is None
+        with iz.mode(mixed, "invert"):
+            assert modes(mixed) == ["invert", "recompute", "invert"]
+        assert modes(mixed) == ["store"] * 3
+        mixed[0].mode = "recompute"
+    assert modes(mixed) == MIXED
+    with pytest.raises(ZeroDivisionError), iz.mode(mixed, "store"), iz.mode(mixed[0], "recompute"):
+        1 / 0  # noqa: B018
+    assert modes(mixed) == MIXED
+    again = iz.mode(mixed, "store")
+    for _ in range(2):
+        with again:
+            assert modes(mixed) == ["store"] * 3
+        assert modes(mixed) == MIXED
+
+
+def test_store_remembers_what_it_took_the_place_of():
+    layer = iz.Identity(mode="recompute")
+    for mode in ("recompute", "invert"):
+        layer.mode = mode
+        with iz.mode(layer, "store"):
+            layer.checkpoint = True
+            assert layer.mode == mode
+        layer.mode = "store"
+        layer.checkpoint = True
+        assert layer.mode == mode
+
+
+def test_an_inverse_shares_its_layer_s_mode(mixed):
+    net = nn.ModuleList([mixed[0].inv, mixed[0], OneWay(mode="store").inv])
+    with iz.mode(net, "recompute"):
+        assert modes(net) == ["recompute"] * 3
+    assert modes(net) == ["invert", "invert", "store"]
+
+
+@pytest.mark.parametrize(
+    ("make", "mode", "message"),
+    [
+        (lambda net: net, "forget", "Expected mode to be one of 'store', 'recompute', 'invert'; got 'forget'"),
+        (lambda net: net, None, "Expected mode to be one of .*; got None"),
+        (
+            lambda net: nn.Sequential(nn.ReLU()),
+            "store",
+            "iz.mode: Expected module to be .* or hold one; got Sequential",
+        ),
+        (lambda net: nn.Linear(3, 3), "invert", "iz.mode: Expected module to be an InvertibleModule .*; got Linear"),
+    ],
+)
+def test_a_mode_that_cannot_be_set_changes_nothing(mixed, make, mode, message):
+    with pytest.raises(ValueError, match=message):
+        iz.mode(make(mixed), mode)
+    assert modes(mixed) == MIXED
+
+
+def test_the_layer_without_an_inverse_is_named(x):
     net = iz.InvertibleSequential(iz.Reverse(), OneWay())
     with pytest.raises(TypeError, match=r"(?s)Expected a layer with an inverse for mode 'invert'; got OneWay.*layer 1"):
         net(x)

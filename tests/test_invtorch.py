@@ -97,6 +97,25 @@ class Pair(inn.InvertibleModule):
         return None if 0 in saved else a, c - a.square()
 
 
+def test_forward_takes_the_place_of_function_nowhere():
+    class Sinh(inn.InvertibleModule):
+        def forward(self, x):
+            return x.sinh()
+
+        def inverse(self, y):
+            return y.asinh()
+
+    lines = r"`def function\(self, x\): ...` in place of forward, and `def inverse\(self, y\): ...`"
+    with pytest.raises(TypeError, match=f"Sinh: Expected class to define function, .*; got forward, .*{lines}"):
+        Sinh()
+
+    class Late(inn.InvertibleModule):
+        pass
+
+    with pytest.raises(NotImplementedError, match=r"Expected Late to define function"):
+        Late(mode="store")(torch.ones(1))
+
+
 def test_saved_names_the_inputs_that_need_no_computing():
     layer = Pair()
     a, b = (torch.randn(4, dtype=torch.float64, requires_grad=True) for _ in range(2))
@@ -172,3 +191,37 @@ def test_check_inverse_says_what_fails(layer, finding):
     assert not outcome
     assert finding in str(outcome)
     assert str(InvertibleLinear(3, 3).check_inverse(torch.randn(4, 3))) == "True"
+
+
+class Sums(inn.InvertibleModule):
+    """(a, b) -> (a, a + b); its inverse is told which of them need no computing."""
+
+    def __init__(self, wrong=None):
+        super().__init__()
+        self.wrong = wrong
+
+    def function(self, a, b):
+        return a, a + b
+
+    def inverse(self, a, c, saved=()):
+        if self.wrong in saved:
+            return (c, None) if self.wrong else (None, c)
+        return None if 0 in saved else a, None if 1 in saved else c - a
+
+
+@pytest.mark.parametrize(("wrong", "other"), [(0, 1), (1, 0)])
+def test_check_inverse_tries_saved(wrong, other):
+    inputs = torch.randn(4, 3), torch.randn(4, 3)
+    assert str(Sums().check_inverse(*inputs)) == "True"
+    outcome = Sums(wrong).check_inverse(*inputs)
+    assert not outcome
+    assert f"Expected input (saved={wrong}) {other} to come back the same" in str(outcome)
+
+
+def test_checks_change_nothing():
+    layer, x = inn.ActNorm(3), torch.randn(4, 3)
+    before, state = torch.get_rng_state(), {name: value.clone() for name, value in layer.state_dict().items()}
+    assert layer.check_function(x)
+    assert layer.check_inverse(x)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert_close(layer.state_dict(), state, rtol=0, atol=0)

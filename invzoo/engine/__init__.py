@@ -1,13 +1,13 @@
 """The engine: frees what backward needs after forward, and rebuilds it. It knows callables and tensors, no layers."""
 
 from .call import call
-from .callables import SideNames, modules_of
+from .callables import SideNames, modules_of, unregistered
 from .chain import Through, chain, uncompiled
 from .checkpoint import checkpoint
 from .fingerprint import tolerance
 from .freeing import freeing
 from .methods import CompiledMethods
-from .mode import Mode, Policy, check_of
+from .mode import Mode, Policy, check_of, mode_of
 from .nested import map_tensors
 from .operation import Operation
 from .state import inside_container, place, steps_aside, transformed, unrecorded
@@ -28,6 +28,7 @@ __all__ = [
     "freeing",
     "inside_container",
     "map_tensors",
+    "mode_of",
     "modules_of",
     "place",
     "steps_aside",
@@ -36,4 +37,5 @@ __all__ = [
     "tuple_of",
     "uncompiled",
     "unrecorded",
+    "unregistered",
 ]

@@ -176,7 +176,8 @@ class Surroundings:
                 if stamp[:2] != was[:2]:
                     raise RuntimeError(
                         f"Expected function not to change parameters in place; got a change of {name!r}. "
-                        "Change it outside the call, or use mode 'store'"
+                        "Change it outside the call, or use mode 'store'; for a start that depends on data run it once "
+                        "under torch.no_grad() before, or use iz.ActNorm"
                     )
         return not (self.buffers or self.unusual) or self._hold()
 
@@ -219,7 +220,8 @@ class Surroundings:
             if new := table.keys() - was.keys():
                 raise RuntimeError(
                     "Expected modules to have no new modules inside between forward and backward; "
-                    f"got an addition of {min(new)!r}. Call backward first"
+                    f"got an addition of {min(new)!r}. Call backward first; run what makes its modules in its first "
+                    "forward once under torch.no_grad() before"
                 )
         stale = [name for name, x, version in self.shards if version_of(x) != version]
         now = stamps(self.tensors)

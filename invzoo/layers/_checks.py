@@ -1,6 +1,6 @@
 """Errors of one form, "<Layer>: Expected <argument> to ...; got ...", for every layer."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -13,21 +13,69 @@ __all__ = [
     "autocast_enabled",
     "check_callable",
     "check_choice",
+    "check_dim_given",
     "check_dims",
     "check_features",
     "check_floating",
     "check_like",
     "check_positive",
     "check_positive_int",
+    "check_returned",
     "check_tensor",
+    "explain",
+    "given_dim",
+    "given_dims",
+    "in_words",
     "parameter_of",
     "refuse",
 ]
 
 
 def check_callable(owner: object, argument: str, value: Any) -> None:
+    if isinstance(value, type):
+        refuse(owner, argument, "be a module or a function", f"the class {value.__name__}: make one of it", TypeError)
     if not callable(value):
         refuse(owner, argument, "be a module or a function", type(value).__name__, TypeError)
+
+
+def check_returned(owner: object, argument: str, h: Any, shape: Sequence[int], hint: str = "") -> None:
+    """A subnet called ``argument`` returned a tensor of ``shape``."""
+    if isinstance(h, Tensor) and [*h.shape] == [*shape]:
+        return
+    got = f"shape {tuple(h.shape)}" if isinstance(h, Tensor) else type(h).__name__
+    if isinstance(h, tuple):
+        hint = f". Let a module of your own return the one of them to use: `return self.net(x)[0]`{hint}"
+    refuse(owner, argument, f"return a Tensor of shape {tuple(shape)}", f"{got}{hint}")
+
+
+def explain(owner: object, argument: str, value: Any, error: Exception, hint: str = "") -> None:
+    """Say in what a subnet raised what it was given; what torch's modules raise about that becomes an error of ours."""
+    origin = _origin(error)
+    called = isinstance(error, TypeError) and origin.startswith(__package__)  # with other arguments than it has
+    if origin.startswith(__package__.split(".")[0]) and not called:
+        return  # which says it all
+    kind = {RuntimeError: ValueError, TypeError: TypeError}.get(type(error))
+    machine = any(word in str(error) for word in ("CUDA", "cuDNN", "memory"))
+    if kind and not machine and (called or origin.startswith(("torch.nn.modules", "torch.nn.functional"))):
+        refuse(owner, argument, f"take {in_words(value)}", f"{type(error).__name__}: {error}{hint}", kind)
+    error.add_note(f"{type(owner).__name__}: {argument} was given {in_words(value)}{hint}")
+
+
+def _origin(error: Exception) -> str:
+    """Name the module whose code raised, or called what raised in the depths of torch."""
+    origin, trace = "", error.__traceback__
+    while trace is not None:
+        name = trace.tb_frame.f_globals.get("__name__", "")
+        if not name.startswith("torch.") or name.startswith(("torch.nn.", "torch.distributed")):
+            origin = name
+        trace = trace.tb_next
+    return origin
+
+
+def in_words(value: Any) -> str:
+    """Say what a tensor is, or of which type another value is."""
+    tensor = isinstance(value, Tensor)
+    return f"{value.dtype} of shape {tuple(value.shape)} on {value.device}" if tensor else type(value).__name__
 
 
 def check_choice(owner: object, argument: str, value: Any, choices: Collection[Any]) -> None:
@@ -66,6 +114,30 @@ def check_dims(owner: object, argument: str, x: Tensor, dims: Collection[int], l
     """The number of dims is one of ``dims``; ``layout`` says in words what they mean."""
     if x.ndim not in dims:
         refuse(owner, argument, f"have dims {layout}", f"shape {tuple(x.shape)}")
+
+
+def given_dim(owner: Any, dim: Any) -> int:
+    """Return ``dim`` if it is an int. For None that is 1, where ``owner`` only assumes the features."""
+    if dim is None:
+        owner.assumes_dim = True
+        return 1
+    if not isinstance(dim, int) or isinstance(dim, bool):
+        refuse(owner, "dim", "be an int", repr(dim), TypeError)
+    return dim
+
+
+def given_dims(owner: Any, dim: Any) -> tuple[int, ...]:
+    """As :func:`given_dim`, where several will do."""
+    several = isinstance(dim, Sequence) and not isinstance(dim, str)
+    return tuple(given_dim(owner, d) for d in (dim if several else (dim,)))
+
+
+def check_dim_given(owner: Any, x: Tensor) -> None:
+    """``owner`` was given its dim, or ``x`` has other than three dims: of those, dim 1 may be time."""
+    if owner.assumes_dim and x.ndim == 3:
+        expected = "be given for a tensor of three dims: dim=1 for the channels of a signal (batch, channels, length), "
+        expected += "dim=-1 for the features of tokens (batch, tokens, features)"
+        refuse(owner, "dim", expected, f"none, and shape {tuple(x.shape)}")
 
 
 def check_features(owner: object, argument: str, x: Tensor, dim: int, size: int) -> None:

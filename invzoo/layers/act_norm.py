@@ -62,7 +62,8 @@ class ActNorm(ElementwiseMap):
 
     Args:
         features: size of ``dim``.
-        dim: the dimension that has a scale and a shift for each entry.
+        dim: the dimension that has a scale and a shift for each entry; 1 by default, but to be given for one tensor of
+            three dims.
         max_log_scale: the bound ``a`` on ``s``, in nats.
         min_std: the least ``std``. A feature that varies less in the first batch, a constant one say, gets this std,
             and a warning says so.
@@ -99,7 +100,7 @@ class ActNorm(ElementwiseMap):
         self,
         features: int,
         *,
-        dim: int = 1,
+        dim: int | None = None,
         max_log_scale: float = 2.0,
         min_std: float = 1e-3,
         device: torch.device | str | None = None,
@@ -134,9 +135,9 @@ class ActNorm(ElementwiseMap):
             self._initialize(*values, inverted=inverted)
         self._read_flag()
 
-    def inverse(self, y: Tensor, context: Any = None) -> Tensor:
+    def inverse(self, y: Tensor, *, context: Any = None) -> Tensor:
         self.prepare((y,), inverted=True)
-        return self._undo(y, context)
+        return self._undo(y, context=context)
 
     def check_argument(self, argument: str, x: Tensor) -> None:
         check_per_feature(self, argument, x, "log_scale")
@@ -153,8 +154,8 @@ class ActNorm(ElementwiseMap):
     def _undo(self) -> Callable[..., Any]:
         return self._inverse
 
-    def _inverse(self, y: Tensor, context: Any = None) -> Tensor:
-        return super().inverse(y, context)
+    def _inverse(self, y: Tensor, *, context: Any = None) -> Tensor:
+        return super().inverse(y, context=context)
 
     def _read_flag(self) -> None:
         flag = self.initialized

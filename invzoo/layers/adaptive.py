@@ -23,7 +23,7 @@ class InvertiblePReLU(PerFeatureMap):
     Args:
         features: size of dim ``dim``.
         negative_slope: b at the start, where a is 1.
-        dim: the dim of the features, not the first.
+        dim: the dim of the features, not the first; 1 by default, but to be given for one tensor of three dims.
         max_log_slope: m, in nats.
         conditioner: a module or function that makes of ``context`` what is added to h: (B, 2 * features), or of the
             dims of x with that in ``dim``.
@@ -49,7 +49,7 @@ class InvertiblePReLU(PerFeatureMap):
         features: int,
         negative_slope: float = 0.25,
         *,
-        dim: int = 1,
+        dim: int | None = None,
         max_log_slope: float = 2.0,
         conditioner: Conditioner | None = None,
         device: torch.device | str | None = None,
@@ -70,7 +70,7 @@ class SinhArcsinh(PerFeatureMap):
 
     Args:
         features: size of dim ``dim``.
-        dim: the dim of the features, not the first.
+        dim: the dim of the features, not the first; 1 by default, but to be given for one tensor of three dims.
         max_skew: bound on abs(s).
         max_log_tail: bound on abs(t), in nats.
         conditioner: a module or function that makes of ``context`` what is added to the layer's own h: (B, 2 *
@@ -95,7 +95,7 @@ class SinhArcsinh(PerFeatureMap):
     def __init__(
         self,
         features: int,
-        dim: int = 1,
+        dim: int | None = None,
         *,
         max_skew: float = 1.0,
         max_log_tail: float = 0.5,
@@ -119,7 +119,7 @@ class Snake(PerFeatureMap):
 
     Args:
         features: size of dim ``dim``.
-        dim: the dim of the features, not the first.
+        dim: the dim of the features, not the first; 1 by default, but to be given for one tensor of three dims.
         max_log_frequency: bound on abs(log(a)), in nats.
         conditioner: a module or function that makes of ``context`` what is added to the unbounded log(a): (B,
             features), or of the dims of x with that in ``dim``.
@@ -143,7 +143,7 @@ class Snake(PerFeatureMap):
     def __init__(
         self,
         features: int,
-        dim: int = 1,
+        dim: int | None = None,
         *,
         max_log_frequency: float = 2.0,
         conditioner: Conditioner | None = None,

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._checks import check_callable, check_positive, check_positive_int, refuse
+from ._checks import check_callable, check_dim_given, check_positive, check_positive_int, refuse
 from .conditioned import Conditioner
 from .elementwise_map import ElementwiseMap, check_per_feature
 from .maps import Affine
@@ -26,7 +26,8 @@ class ElementwiseAffine(ElementwiseMap):
 
     Args:
         features: size of ``dim``.
-        dim: the dimension that has a scale and a shift for each entry.
+        dim: the dimension that has a scale and a shift for each entry; 1 by default, but to be given for one tensor of
+            three dims.
         bias: whether the layer has a ``b`` of its own.
         max_log_scale: the bound ``a``, in nats.
         conditioner: a module or a function of the side input ``context``, or None.
@@ -39,7 +40,7 @@ class ElementwiseAffine(ElementwiseMap):
         TypeError: for values that are not real floating point, and if there is a conditioner without a context.
 
     Example:
-        >>> layer = iz.ElementwiseAffine(3, conditioner=nn.Linear(2, 6))
+        >>> layer = iz.ElementwiseAffine(3, dim=1, conditioner=nn.Linear(2, 6))
         >>> x, context = torch.randn(4, 3, 5), torch.randn(4, 2)
         >>> y = layer(x, context=context)
         >>> torch.allclose(layer.inverse(y, context=context), x, atol=1e-5)
@@ -55,7 +56,7 @@ class ElementwiseAffine(ElementwiseMap):
         self,
         features: int,
         *,
-        dim: int = 1,
+        dim: int | None = None,
         bias: bool = True,
         max_log_scale: float = 2.0,
         conditioner: Conditioner | None = None,
@@ -98,7 +99,8 @@ class ConditionalAffine(ElementwiseMap):
 
     Args:
         conditioner: a module or a function of the side input ``context``.
-        dim: the dimension along which the conditioner stacks its blocks.
+        dim: the dimension along which the conditioner stacks its blocks; 1 by default, but to be given for one tensor
+            of three dims.
         scale, max_log_scale: as for :class:`AffineCoupling`.
         options: those of :class:`InvertibleModule`.
 
@@ -120,7 +122,7 @@ class ConditionalAffine(ElementwiseMap):
         self,
         conditioner: Conditioner,
         *,
-        dim: int = 1,
+        dim: int | None = None,
         scale: str = "tanh",
         max_log_scale: float = 2.0,
         **options: Any,
@@ -130,6 +132,7 @@ class ConditionalAffine(ElementwiseMap):
 
     def check_argument(self, argument: str, x: Tensor) -> None:
         self.map.check_value(self, argument, x)
+        check_dim_given(self, x)
         if not -x.ndim <= self.dim < x.ndim:
             refuse(self, argument, f"have a dim {self.dim}", f"shape {tuple(x.shape)}")
 

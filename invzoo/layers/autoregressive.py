@@ -134,11 +134,11 @@ class MaskedAutoregressive(InvertibleModule):
         self.net.reset_parameters()
         self._reset_order()
 
-    def function(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+    def function(self, x: Tensor, *, context: Tensor | None = None) -> Tensor:
         x, h = self._parameters_at(x, context)
         return self._restored(self.map.forward(x, h, -1).to(x.dtype))
 
-    def inverse(self, y: Tensor, context: Tensor | None = None) -> Tensor:
+    def inverse(self, y: Tensor, *, context: Tensor | None = None) -> Tensor:
         return self._solution(y, context, self.map.inverse)
 
     def inverse_at(self, inputs: tuple[Any, ...], /, *outputs: Any, **side: Any) -> Tensor:
@@ -146,10 +146,10 @@ class MaskedAutoregressive(InvertibleModule):
         found = iter(x.index_select(-1, self.permutation).split(1, -1))
         return self._solution(y, side.get("context"), lambda v, h, dim: self.map.inverse_at(v, h, dim, next(found)))
 
-    def log_det(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+    def log_det(self, x: Tensor, *, context: Tensor | None = None) -> Tensor:
         return sum_per_sample(self, self.map.log_slope(*self._parameters_at(x, context), -1))
 
-    def function_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def function_and_log_det(self, x: Tensor, *, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         x, h = self._parameters_at(x, context)
         y, log_slope = self.map.forward_and_log_slope(x, h, -1)
         return self._restored(y.to(x.dtype)), sum_per_sample(self, log_slope)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..engine import SideNames
 from ..module import InvertibleModule
-from ._checks import check_callable, check_floating, refuse
+from ._checks import check_callable, check_floating, check_returned, explain
 
 __all__ = ["BranchLayer"]
 
@@ -30,8 +30,10 @@ class BranchLayer(InvertibleModule):
         check_floating(self, "x", x)
         if side:
             self.side_names().check(self, side)
-        h = self.f(x, **side)
-        if not isinstance(h, Tensor) or h.shape != x.shape:
-            got = f"shape {tuple(h.shape)}" if isinstance(h, Tensor) else type(h).__name__
-            refuse(self, "f", f"return a Tensor of shape {tuple(x.shape)}", got)
+        try:
+            h = self.f(x, **side)
+        except Exception as error:
+            explain(self, "f", x, error)
+            raise
+        check_returned(self, "f", h, x.shape)
         return h.to(x.dtype)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..engine import SideNames
 from ..module import InvertibleModule
-from ._checks import check_callable, refuse
+from ._checks import check_callable, explain, refuse
 
 __all__ = ["Conditioned", "Conditioner"]
 
@@ -35,7 +35,11 @@ class Conditioned(InvertibleModule):
             return None
         if context is None:
             refuse(self, "context", "be what the conditioner takes", None, TypeError)
-        h = self.conditioner(context)
+        try:
+            h = self.conditioner(context)
+        except Exception as error:
+            explain(self, "conditioner", context, error)
+            raise
         if not isinstance(h, Tensor):
             refuse(self, "conditioner", "return a Tensor", type(h).__name__, TypeError)
         return h

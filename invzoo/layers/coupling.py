@@ -1,4 +1,4 @@
-"""Couplings: one part of the input moves by a function of the other, so any function will do."""
+"""What couplings have in common: one part of the input moves by a function of the other, so any function will do."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from .. import engine
 from ..engine import Operation, SideNames, Tape
 from ..log_dets import LogDets, sum_per_sample
-from ..module import InvertibleModule
-from ._checks import refuse
-from .maps import Affine, Map, Shift
+from ..module import InvertibleModule, modules_behind
+from ._checks import check_callable, check_dim_given, check_returned, explain, given_dim, refuse
+from .maps import Map
 from .split import Partition, SplitSpec, checkerboard, cut, join
 
-__all__ = ["AdditiveCoupling", "AffineCoupling", "Coupling", "GINCoupling", "zero_last"]
+__all__ = ["Coupling", "Subnet", "zero_last"]
 
 Subnet = Callable[..., Tensor]
 
@@ -44,24 +44,24 @@ class Coupling(InvertibleModule):
         f: Subnet,
         g: Subnet | None = None,
         *,
-        dim: int = 1,
+        dim: int | None = None,
         split: SplitSpec = "half",
         swap: bool = False,
         subnet_dtype: torch.dtype | None = None,
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        for name, net in (("f", f), ("g", g)):
-            if not callable(net) and not (name == "g" and net is None):
-                refuse(self, name, "be a module or a function", type(net).__name__, TypeError)
+        check_callable(self, "f", f)
+        if g is not None:
+            check_callable(self, "g", g)
         map_.check(self)
         self.map, self.f, self.g = map_, f, g
         if subnet_dtype is not None and not (isinstance(subnet_dtype, torch.dtype) and subnet_dtype.is_floating_point):
             refuse(self, "subnet_dtype", "be a floating point dtype or None", repr(subnet_dtype), TypeError)
-        self.dim, self.split, self.swap, self.subnet_dtype = dim, split, swap, subnet_dtype
+        self.dim, self.split, self.swap, self.subnet_dtype = given_dim(self, dim), split, swap, subnet_dtype
         self.volume_preserving = map_.volume_preserving  # type: ignore[misc]
         # The streams of one tensor; a checkerboard has none: its subnets see the whole tensor with zeros.
-        self.streams = None if split == "checkerboard" else Partition(split, dim)
+        self.streams = None if split == "checkerboard" else Partition(split, self.dim)
 
     def side_names(self) -> SideNames:
         return SideNames.union(SideNames.of(net) for net in (self.f, self.g) if net is not None)
@@ -94,24 +94,16 @@ class Coupling(InvertibleModule):
             self.side_names().check(self, side)
         if self.streams is None and len(tensors) != 1:
             refuse(self, "input", "be one Tensor, for a checkerboard", "two", TypeError)
-        if self.streams is not None and len(tensors) == 1:
-            streams = cut(self.streams, tensors[0], self)
-            return join(self.streams, self._run(streams, side, updates, log_dets), self)
+        if len(tensors) == 1:
+            check_dim_given(self, tensors[0])
+            if self.streams is not None:
+                streams = cut(self.streams, tensors[0], self)
+                return join(self.streams, self._run(streams, side, updates, log_dets), self)
         moving = list(tensors)
         for update in updates:
             order = slice(None, None, -1 if update.target else 1)  # what moves comes first
             moving[order] = update.call(tuple(moving[order]), side, log_dets)
         return moving[0] if self.streams is None else tuple(moving)
-
-    def check_subnet(self, name: str, x: Tensor, h: Tensor) -> None:
-        """Raise if ``h``, which the subnet called ``name`` returned, cannot move ``x``."""
-        shape = [*x.shape]
-        shape[self.dim] *= self.map.parameters
-        if not isinstance(h, Tensor) or [*h.shape] != shape:
-            got = f"shape {tuple(h.shape)}" if isinstance(h, Tensor) else type(h).__name__
-            refuse(self, name, f"return a Tensor of shape {tuple(shape)}", got)
-        if h.is_complex() and not x.is_complex():
-            refuse(self, name, "return real numbers, for a real stream", h.dtype, TypeError)
 
     def extra_repr(self) -> str:
         return f"{self.map}, dim={self.dim}, split={self.split!r}" + (", swap=True" if self.swap else "")
@@ -136,7 +128,11 @@ class _Update:
         asked = log_dets is not None and not self.coupling.volume_preserving
         if side:
             side = SideNames.of(self.net).choose(side)
-        outputs = engine.tuple_of(engine.call(self._operation(log_det=asked), inputs, side))
+        try:
+            outputs = engine.tuple_of(engine.call(self._operation(log_det=asked), inputs, side))
+        except Exception as error:
+            explain(self.coupling, self.name, inputs[-1], error, self._hint(inputs, -1, side))
+            raise
         if asked:
             log_dets.add(outputs[-1])  # type: ignore[union-attr]  # it is asked for
         return outputs[: len(inputs)]
@@ -144,7 +140,7 @@ class _Update:
     def _operation(self, *, log_det: bool) -> Operation:
         def function(*inputs: Tensor, **side: Any) -> tuple[Tensor, ...]:
             h = self._evaluate(inputs[-1], **side)
-            self.coupling.check_subnet(self.name, inputs[0], h)
+            self._check_value(inputs, side, h)
             moved, *logs = there(inputs[0], h)
             return moved, *inputs[1:], *logs
 
@@ -160,8 +156,28 @@ class _Update:
 
         there = self._there_and_log_det if log_det else self._there
         title = f"{type(self.coupling).__name__}{'.inv' * self.inverted} ({self.name}{', log_det' * log_det})"
-        roots = engine.modules_of(self.net)
+        roots = (self.net,) if isinstance(self.net, nn.Module) else modules_behind(self.coupling, self.net)
         return Operation(title, function, inverse, replay, roots, self.coupling._policy, log_det=log_det)
+
+    def _check_value(self, inputs: tuple[Tensor, ...], side: dict[str, Any], h: Any) -> None:
+        """Raise if ``h``, which the subnet returned, cannot move the first of the inputs."""
+        shape = [*inputs[0].shape]
+        shape[self.coupling.dim] *= self.coupling.map.parameters
+        if not isinstance(h, Tensor) or [*h.shape] != shape:
+            check_returned(self.coupling, self.name, h, shape, self._hint(inputs, 0, side))
+        if h.is_complex() and not inputs[0].is_complex():
+            refuse(self.coupling, self.name, "return real numbers, for a real stream", h.dtype, TypeError)
+
+    def _hint(self, inputs: tuple[Tensor, ...], position: int, side: dict[str, Any]) -> str:
+        """Say, behind an error, which part of the features an input is, and which side inputs did not come."""
+        names = " and ".join(f"`{name}=`" for name in sorted(SideNames.of(self.net).names - side.keys()))
+        hint = f". Pass {names} by name: tensors by position are streams" if names else ""
+        if len(inputs) == 1:
+            return hint
+        which = ("first", "second")[self.target if position == 0 else 1 - self.target]
+        dim, kind = self.coupling.dim, "half" if self.coupling.split == "half" else "stream"
+        sizes = [x.shape[dim] if -x.ndim <= dim < x.ndim else 0 for x in inputs]
+        return f". The {which} {kind} has {sizes[position]} of {sum(sizes)} features in dim {dim}{hint}"
 
     def _evaluate(self, source: Tensor, **side: Any) -> Tensor:
         x, dtype = self._masked(source, 0, 1 - self.target), self.coupling.subnet_dtype
@@ -204,151 +220,6 @@ class _Update:
         if self.coupling.streams is not None:
             return values
         return values.where(checkerboard(values, self.coupling.dim, parity), others)
-
-
-class AdditiveCoupling(Coupling):
-    r"""Move each half of the input by a function of the other: ``y1 = x1 + f(x2)``, ``y2 = x2 + g(y1)``.
-
-    Without ``g``, ``y2 = x2``. The inverse is ``x2 = y2 - g(y1)``, ``x1 = y1 - f(x2)``; the log-determinant is 0. In
-    mode ``invert`` backward evaluates each subnet once.
-
-    Shapes: one tensor, which is split and merged; or two streams, which are returned as two and never copied. ``f``
-    maps the second stream's shape to the first one's, ``g`` the other way. With ``'checkerboard'``, both map the whole
-    tensor's shape to itself and see zeros at the positions that they move.
-
-    Args:
-        f: a module or a function; it gets the side inputs as keyword arguments.
-        g: likewise, or None.
-        dim: the dimension that is split.
-        split: ``'half'`` (those of `torch.chunk`), ``'interleave'``, ``'checkerboard'`` (over the dims after ``dim``),
-            the first stream's share of the size, or both sizes.
-        swap: let ``f`` move the second half by the first instead, and ``g`` the first by the second.
-        options: ``subnet_dtype`` of :class:`Coupling`, and those of :class:`InvertibleModule`.
-
-    Raises:
-        ValueError: for another ``split``, an input that cannot be split so, or a subnet that returns another shape.
-        TypeError: for a subnet that cannot be called, or an input that is not one tensor or two.
-
-    Reference:
-        NICE: Non-linear Independent Components Estimation, Dinh, Krueger and Bengio, 2014.
-        The Reversible Residual Network, Gomez, Ren, Urtasun and Grosse, 2017.
-
-    Example:
-        >>> layer = iz.AdditiveCoupling(nn.Linear(2, 2), nn.Linear(2, 2))
-        >>> x = torch.randn(3, 4)
-        >>> torch.allclose(layer.inverse(layer(x)), x, atol=1e-6)
-        True
-    """
-
-    def __init__(
-        self,
-        f: Subnet,
-        g: Subnet | None = None,
-        *,
-        dim: int = 1,
-        split: SplitSpec = "half",
-        swap: bool = False,
-        **options: Any,
-    ) -> None:
-        super().__init__(Shift(), f, g, dim=dim, split=split, swap=swap, **options)
-
-
-class AffineCoupling(Coupling):
-    r"""Scale and shift each half by functions of the other: ``y1 = x1 exp(s(x2)) + t(x2)``, then ``y2`` with ``g(y1)``.
-
-    A subnet returns the log-scale's argument ``h`` and the shift ``t``, stacked along ``dim``. The inverse is
-    ``x1 = (y1 - t) exp(-s)``; the log-determinant is the sum of ``s``. The log-scale is bounded by default, since deep
-    stacks of unbounded ones cannot be inverted in float32.
-
-    Shapes: as for :class:`AdditiveCoupling`, except that subnets return twice as many features in ``dim``.
-
-    Args:
-        f: a module or a function; it gets the side inputs as keyword arguments.
-        g: likewise, or None: then ``y2 = x2``.
-        dim, split, swap: as for :class:`AdditiveCoupling`.
-        scale: how ``s`` follows from ``h``, with ``a = max_log_scale``. ``'tanh'``: ``a tanh(0.1 h / a)``;
-            ``'softclip'``: ``(2 a / pi) arctan(h / a)``; ``'sigmoid'``: ``exp(s) = 0.1 + 0.9 sigmoid(h + 2)``;
-            ``'unit'``: ``exp(s) = (1 + sigmoid(h)) / 2``; ``'exp'``: ``s = h``.
-        max_log_scale: the bound ``a`` of ``'tanh'`` and ``'softclip'``.
-        zero_init: set the last weighted module of each subnet to zero, so that the layer starts close to the identity.
-        options: ``subnet_dtype`` of :class:`Coupling`, and those of :class:`InvertibleModule`.
-
-    Raises:
-        ValueError: for another ``split`` or ``scale``, an input that cannot be split so, or a subnet that returns
-            another shape.
-        TypeError: for a subnet that cannot be called, or an input that is not one tensor or two.
-
-    Reference:
-        Density estimation using Real NVP, Dinh, Sohl-Dickstein and Bengio, 2016.
-
-    Example:
-        >>> layer = iz.AffineCoupling(nn.Linear(2, 4))
-        >>> x = torch.randn(3, 4)
-        >>> torch.allclose(layer.inverse(layer(x)), x, atol=1e-6)
-        True
-    """
-
-    def __init__(
-        self,
-        f: Subnet,
-        g: Subnet | None = None,
-        *,
-        dim: int = 1,
-        split: SplitSpec = "half",
-        swap: bool = False,
-        scale: str = "tanh",
-        max_log_scale: float = 2.0,
-        zero_init: bool = False,
-        **options: Any,
-    ) -> None:
-        super().__init__(Affine(scale, max_log_scale), f, g, dim=dim, split=split, swap=swap, **options)
-        for net in (f, g) if zero_init else ():
-            zero_last(net)
-
-
-class GINCoupling(Coupling):
-    r"""Scale and shift like :class:`AffineCoupling`, but keep volumes: the log-scales of a sample add up to 0.
-
-    Their mean over all moved values is subtracted from them, so that they stay below twice the bound.
-
-    Args:
-        f: a module or a function; it returns the log-scale's argument and the shift, stacked along ``dim``.
-        g: likewise, or None.
-        dim, split, swap, scale, max_log_scale, zero_init: as for :class:`AffineCoupling`.
-        options: ``subnet_dtype`` of :class:`Coupling`, and those of :class:`InvertibleModule`.
-
-    Raises:
-        ValueError: as :class:`AffineCoupling`, and for a checkerboard.
-        TypeError: as :class:`AffineCoupling`.
-
-    Reference:
-        Disentanglement by Nonlinear ICA with General Incompressible-flow Networks (GIN), Sorrenson, Rother and Köthe,
-        2020.
-
-    Example:
-        >>> layer = iz.GINCoupling(nn.Linear(2, 4))
-        >>> layer.forward_and_log_det(torch.randn(3, 4))[1]
-        tensor([0., 0., 0.])
-    """
-
-    def __init__(
-        self,
-        f: Subnet,
-        g: Subnet | None = None,
-        *,
-        dim: int = 1,
-        split: SplitSpec = "half",
-        swap: bool = False,
-        scale: str = "tanh",
-        max_log_scale: float = 2.0,
-        zero_init: bool = False,
-        **options: Any,
-    ) -> None:
-        super().__init__(Affine(scale, max_log_scale, centred=True), f, g, dim=dim, split=split, swap=swap, **options)
-        if self.streams is None:
-            refuse(self, "split", "be one into streams", "'checkerboard'")
-        for net in (f, g) if zero_init else ():
-            zero_last(net)
 
 
 def zero_last(net: Any) -> None:

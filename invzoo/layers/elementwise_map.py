@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..engine import Tape
 from ..log_dets import sum_per_sample
-from ._checks import check_features, check_like, check_positive_int, parameter_of, refuse
+from ._checks import check_dim_given, check_features, check_like, check_positive_int, given_dim, parameter_of, refuse
 from .conditioned import Conditioned, Conditioner
 from .maps import Map
 from .matrix import widen
@@ -28,6 +28,7 @@ def check_per_feature(owner: Any, argument: str, x: Any, parameter: str) -> None
     """``x`` is what the layer's map takes, like its parameter of that name, and has its features in its dim."""
     owner.map.check_value(owner, argument, x)
     check_like(owner, argument, x, parameter_of(owner, parameter))
+    check_dim_given(owner, x)
     check_features(owner, argument, x, owner.dim, owner.features)
 
 
@@ -50,11 +51,11 @@ class ElementwiseMap(Conditioned):
     map: Map
     dim: int
 
-    def __init__(self, map: Map, dim: int, conditioner: Conditioner | None, **options: Any) -> None:  # noqa: A002
+    def __init__(self, map: Map, dim: int | None, conditioner: Conditioner | None, **options: Any) -> None:  # noqa: A002
         super().__init__(**options)
         map.check(self)
         self.set_conditioner(conditioner)
-        self.map, self.dim = map, dim
+        self.map, self.dim = map, given_dim(self, dim)
 
     @abstractmethod
     def check_argument(self, argument: str, x: Tensor) -> None:
@@ -64,23 +65,23 @@ class ElementwiseMap(Conditioned):
     def map_parameters(self, x: Tensor, context: Any = None) -> Tensor:
         """Return the parameters stacked along ``dim``; their other dims are those of ``x``, or broadcast to them."""
 
-    def function(self, x: Tensor, context: Any = None) -> Tensor:
+    def function(self, x: Tensor, *, context: Any = None) -> Tensor:
         self.check_argument("x", x)
         return self.map.forward(x, self.map_parameters(x, context), self.dim)
 
-    def inverse(self, y: Tensor, context: Any = None) -> Tensor:
+    def inverse(self, y: Tensor, *, context: Any = None) -> Tensor:
         self.check_argument("y", y)
         return self.map.inverse(y, self.map_parameters(y, context), self.dim)
 
-    def log_det(self, x: Tensor, context: Any = None) -> Tensor:
+    def log_det(self, x: Tensor, *, context: Any = None) -> Tensor:
         self.check_argument("x", x)
         return self._sum(self.map.log_slope(x, self.map_parameters(x, context), self.dim))
 
-    def function_and_log_det(self, x: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
+    def function_and_log_det(self, x: Tensor, *, context: Any = None) -> tuple[Tensor, Tensor]:
         self.check_argument("x", x)
         return self._map_and_log_det(x, self.map_parameters(x, context))
 
-    def inverse_with_log_det(self, y: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
+    def inverse_with_log_det(self, y: Tensor, *, context: Any = None) -> tuple[Tensor, Tensor]:
         self.check_argument("y", y)
         return self._undo_and_log_det(y, self.map_parameters(y, context))
 
@@ -175,7 +176,7 @@ class PerFeatureMap(ElementwiseMap):
         self,
         map: Map,  # noqa: A002
         features: int,
-        dim: int,
+        dim: int | None,
         conditioner: Conditioner | None,
         factory: dict[str, Any],
         **options: Any,

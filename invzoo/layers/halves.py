@@ -46,7 +46,7 @@ class Swap(AlongDim):
     Shapes: ``(..., n, ...) -> (..., n, ...)`` with ``n >= 2``, or two streams of any shapes.
 
     Args:
-        dim: the dimension, which may be negative.
+        dim: the dimension, which may be negative; 1 by default, but to be given for one tensor of three dims.
         options: those of :class:`InvertibleModule`.
 
     Raises:
@@ -62,9 +62,9 @@ class Swap(AlongDim):
 
     composite = True  # streams are exchanged as they are, and one tensor in a call of its own
 
-    def __init__(self, dim: int = 1, **options: Any) -> None:
+    def __init__(self, dim: int | None = None, **options: Any) -> None:
         super().__init__(dim, **options)
-        self.streams = Partition("half", dim)
+        self.streams = Partition("half", self.dim)
 
     def takes_streams(self, first: int, second: int) -> bool:
         return first == second  # or the halves of the swapped tensor would be others than the swapped halves
@@ -104,7 +104,7 @@ class Interleave(AlongDim):
     Shapes: ``(..., n, ...) -> (..., n, ...)`` with ``n >= 2``; the first half is larger if ``n`` is odd.
 
     Args:
-        dim: the dimension, which may be negative.
+        dim: the dimension, which may be negative; 1 by default, but to be given for one tensor of three dims.
         options: those of :class:`InvertibleModule`.
 
     Raises:
@@ -128,7 +128,7 @@ class Deinterleave(AlongDim):
     Shapes: ``(..., n, ...) -> (..., n, ...)`` with ``n >= 2``.
 
     Args:
-        dim: the dimension, which may be negative.
+        dim: the dimension, which may be negative; 1 by default, but to be given for one tensor of three dims.
         options: those of :class:`InvertibleModule`.
 
     Raises:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..log_dets import log_det_dtype
 from ..module import InvertibleModule
-from ._checks import check_features, check_floating, check_like, check_positive, check_positive_int, refuse
+from ._checks import check_features, check_floating, check_like, check_positive, check_positive_int, given_dim, refuse
 from .matrix import bounded, full_precision, widen
 from .orthogonal import identity
 
@@ -109,7 +109,7 @@ class WoodburyLinear(InvertibleModule):
             refuse(self, "rank", f"be at most features={features}", rank)
         if max_norm >= 1:
             refuse(self, "max_norm", "be below 1", max_norm)
-        self.features, self.rank, self.dim = features, rank, dim
+        self.features, self.rank, self.dim = features, rank, given_dim(self, dim)
         self.max_log_scale, self.max_norm = max_log_scale, max_norm
         self.left = nn.Parameter(torch.empty(features, rank, device=device, dtype=dtype))
         self.right = nn.Parameter(torch.empty(features, rank, device=device, dtype=dtype))

@@ -110,27 +110,27 @@ class MatrixLayer(Conditioned):
         """
         return sum(p.numel() for p in self._own())
 
-    def function(self, x: Tensor, context: Any = None) -> Tensor:
+    def function(self, x: Tensor, *, context: Any = None) -> Tensor:
         self._check("x", x, self.matrix.columns)
         factors, _ = self._build(x, context)
         return self._apply_weight(x, *factors)
 
-    def inverse(self, y: Tensor, context: Any = None) -> Tensor:
+    def inverse(self, y: Tensor, *, context: Any = None) -> Tensor:
         self._check("y", y, self.matrix.rows)
         factors, _ = self._build(y, context)
         return self._apply_inverse(y, *factors)
 
-    def log_det(self, x: Tensor, context: Any = None) -> Tensor:
+    def log_det(self, x: Tensor, *, context: Any = None) -> Tensor:
         self._check("x", x, self.matrix.columns)
         _, log_det = self._build(x, context, log_det=True)
         return self._log_det(x, log_det)
 
-    def function_and_log_det(self, x: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
+    def function_and_log_det(self, x: Tensor, *, context: Any = None) -> tuple[Tensor, Tensor]:
         self._check("x", x, self.matrix.columns)
         factors, log_det = self._build(x, context, log_det=True)
         return self._apply_weight(x, *factors), self._log_det(x, log_det)
 
-    def inverse_with_log_det(self, y: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
+    def inverse_with_log_det(self, y: Tensor, *, context: Any = None) -> tuple[Tensor, Tensor]:
         self._check("y", y, self.matrix.rows)
         factors, log_det = self._build(y, context, log_det=True)
         x = self._apply_inverse(y, *factors)

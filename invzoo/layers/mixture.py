@@ -186,7 +186,7 @@ class MixtureLogisticCoupling(Coupling):
         components: int = 4,
         max_mean: float = 3.0,
         max_log_scale: float = 1.0,
-        dim: int = 1,
+        dim: int | None = None,
         split: SplitSpec = "half",
         swap: bool = False,
         zero_init: bool = False,

@@ -124,7 +124,7 @@ class UnconstrainedMonotonic(PerFeatureMap):
 
     Args:
         features: size of dim ``dim``.
-        dim: the dim of the features, not the first.
+        dim: the dim of the features, not the first; 1 by default, but to be given for one tensor of three dims.
         hidden: width of the net.
         order: of the quadrature: order + 1 evaluations of the net.
         tail_bound: where the linear tails begin.
@@ -153,7 +153,7 @@ class UnconstrainedMonotonic(PerFeatureMap):
     def __init__(
         self,
         features: int,
-        dim: int = 1,
+        dim: int | None = None,
         *,
         hidden: int = 8,
         order: int = 32,
@@ -180,7 +180,7 @@ class SumOfSquares(PerFeatureMap):
 
     Args:
         features: size of dim ``dim``.
-        dim: the dim of the features, not the first.
+        dim: the dim of the features, not the first; 1 by default, but to be given for one tensor of three dims.
         degree: of the polynomials p_k; y is one of degree 2 * degree + 1.
         polynomials: how many.
         tail_bound: where the linear tails begin.
@@ -209,7 +209,7 @@ class SumOfSquares(PerFeatureMap):
     def __init__(
         self,
         features: int,
-        dim: int = 1,
+        dim: int | None = None,
         *,
         degree: int = 3,
         polynomials: int = 2,
@@ -235,7 +235,7 @@ class BernsteinPolynomial(PerFeatureMap):
 
     Args:
         features: size of dim ``dim``.
-        dim: the dim of the features, not the first.
+        dim: the dim of the features, not the first; 1 by default, but to be given for one tensor of three dims.
         degree: n, of y as a polynomial of x.
         tail_bound: where the linear tails begin.
         max_log_slope: m, in nats: slopes are between exp(-m) and exp(m).
@@ -263,7 +263,7 @@ class BernsteinPolynomial(PerFeatureMap):
     def __init__(
         self,
         features: int,
-        dim: int = 1,
+        dim: int | None = None,
         *,
         degree: int = 8,
         tail_bound: float = 5.0,

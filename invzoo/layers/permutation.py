@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..engine import Tape
 from ..module import InvertibleModule
-from ._checks import check_features, check_positive_int, check_tensor, refuse
+from ._checks import check_dim_given, check_features, check_positive_int, check_tensor, given_dim, refuse
 
 __all__ = ["AlongDim", "Permute", "Reverse", "Shuffle", "dim_of"]
 
@@ -20,6 +20,7 @@ Device = torch.device | str | None
 def dim_of(owner: object, argument: str, x: Any, dim: int, at_least: int = 0) -> int:
     """Return `dim` counted from the front, where `x` has it."""
     check_tensor(owner, argument, x)
+    check_dim_given(owner, x)
     if not -x.ndim <= dim < x.ndim:
         refuse(owner, argument, f"have a dim {dim}", f"shape {tuple(x.shape)}")
     if x.shape[dim] < at_least:
@@ -34,9 +35,9 @@ class AlongDim(InvertibleModule):
     rearranges = True
     exact = True
 
-    def __init__(self, dim: int = 1, **options: Any) -> None:
+    def __init__(self, dim: int | None = None, **options: Any) -> None:
         super().__init__(**options)
-        self.dim = dim
+        self.dim = given_dim(self, dim)
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}"
@@ -50,7 +51,7 @@ class _Reindexing(AlongDim):
 
     permutation: Tensor
 
-    def __init__(self, size: int, dim: int, persistent: bool, device: Device, options: dict[str, Any]) -> None:
+    def __init__(self, size: int, dim: int | None, persistent: bool, device: Device, options: dict[str, Any]) -> None:
         super().__init__(dim, **options)
         self.register_buffer("permutation", torch.empty(size, dtype=torch.long, device=device), persistent)
 
@@ -81,7 +82,7 @@ class Permute(_Reindexing):
 
     Args:
         permutation: each of 0, ..., n - 1 once, as a sequence or a tensor.
-        dim: the dimension, which may be negative.
+        dim: the dimension, which may be negative; 1 by default, but to be given for one tensor of three dims.
         device: where the indices are.
         options: those of :class:`InvertibleModule`.
 
@@ -98,7 +99,7 @@ class Permute(_Reindexing):
     """
 
     def __init__(
-        self, permutation: Sequence[int] | Tensor, dim: int = 1, *, device: Device = None, **options: Any
+        self, permutation: Sequence[int] | Tensor, dim: int | None = None, *, device: Device = None, **options: Any
     ) -> None:
         order = self._order_of(permutation)
         super().__init__(len(order), dim, False, device, options)
@@ -132,7 +133,7 @@ class Shuffle(_Reindexing):
 
     Args:
         features: the size of the dimension.
-        dim: the dimension, which may be negative.
+        dim: the dimension, which may be negative; 1 by default, but to be given for one tensor of three dims.
         generator: what to draw the order from; the CPU's global generator if None.
         device: where the indices are.
         options: those of :class:`InvertibleModule`.
@@ -151,7 +152,7 @@ class Shuffle(_Reindexing):
     def __init__(
         self,
         features: int,
-        dim: int = 1,
+        dim: int | None = None,
         *,
         generator: torch.Generator | None = None,
         device: Device = None,
@@ -177,7 +178,7 @@ class Reverse(AlongDim):
     Shapes: ``(..., n, ...) -> (..., n, ...)``.
 
     Args:
-        dim: the dimension, which may be negative.
+        dim: the dimension, which may be negative; 1 by default, but to be given for one tensor of three dims.
         options: those of :class:`InvertibleModule`.
 
     Raises:

@@ -10,7 +10,7 @@ from einops.parsing import ParsedExpression
 from torch import Tensor
 
 from ..module import InvertibleModule
-from ._checks import check_positive_int, check_tensor, refuse
+from ._checks import check_dim_given, check_positive_int, check_tensor, given_dims, refuse
 
 __all__ = ["Flatten", "Pad", "Rearrange", "Reshape"]
 
@@ -186,7 +186,8 @@ class Pad(InvertibleModule):
 
     Args:
         padding: how many zeros ``(before, after)``; a number alone is ``after``, as for more channels.
-        dim: the dimension, which may be negative, or several that are padded alike.
+        dim: the dimension, which may be negative, or several that are padded alike; 1 by default, but to be given for
+            one tensor of three dims.
         options: those of :class:`InvertibleModule`.
 
     Raises:
@@ -205,12 +206,12 @@ class Pad(InvertibleModule):
 
     exact = True
 
-    def __init__(self, padding: int | tuple[int, int], dim: int | Sequence[int] = 1, **options: Any) -> None:
+    def __init__(self, padding: int | tuple[int, int], dim: int | Sequence[int] | None = None, **options: Any) -> None:
         super().__init__(**options)
         self.padding = (0, padding) if isinstance(padding, int) else tuple(padding)
         if len(self.padding) != 2 or not all(isinstance(n, int) and n >= 0 for n in self.padding):
             refuse(self, "padding", "be (before, after), both at least 0", padding)
-        self.dim = (dim,) if isinstance(dim, int) else tuple(dim)
+        self.dim = given_dims(self, dim)
 
     def function(self, x: Tensor) -> Tensor:
         dims = self._dims("x", x, 0)
@@ -225,6 +226,7 @@ class Pad(InvertibleModule):
 
     def _dims(self, argument: str, x: Any, at_least: int) -> list[int]:
         check_tensor(self, argument, x)
+        check_dim_given(self, x)
         for dim in self.dim:
             if not -x.ndim <= dim < x.ndim or x.shape[dim] < at_least:
                 entries = f" with at least {at_least} entries" if at_least else ""

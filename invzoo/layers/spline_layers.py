@@ -68,7 +68,7 @@ class RationalQuadraticCoupling(Coupling):
         tails: str | None = "linear",
         min_bin: float = 1e-2,
         min_slope: float = 1e-2,
-        dim: int = 1,
+        dim: int | None = None,
         split: SplitSpec = "half",
         swap: bool = False,
         zero_init: bool = False,
@@ -94,7 +94,7 @@ class RationalQuadraticSpline(PerFeatureMap):
 
     Args:
         features: size of ``dim``.
-        dim: the dimension that has a spline for each entry.
+        dim: the dimension that has a spline for each entry; 1 by default, but to be given for one tensor of three dims.
         bins, bound, tails, min_bin, min_slope: as for :class:`RationalQuadraticCoupling`.
         conditioner: a module or a function of the side input ``context``, or None.
         device: of the parameters.
@@ -110,7 +110,7 @@ class RationalQuadraticSpline(PerFeatureMap):
         "Neural Spline Flows", Durkan, Bekasov, Murray and Papamakarios, 2019.
 
     Example:
-        >>> layer = iz.RationalQuadraticSpline(3, conditioner=nn.Linear(2, 3 * 23))
+        >>> layer = iz.RationalQuadraticSpline(3, dim=1, conditioner=nn.Linear(2, 3 * 23))
         >>> x, context = torch.randn(4, 3, 5), torch.randn(4, 2)
         >>> y = layer(x, context=context)
         >>> torch.allclose(layer.inverse(y, context=context), x, atol=1e-5)
@@ -121,7 +121,7 @@ class RationalQuadraticSpline(PerFeatureMap):
         self,
         features: int,
         *,
-        dim: int = 1,
+        dim: int | None = None,
         bins: int = 8,
         bound: float = 3.0,
         tails: str | None = "linear",

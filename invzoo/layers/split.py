@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import engine
 from ..engine import Operation
 from ..module import InvertibleModule
-from ._checks import refuse
+from ._checks import check_dim_given, given_dim, refuse
 
 __all__ = ["Merge", "Partition", "Split", "SplitSpec", "checkerboard", "cut", "join", "merging", "splitting"]
 
@@ -111,7 +111,7 @@ class Split(InvertibleModule):
     Shapes: ``(..., n, ...) -> (..., n1, ...), (..., n2, ...)`` with ``n1 + n2 = n``.
 
     Args:
-        dim: the dimension that is split.
+        dim: the dimension that is split; 1 by default, but to be given for one tensor of three dims.
         split: ``'half'`` (those of `torch.chunk`: the first one is larger if ``n`` is odd), ``'interleave'`` (even and
             odd positions), the first stream's share of ``n`` (a float between 0 and 1, rounded up), or both sizes.
 
@@ -127,14 +127,16 @@ class Split(InvertibleModule):
     rearranges = True
     exact = True
 
-    def __init__(self, dim: int = 1, split: SplitSpec = "half", **options: Any) -> None:
+    def __init__(self, dim: int | None = None, split: SplitSpec = "half", **options: Any) -> None:
         super().__init__(**options)
-        self.partition = Partition(split, dim)
+        self.partition = Partition(split, given_dim(self, dim))
 
     def function(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        check_dim_given(self, x)
         return self.partition.cut(x)
 
     def inverse(self, x1: Tensor, x2: Tensor) -> Tensor:
+        check_dim_given(self, x1)
         return self.partition.join(x1, x2)
 
     def extra_repr(self) -> str:
@@ -161,17 +163,19 @@ class Merge(InvertibleModule):
     rearranges = True
     exact = True
 
-    def __init__(self, dim: int = 1, split: SplitSpec = "half", **options: Any) -> None:
+    def __init__(self, dim: int | None = None, split: SplitSpec = "half", **options: Any) -> None:
         super().__init__(**options)
-        self.partition = Partition(split, dim)
+        self.partition = Partition(split, given_dim(self, dim))
 
     def function(self, x1: Tensor, x2: Tensor) -> Tensor:
+        check_dim_given(self, x1)
         sizes = x1.shape[self.partition.dim], x2.shape[self.partition.dim]
         if (expected := self.partition.sizes(sum(sizes))) != sizes:
             refuse(self, "inputs", f"have {expected[0]} and {expected[1]} features", f"{sizes[0]} and {sizes[1]}")
         return self.partition.join(x1, x2)
 
     def inverse(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        check_dim_given(self, x)
         return self.partition.cut(x)
 
     extra_repr = Split.extra_repr

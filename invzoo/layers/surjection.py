@@ -14,7 +14,7 @@ from torch.distributions import Bernoulli, Distribution, Normal, constraints
 from ..engine import SideNames
 from ..log_dets import sum_per_sample
 from ..module import InvertibleModule
-from ._checks import check_positive_int, refuse
+from ._checks import check_dim_given, check_positive_int, given_dim, refuse
 from .elementwise import check_real
 from .matrix import widen
 
@@ -138,10 +138,12 @@ class Surjection(InvertibleModule):
 class _Features(Surjection):
     """Features that are lost or drawn. Abstract."""
 
-    def __init__(self, features: int, dim: int = 1, *, distribution: Noise = standard_normal, **options: Any) -> None:
+    def __init__(
+        self, features: int, dim: int | None = None, *, distribution: Noise = standard_normal, **options: Any
+    ) -> None:
         super().__init__(distribution, **options)
         check_positive_int(self, "features", features)
-        self.features, self.dim = features, dim
+        self.features, self.dim = features, given_dim(self, dim)
 
     def lose(self, argument: str, x: Tensor) -> tuple[Tensor, Tensor]:
         self._check(argument, x, self.features)
@@ -158,6 +160,7 @@ class _Features(Surjection):
 
     def _check(self, argument: str, x: Tensor, at_least: int) -> None:
         check_real(self, argument, x)
+        check_dim_given(self, x)
         if self.dim == 0 or not -x.ndim < self.dim < x.ndim or x.shape[self.dim] < at_least:
             entries = f", with at least {at_least} entries" if at_least else ""
             refuse(self, argument, f"have a dim {self.dim} behind the batch{entries}", f"shape {tuple(x.shape)}")
@@ -175,7 +178,8 @@ class Slice(_Features):
 
     Args:
         features: how many are dropped.
-        dim: the dimension, which may be negative, but not the batch's.
+        dim: the dimension, which may be negative, but not the batch's; 1 by default, but to be given for one tensor of
+            three dims.
         distribution: gives p(x2 | x1), as in :class:`Surjection`; standard normal by default.
         options: those of :class:`InvertibleModule`.
 
@@ -204,7 +208,8 @@ class Augment(_Features):
 
     Args:
         features: how many are drawn.
-        dim: the dimension, which may be negative, but not the batch's.
+        dim: the dimension, which may be negative, but not the batch's; 1 by default, but to be given for one tensor of
+            three dims.
         distribution: gives q(e | x), as in :class:`Surjection`; standard normal by default.
         options: those of :class:`InvertibleModule`.
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..engine import Tape
 from ..module import InvertibleModule
-from ._checks import check_choice, check_floating, refuse
+from ._checks import check_choice, check_dim_given, check_floating, given_dims, refuse
 from .matrix import widen
 from .split import Partition
 from .squeeze import ORDERS, cells, check_pixels, positions
@@ -183,12 +183,13 @@ class _Transform(InvertibleModule):
 
     volume_preserving = True
 
-    def __init__(self, dim: int | Sequence[int], **options: Any) -> None:
+    def __init__(self, dim: int | Sequence[int] | None, **options: Any) -> None:
         super().__init__(**options)
-        self.dim = (dim,) if isinstance(dim, int) else tuple(dim)
+        self.dim = given_dims(self, dim)
 
     def _along(self, transform: Callable[[Tensor], Tensor], argument: str, x: Tensor) -> Tensor:
         check_floating(self, argument, x)
+        check_dim_given(self, x)
         for dim in self.dim:
             if not -x.ndim < dim < x.ndim or dim == 0:
                 refuse(self, argument, f"have a dim {dim} behind the batch", f"shape {tuple(x.shape)}")
@@ -260,7 +261,8 @@ class Hadamard(_Transform):
     Shapes: ``(B, ..., n, ...) -> (B, ..., n, ...)`` where ``n`` is a power of two.
 
     Args:
-        dim: the dimension, which may be negative, or several.
+        dim: the dimension, which may be negative, or several; 1 by default, but to be given for one tensor of three
+            dims.
         options: those of :class:`InvertibleModule`.
 
     Raises:
@@ -272,7 +274,7 @@ class Hadamard(_Transform):
         tensor([[ 5., -1., -2.,  0.]])
     """
 
-    def __init__(self, dim: int | Sequence[int] = 1, **options: Any) -> None:
+    def __init__(self, dim: int | Sequence[int] | None = None, **options: Any) -> None:
         super().__init__(dim, **options)
 
     def function(self, x: Tensor) -> Tensor:

@@ -290,6 +290,58 @@ def test_a_module_added_between_forward_and_backward(saving, x, warm):
         loss.backward()
 
 
+class MakesModules(nn.Module):
+    """Makes what is in it when it first sees data, besides what it has."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(HALF, HALF)
+
+    def forward(self, x):
+        if not hasattr(self, "later"):
+            self.later = nn.Linear(HALF, x.shape[1])
+        return self.later(self.first(x).tanh())
+
+
+class StartsFromData(nn.Module):
+    """Scales what it returns so that the first batch has a deviation of 1."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.scale, self.started = nn.Linear(HALF, HALF), nn.Parameter(torch.ones(HALF)), False
+
+    def forward(self, x):
+        h = self.linear(x)
+        if not self.started:
+            with torch.no_grad():
+                self.scale.copy_(1 / h.std(0))
+            self.started = True
+        return h * self.scale
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            MakesModules,
+            "got an addition of 'later'. .* makes its modules in its first forward once under torch.no_grad()",
+        ),
+        (StartsFromData, "got a change of 'scale'. .* depends on data run it once under torch.no_grad.*iz.ActNorm"),
+    ],
+)
+@pytest.mark.parametrize("mode", iz.Mode)
+def test_modules_that_are_complete_after_a_first_look(make, message, mode):
+    layer, x = iz.AdditiveCoupling(make(), mode=mode), torch.randn(5, FEATURES)
+    if mode != "store":
+        with pytest.raises(RuntimeError, match=message):
+            layer(x).sum().backward()
+    layer = iz.AdditiveCoupling(make(), mode=mode)
+    with torch.no_grad():
+        layer(x)
+    layer(x).square().sum().backward()
+    assert all(p.grad is not None for p in layer.parameters())
+
+
 class Nameless:
     """No module, but it has one."""
 
@@ -310,6 +362,7 @@ def test_modules_behind_plain_objects(mode, name):
     ours.net.load_state_dict(plain.net.state_dict())
     f = ours if name == "itself" else getattr(ours, name)
     layer, x = iz.AdditiveCoupling(f, mode=mode), torch.randn(5, FEATURES)
+    layer.add_module("net", ours.net)
     some_loss(layer(x)).backward()
     some_loss(PlainAdditive(plain.net)(x)).backward()
     assert_near(dict(ours.net.named_buffers()), dict(plain.net.named_buffers()))

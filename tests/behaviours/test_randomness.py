@@ -226,7 +226,10 @@ def test_attention_with_dropout(x):
 
     x = torch.randn(2, 8, 5, requires_grad=True)
     for mode in ("store", "recompute", "invert"):
-        plain, ours = PlainAdditive(Attention(), Attention()), iz.AdditiveCoupling(Attention(), Attention(), mode=mode)
+        plain, ours = (
+            PlainAdditive(Attention(), Attention()),
+            iz.AdditiveCoupling(Attention(), Attention(), dim=1, mode=mode),
+        )
         ours.load_state_dict(plain.state_dict())
         for _ in range(2):
             assert_same_run(lambda net: grad(some_loss(net(x)), [x, *net.parameters()]), plain, ours)

@@ -55,7 +55,7 @@ def test_layers_on_streams_of_their_own(mode: str, middle: bool):
     """Long kernels before each layer give races the time to show."""
     torch.manual_seed(0)
     streams = [torch.cuda.Stream() for _ in range(2)]
-    layers = [iz.AdditiveCoupling(nn.Linear(256, 256), nn.Linear(256, 256)).cuda() for _ in range(6)]
+    layers = [iz.AdditiveCoupling(nn.Linear(256, 256), nn.Linear(256, 256), dim=1).cuda() for _ in range(6)]
     data = torch.randn(2, 4096, 256, device="cuda")
 
     def step(mode: str, side: bool) -> list[Tensor]:

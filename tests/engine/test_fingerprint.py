@@ -69,7 +69,9 @@ NETS = {
 def test_only_the_first_step_takes_them(monkeypatch: pytest.MonkeyPatch, name: str, mode: str):
     """They are read on the CPU, which waits for a device; a call that no backward replays is never compared."""
     taken: list[int] = []
-    monkeypatch.setattr(sys.modules["invzoo.engine.fingerprint"], "fingerprint", lambda t: taken.append(0) or fingerprint(t))
+    monkeypatch.setattr(
+        sys.modules["invzoo.engine.fingerprint"], "fingerprint", lambda t: taken.append(0) or fingerprint(t)
+    )
     net, counts = iz.InvertibleSequential(*NETS[name](), mode=mode), []
     x = torch.randn(5, 8, requires_grad=True)
     for inputs in (lambda: x, lambda: x, lambda: x.sigmoid(), lambda: x):

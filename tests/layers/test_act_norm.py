@@ -22,7 +22,7 @@ def data(*shape, dtype=torch.float64):
 
 
 def act_norm_of(features=3, **options):
-    return iz.ActNorm(features, dtype=torch.float64, **options)
+    return iz.ActNorm(features, **{"dim": 1, "dtype": torch.float64, **options})
 
 
 def state_of(layer):

@@ -29,7 +29,7 @@ directions = pytest.mark.parametrize("direction", ["function", "inverse"])
 
 
 def build(name: str, features: int = 3, dtype: torch.dtype = torch.float64, **options: object) -> PerFeatureMap:
-    return perturbed(LAYERS[name](features, dtype=dtype, **options), 0.5)
+    return perturbed(LAYERS[name](features, dim=1, dtype=dtype, **options), 0.5)
 
 
 def conditioned(name: str, features: int = 3) -> PerFeatureMap:

@@ -55,7 +55,7 @@ def test_elementwise_affine_starts_as_the_identity_and_stays_bounded():
 @pytest.mark.parametrize("scale", ["tanh", "softclip", "sigmoid", "unit", "exp"])
 def test_conditional_affine_is_the_map_of_the_couplings(scale):
     x, context = randn(2, 3, 4), randn(2, 5)
-    layer = trained(iz.ConditionalAffine(nn.Linear(5, 6), scale=scale, max_log_scale=1.5))
+    layer = trained(iz.ConditionalAffine(nn.Linear(5, 6), dim=1, scale=scale, max_log_scale=1.5))
     h = layer.conditioner(context)[..., None]
     map_ = Affine(scale, 1.5)
     y, log_det = layer.forward_and_log_det(x, context=context)
@@ -95,22 +95,24 @@ def test_log_scales_stay_bounded_whatever_a_conditioner_returns(size):
 
 
 def test_a_conditioner_of_zeros_changes_nothing():
-    plain, x = trained(iz.ElementwiseAffine(3)), randn(2, 3, 4)
-    conditioned = iz.ElementwiseAffine(3, conditioner=lambda context: context.new_zeros(len(context), 6)).double()
+    plain, x = trained(iz.ElementwiseAffine(3, dim=1)), randn(2, 3, 4)
+    conditioned = iz.ElementwiseAffine(
+        3, dim=1, conditioner=lambda context: context.new_zeros(len(context), 6)
+    ).double()
     conditioned.load_state_dict(plain.state_dict())
     assert_close(conditioned(x, context=randn(2, 1)), plain(x), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_function_as_conditioner_moves_the_buffers_of_its_modules_once(mode):
-    norm = nn.BatchNorm1d(6).double()
+    norm = nn.BatchNorm1d(6, affine=False).double()
     layer = iz.ConditionalAffine(lambda context: norm(context), mode=mode)
     layer(randn(4, 3, requires_grad=True), context=randn(4, 6)).sum().backward()
     assert norm.num_batches_tracked == 1
 
 
 def test_a_chain_gives_the_context_to_the_layers_that_take_it():
-    conditioned = iz.ElementwiseAffine(3, conditioner=nn.Linear(2, 6))
+    conditioned = iz.ElementwiseAffine(3, dim=1, conditioner=nn.Linear(2, 6))
     chain = trained(iz.InvertibleSequential(iz.ElementwiseAffine(3), conditioned, iz.Reverse()))
     x, context = randn(2, 3), randn(2, 2)
     y, log_det = chain.forward_and_log_det(x, context=context)
@@ -124,7 +126,7 @@ def test_a_chain_gives_the_context_to_the_layers_that_take_it():
 
 
 def test_a_deep_stack_comes_back_in_float32():
-    layers = [iz.ElementwiseAffine(3, max_log_scale=0.3, conditioner=nn.Linear(2, 6)) for _ in range(16)]
+    layers = [iz.ElementwiseAffine(3, dim=1, max_log_scale=0.3, conditioner=nn.Linear(2, 6)) for _ in range(16)]
     chain = trained(iz.InvertibleSequential(*layers)).float()
     x, context = torch.randn(5, 3, 4), torch.randn(5, 2)
     assert_close(chain.inverse(chain(x, context=context), context=context), x, rtol=1e-4, atol=1e-4)
@@ -132,7 +134,7 @@ def test_a_deep_stack_comes_back_in_float32():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_computed_in_single(dtype):
-    layer, x = trained(iz.ElementwiseAffine(3)).to(dtype), torch.randn(4, 3, 2).to(dtype)
+    layer, x = trained(iz.ElementwiseAffine(3, dim=1)).to(dtype), torch.randn(4, 3, 2).to(dtype)
     y, log_det = layer.forward_and_log_det(x)
     assert y.dtype == dtype
     assert log_det.dtype == torch.float32
@@ -183,12 +185,12 @@ def test_autocast_leaves_scales_in_single_precision():
             r"Expected conditioner to return shape \(2, 6\); got \(2, 3\)",
         ),
         (
-            lambda: iz.ConditionalAffine(nn.Identity())(torch.ones(2, 3, 4), context=torch.ones(2, 6, 3)),
+            lambda: iz.ConditionalAffine(nn.Identity(), dim=1)(torch.ones(2, 3, 4), context=torch.ones(2, 6, 3)),
             ValueError,
             r"return shape \(2, 6\) or \(2, 6, 4\); got \(2, 6, 3\)",
         ),
         (
-            lambda: iz.ConditionalAffine(nn.Identity())(torch.ones(2, 3, 4), context=torch.ones(3, 6)),
+            lambda: iz.ConditionalAffine(nn.Identity(), dim=1)(torch.ones(2, 3, 4), context=torch.ones(3, 6)),
             ValueError,
             r"return shape \(2, 6\) or \(2, 6, 4\); got \(3, 6\)",
         ),

@@ -30,7 +30,7 @@ def coupling(kind, split="half", n=7, two_sided=True, swap=False, **options):
     first, second = sizes[::-1] if swap else sizes
     factor = 1 if kind is iz.AdditiveCoupling else 2
     g = Net(first, second * factor) if two_sided else None
-    return kind(Net(second, first * factor), g, split=split, swap=swap, **options)
+    return kind(Net(second, first * factor), g, dim=1, split=split, swap=swap, **options)
 
 
 @pytest.mark.parametrize("split", ["half", 0.25])
@@ -121,6 +121,154 @@ def test_half_precision(kind, dtype):
     y = layer(x)
     assert y.dtype is dtype
     assert_close(layer.inverse(y), x, rtol=0.1, atol=0.1)
+
+
+class Tuples(nn.Module):
+    def forward(self, x):
+        return x, None
+
+
+class Sums(nn.Module):
+    """Raises where its input is not as wide as it thinks, itself rather than a module of torch."""
+
+    def forward(self, x):
+        return x + torch.ones(4)
+
+
+class With(nn.Module):
+    """A subnet that takes a condition of 3 features."""
+
+    def __init__(self, context=5):
+        super().__init__()
+        self.net = nn.Linear(context, 2)
+
+    def forward(self, x, context):
+        return self.net(torch.cat((x, context), 1))
+
+
+class May(nn.Linear):
+    """A subnet that may take one."""
+
+    def forward(self, x, context=None, *, mask=None):
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("mode", iz.Mode)
+@pytest.mark.parametrize("log_det", [False, True])
+@pytest.mark.parametrize(
+    ("layer", "inputs", "error", "message"),
+    [
+        (
+            lambda: iz.AdditiveCoupling(nn.Linear(4, 4)),
+            (5, 7),
+            ValueError,
+            r"Coupling: Expected f to take .*\(5, 3\) on cpu; got RuntimeError: mat1 .* has 3 of 7 features in dim 1$",
+        ),
+        (
+            lambda: iz.AffineCoupling(nn.Linear(4, 3), swap=True),
+            (5, 7),
+            ValueError,
+            r"to return a Tensor of shape \(5, 6\); got shape \(5, 3\)\. The second half has 3 of 7 features",
+        ),
+        (
+            lambda: iz.AdditiveCoupling(nn.Linear(2, 3), nn.Linear(4, 2), split=0.4),
+            (5, 5),
+            ValueError,
+            "Expected f to take .* The second stream has 3 of 5 features in dim 1",
+        ),
+        (
+            lambda: iz.AdditiveCoupling(Tuples(), dim=-1),
+            (5, 3, 4),
+            ValueError,
+            r"Tensor of shape \(5, 3, 2\); got tuple. Let a module of your own return the one .*\[0\]`. The first",
+        ),
+        (
+            lambda: iz.AdditiveCoupling(nn.Conv2d(3, 2, 1), split="checkerboard"),
+            (5, 2, 4, 4),
+            ValueError,
+            r"Expected f to take torch.float32 of shape \(5, 2, 4, 4\) on cpu; got RuntimeError",
+        ),
+    ],
+)
+def test_errors_say_how_features_were_split(layer, inputs, error, message, mode, log_det):
+    layer = layer()
+    layer.mode = mode
+    with pytest.raises(error, match=message):
+        (layer.forward_and_log_det if log_det else layer)(torch.randn(inputs))
+
+
+@pytest.mark.parametrize(
+    ("x", "weights", "said"),
+    [
+        (torch.ones(3, 4, dtype=torch.complex64), {}, "take torch.complex64 of shape .* on cpu; got RuntimeError"),
+        (torch.ones(3, 4, device="meta"), {}, "take torch.float32 of shape .* on meta; got RuntimeError"),
+        (torch.ones(3, 4), {"device": "meta"}, "take torch.float32 of shape .* on cpu; got RuntimeError"),
+        (torch.ones(3, 4, dtype=torch.float64), {}, "take torch.float64 of shape .* on cpu; got RuntimeError"),
+    ],
+)
+def test_errors_say_what_the_subnet_was_given(x, weights, said):
+    with pytest.raises(ValueError, match=f"AdditiveCoupling: Expected f to {said}: .*The second half has 2 of 4"):
+        iz.AdditiveCoupling(nn.Linear(2, 2, **weights))(x)
+
+
+def test_what_a_subnet_raises_itself_stays_what_it_is():
+    with pytest.raises(RuntimeError, match=r"(?s)size of tensor.*f was given .*shape \(5, 3\).* has 3 of 7 features"):
+        iz.AdditiveCoupling(Sums())(torch.randn(5, 7))
+    inner = iz.AdditiveCoupling(iz.AdditiveCoupling(nn.Linear(4, 4)), dim=1)
+    with pytest.raises(ValueError, match="The second half has 2 of 4 features") as raised:
+        inner(torch.randn(5, 8))
+    assert not getattr(raised.value, "__notes__", ())
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda x, c: iz.AdditiveCoupling(nn.Sequential(nn.Linear(2, 2)))(x, context=c),
+            r"among \[\]; got \['context'\]\. An nn.Sequential passes none on: write a module whose forward takes them",
+        ),
+        (
+            lambda x, c: iz.AdditiveCoupling(With())(x, mask=c),
+            r"side inputs among \['context'\]; got \['mask'\]$",
+        ),
+        (
+            lambda x, c: iz.AdditiveCoupling(With())(x, c),
+            "got TypeError: .*missing 1 .*'context'.* Pass `context=` by name: tensors by position are streams",
+        ),
+        (lambda x, c: iz.AdditiveCoupling(With())(x), "missing 1 .*'context'.* Pass `context=` by name"),
+        (
+            lambda x, c: iz.InvertibleSequential(iz.AdditiveCoupling(With()), iz.Swap())(x, c),
+            r"(?s)Pass `context=` by name.*in layer 0 \(AdditiveCoupling\)",
+        ),
+        (lambda x, c: iz.AdditiveCoupling(May(2, 2))(x, c), "Pass `context=` and `mask=` by name"),
+        (
+            lambda x, c: iz.AdditiveCoupling(May(3, 2))(x, c),
+            r"return .*\(5, 4\); got .* first half has 4 of 7.*Pass",
+        ),
+        (lambda x, c: iz.AdditiveCoupling(lambda x, context: x)(x), "Pass `context=` by name"),
+        (
+            lambda x, c: iz.ConditionalAffine(nn.Linear(3, 8))(x, c),
+            "ConditionalAffine: Expected inputs to be 1 by position; got 2. Pass `context=` by name",
+        ),
+        (lambda x, c: iz.ElementwiseAffine(4)(x, c), "ElementwiseAffine: Expected inputs to be 1 by position; got 2$"),
+        (
+            lambda x, c: iz.InvertibleLinear(4, conditioner=nn.Linear(3, 20)).inv(x, c),
+            "Expected inputs to be 1 by position; got 2. Pass `context=` by name",
+        ),
+        (
+            lambda x, c: iz.MaskedAutoregressive(4, context_features=3).forward_and_log_det(x, c),
+            "Expected inputs to be 1 by position; got 2. Pass `context=` by name",
+        ),
+        (lambda x, c: iz.Reverse()(x, context=c), r"Reverse: Expected side inputs among \[\]; got \['context'\]$"),
+        (
+            lambda x, c: iz.ConditionalAffine(nn.Bilinear(3, 3, 8))(x, context=c),
+            r"ConditionalAffine: Expected conditioner to take torch.float32 of shape \(5, 3\) on cpu; got TypeError",
+        ),
+    ],
+)
+def test_side_inputs_come_by_name(call, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        call(torch.randn(5, 4), torch.randn(5, 3))
 
 
 def test_state_dict_is_that_of_the_subnets():

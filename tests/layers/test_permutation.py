@@ -96,7 +96,7 @@ def test_any_bits_are_moved_as_they_are(name: str, direction: str) -> None:
     assert same(getattr(layer, {"function": "inverse", "inverse": "function"}[direction])(y), x)
 
 
-@pytest.mark.parametrize("make", [lambda: Permute([1, 0, 2]), lambda: Shuffle(3)], ids=["permute", "shuffle"])
+@pytest.mark.parametrize("make", [lambda: Permute([1, 0, 2], 1), lambda: Shuffle(3, 1)], ids=["permute", "shuffle"])
 @pytest.mark.parametrize("again", [False, True])
 def test_a_replay_reindexes_once(make: Callable, again: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     layer, sizes = make(), []
@@ -174,7 +174,7 @@ def test_the_output_is_no_view_of_the_input(name: str, direction: str, n: int) -
 @directions
 @pytest.mark.parametrize("n", [4, 5])
 def test_compiles_and_maps(name: str, direction: str, n: int) -> None:
-    f, x = getattr(MAKE[name](n), direction), torch.randn(3, 2, n)
+    f, x = getattr(MAKE[name](n, dim=1), direction), torch.randn(3, 2, n)
     torch.compiler.reset()
     expected = torch.stack([f(row) for row in x])
     assert same(torch.func.vmap(f)(x), expected)

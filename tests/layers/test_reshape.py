@@ -30,7 +30,7 @@ CASES: dict[str, tuple[Callable[..., InvertibleModule], tuple[int, ...], tuple[i
     "rearrange": (lambda **o: Rearrange("b (n p) c -> b n (c p)", {"p": 2, "c": 3}, **o), (2, 8, 3), (2, 4, 6)),
     "rearrange-dots": (lambda **o: Rearrange("b c ... -> b ... c", **o), (2, 3, 4, 5), (2, 4, 5, 3)),
     "rearrange-batch": (lambda **o: Rearrange("b t c -> t b c", **o), (2, 3, 4), (3, 2, 4)),
-    "pad": (lambda **o: Pad(2, **o), (2, 3, 4), (2, 5, 4)),
+    "pad": (lambda **o: Pad(2, 1, **o), (2, 3, 4), (2, 5, 4)),
     "pad-pixels": (lambda **o: Pad((1, 2), (-2, -1), **o), (2, 3, 4, 5), (2, 3, 7, 8)),
 }
 every = pytest.mark.parametrize("name", CASES)
@@ -285,7 +285,7 @@ def test_inputs_that_do_not_fit_are_refused() -> None:
 
 def test_pad_adds_zeros_where_it_says() -> None:
     x = torch.randn(2, 3, 4)
-    assert same(Pad(2)(x), F.pad(x, (0, 0, 0, 2)))
+    assert same(Pad(2, 1)(x), F.pad(x, (0, 0, 0, 2)))
     assert same(Pad((1, 2), -1)(x), F.pad(x, (1, 2)))
     assert same(Pad((0, 1), (1, -1))(x), F.pad(x, (0, 1, 0, 1)))
     assert same(Pad((0, 1), (1, -2))(x), F.pad(x, (0, 0, 0, 1)))  # a dim named twice is one dim
@@ -293,7 +293,7 @@ def test_pad_adds_zeros_where_it_says() -> None:
 
 def test_pad_crops_whatever_is_there() -> None:
     y = torch.randn(2, 5)
-    assert same(Pad((1, 2)).inverse(y), y[:, 1:3])
+    assert same(Pad((1, 2), 1).inverse(y), y[:, 1:3])
 
 
 @pytest.mark.parametrize("padding", [-1, (1, -1), (1,), (1, 2, 3), (1, 0.5)])

@@ -360,7 +360,9 @@ def test_power_iterations_move_once_a_step(mode, estimator):
         torch.manual_seed(0)
         net = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 3)).double()
         net[0], net[2] = spectral_norm(net[0]), spectral_norm(net[2])
-        return iz.InvertibleResidual(lambda x: 0.8 * net(x), log_det=estimator, mode=mode), net
+        layer = iz.InvertibleResidual(lambda x: 0.8 * net(x), log_det=estimator, mode=mode)
+        layer.add_module("net", net)
+        return layer, net
 
     (layer, net), (_, plain) = make(), make()
     x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)

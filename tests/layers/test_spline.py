@@ -363,8 +363,8 @@ def test_zero_init_starts_at_the_identity():
 
 
 def test_each_feature_has_a_spline_of_its_own_and_the_context_adds_to_it():
-    layer = iz.RationalQuadraticSpline(3, bins=4, conditioner=nn.Linear(2, 33), dtype=torch.float64).double()
-    plain = iz.RationalQuadraticSpline(3, bins=4, dtype=torch.float64)
+    layer = iz.RationalQuadraticSpline(3, dim=1, bins=4, conditioner=nn.Linear(2, 33), dtype=torch.float64).double()
+    plain = iz.RationalQuadraticSpline(3, dim=1, bins=4, dtype=torch.float64)
     assert layer.weight.shape == (11, 3)
     x, context = torch.randn(5, 3, 2, dtype=torch.float64), torch.randn(5, 2, dtype=torch.float64)
     assert_close(plain(x), x)
@@ -391,6 +391,7 @@ def test_a_conditioner_runs_once_forward_and_once_in_backward(with_log_det):
         return net(context)
 
     layer = iz.RationalQuadraticSpline(3, conditioner=conditioner, check="never")
+    layer.add_module("net", net)
     x, context = torch.randn(5, 3, requires_grad=True), torch.randn(5, 2, requires_grad=True)
     run = layer.forward_and_log_det if with_log_det else lambda *a, **k: (layer(*a, **k),)
     sum(v.sum() for v in run(x * 1, context=context)).backward()

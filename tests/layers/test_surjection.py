@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributions import Bernoulli, Beta, Distribution, Independent, MultivariateNormal, Normal
 
 from invzoo.containers import InvertibleSequential
-from invzoo.layers.coupling import AffineCoupling
+from invzoo.layers.couplings import AffineCoupling
 from invzoo.layers.dequantize import Dequantize
 from invzoo.layers.linear import InvertibleLinear
 from invzoo.layers.surjection import Abs, Augment, Slice, Surjection
@@ -279,7 +279,7 @@ def test_a_context_reaches_the_distribution(layer: type[Any]) -> None:
 
 
 def test_side_inputs_that_the_distribution_does_not_take_are_refused() -> None:
-    with refused("Augment: Expected side inputs among ['x']; got ['context']", TypeError):
+    with refused("Augment: Expected side inputs among []; got ['context']", TypeError):
         Augment(1)(torch.zeros(2, 3), context=torch.zeros(2, 1))
 
 

@@ -29,7 +29,7 @@ CASES: dict[str, tuple[Callable[..., InvertibleModule], tuple[int, ...]]] = {
     "dct-one": (DCT, (2, 3, 1)),
     "dct-pixels": (lambda **o: DCT((-2, -1), **o), (2, 3, 4, 5)),
     "dct-channels": (lambda **o: DCT(1, **o), (2, 3, 4)),
-    "hadamard": (Hadamard, (2, 8, 3)),
+    "hadamard": (lambda **o: Hadamard(1, **o), (2, 8, 3)),
     "hadamard-one": (Hadamard, (2, 1)),
     "hadamard-pixels": (lambda **o: Hadamard((-1, 2), **o), (2, 3, 4, 2)),
 }

@@ -20,9 +20,14 @@ ACTIVATIONS: tuple[Entry, ...] = (
         iz.InvertiblePReLU,
         "a x where x > 0, b x elsewhere, a and b learned",
         "sum of log a and log b",
-        Case(lambda: iz.InvertiblePReLU(3), (3, 4)),
+        Case(lambda: iz.InvertiblePReLU(3, dim=1), (3, 4)),
         Case(lambda: iz.InvertiblePReLU(4, 2.0, dim=-1), (3, 4), id="last"),
-        Case(lambda: iz.InvertiblePReLU(3, conditioner=nn.Linear(2, 6)), (3, 2), id="context", side={"context": (2,)}),
+        Case(
+            lambda: iz.InvertiblePReLU(3, dim=1, conditioner=nn.Linear(2, 6)),
+            (3, 2),
+            id="context",
+            side={"context": (2,)},
+        ),
     ),
     Entry(
         iz.SneakyReLU,
@@ -81,15 +86,17 @@ ACTIVATIONS: tuple[Entry, ...] = (
         iz.SinhArcsinh,
         "sinh(exp(t) asinh(x) + s), s and t learned",
         "sum of t + log cosh(exp(t) asinh(x) + s) - log cosh(asinh(x))",
-        Case(lambda: iz.SinhArcsinh(3), (3, 4)),
-        Case(lambda: iz.SinhArcsinh(3, conditioner=nn.Linear(2, 6)), (3, 2), id="context", side={"context": (2,)}),
+        Case(lambda: iz.SinhArcsinh(3, dim=1), (3, 4)),
+        Case(
+            lambda: iz.SinhArcsinh(3, dim=1, conditioner=nn.Linear(2, 6)), (3, 2), id="context", side={"context": (2,)}
+        ),
     ),
     Entry(
         iz.Snake,
         "x + sin(a x)^2 / (2 a), a learned",
         "sum log(1 + sin(2 a x) / 2)",
-        Case(lambda: iz.Snake(3), (3, 4)),
-        Case(lambda: iz.Snake(3, conditioner=nn.Linear(2, 3)), (3, 2), id="context", side={"context": (2,)}),
+        Case(lambda: iz.Snake(3, dim=1), (3, 4)),
+        Case(lambda: iz.Snake(3, dim=1, conditioner=nn.Linear(2, 3)), (3, 2), id="context", side={"context": (2,)}),
         cost="about 8 evaluations",
     ),
 )

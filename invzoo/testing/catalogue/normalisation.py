@@ -44,17 +44,20 @@ NORMALISATION: tuple[Entry, ...] = (
         iz.ElementwiseAffine,
         "y = e^s x + b for each feature",
         "pixels times the sum of s",
-        Case(lambda: iz.ElementwiseAffine(3), (3, 2)),
+        Case(lambda: iz.ElementwiseAffine(3, dim=1), (3, 2)),
         Case(lambda: iz.ElementwiseAffine(3, dim=-1, bias=False), (2, 3), id="last"),
         Case(
-            lambda: iz.ElementwiseAffine(3, conditioner=nn.Linear(2, 6)), (3, 2), id="context", side={"context": (2,)}
+            lambda: iz.ElementwiseAffine(3, dim=1, conditioner=nn.Linear(2, 6)),
+            (3, 2),
+            id="context",
+            side={"context": (2,)},
         ),
     ),
     Entry(
         iz.ConditionalAffine,
         "y = exp(s(c)) x + t(c)",
         "sum of s",
-        Case(lambda: iz.ConditionalAffine(nn.Linear(2, 6)), (3, 2), side={"context": (2,)}),
+        Case(lambda: iz.ConditionalAffine(nn.Linear(2, 6), dim=1), (3, 2), side={"context": (2,)}),
         Case(
             lambda: iz.ConditionalAffine(convolutions(1, 6), scale="softclip"),
             (3, 2, 4),
@@ -66,7 +69,7 @@ NORMALISATION: tuple[Entry, ...] = (
         iz.ActNorm,
         "y = e^s (x - mean) / std + b, mean and std of the first batch",
         "pixels times the sum of s - log std",
-        Case(lambda: after_a_batch(iz.ActNorm(3), 3, 2), (3, 2)),
+        Case(lambda: after_a_batch(iz.ActNorm(3, dim=1), 3, 2), (3, 2)),
     ),
     Entry(
         iz.InvertibleBatchNorm,
