@@ -77,8 +77,8 @@ CALLS = {
     "Inverse": lambda layer, x: iz.Inverse(layer)(x),
     "Inverse twice": lambda layer, x: iz.Inverse(iz.Inverse(layer))(x),
     "Inverse.inverse_and_log_det": lambda layer, x: iz.Inverse(layer).inverse_and_log_det(x)[0],
-    "container": lambda layer, x: iz.InvertibleSequential(iz.Reverse(), layer)(x),
-    "container.inverse": lambda layer, x: iz.InvertibleSequential(layer, iz.Reverse()).inverse(x),
+    "container": lambda layer, x: iz.InvertibleSequential(iz.Reverse(dim=1), layer)(x),
+    "container.inverse": lambda layer, x: iz.InvertibleSequential(layer, iz.Reverse(dim=1)).inverse(x),
     "container.inverse_and_log_det": lambda layer, x: iz.InvertibleSequential(layer).inverse_and_log_det(x)[0],
     "Inverse of a container": lambda layer, x: iz.Inverse(iz.InvertibleSequential(layer))(x),
     "Parallel.inverse": lambda layer, x: torch.cat(iz.Parallel(layer, iz.Identity()).inverse(x, x[:0]), 0),
@@ -123,7 +123,7 @@ def test_a_constant_feature_of_an_inverse_stays_finite():
 @pytest.mark.parametrize("inverted", [False, True])
 def test_backward_of_a_batch_that_says_too_little_does_not_initialise_it(mode, inverted, monkeypatch):
     layer, x = act_norm_of(mode=mode, check="always"), data(9, 3)
-    net = iz.InvertibleSequential(iz.Reverse(), layer, iz.Reverse(), mode=mode)
+    net = iz.InvertibleSequential(iz.Reverse(dim=1), layer, iz.Reverse(dim=1), mode=mode)
     x[0, 0] = torch.nan
     x.requires_grad_()
     y = net.inverse(x) if inverted else net(x)
