@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
+from torch.utils.flop_counter import FlopCounterMode
 
 import invzoo as iz
 from invzoo.layers.lipschitz import conv_norm_bound, norm_bound
@@ -27,6 +28,15 @@ def test_norms_are_bounded_closely(dtype, shape, scale):
 def test_the_worst_matrix_is_orthogonal():
     q = torch.linalg.qr(torch.randn(64, 64, dtype=torch.float64))[0]
     assert_close(norm_bound(q).item(), 64 ** (1 / 256), rtol=1e-12, atol=0)
+
+
+def test_wide_matrices_cost_no_more_than_tall_ones():
+    counts = []
+    for shape in ((2, 60), (60, 2)):
+        with FlopCounterMode(display=False) as counter:
+            norm_bound(torch.randn(shape))
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
 
 
 def test_zero_has_norm_zero_and_a_gradient():

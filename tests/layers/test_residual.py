@@ -112,6 +112,19 @@ def test_acceleration_saves_evaluations():
     assert 2 * accelerated < len(calls) - accelerated
 
 
+def test_tolerances():
+    assert block().tolerance_for(torch.float32) == 8 * torch.finfo(torch.float32).eps
+    assert block().tolerance_for(torch.bfloat16) == 2 * torch.finfo(torch.bfloat16).eps
+    assert block(tolerance=0.1).tolerance_for(torch.float32) == 0.1
+
+
+def test_a_constant_branch_has_a_log_det_of_zero():
+    layer, x = iz.InvertibleResidual(torch.ones_like), torch.randn(4, 3, requires_grad=True)
+    y, log_det = layer.forward_and_log_det(x)
+    assert_close((y, log_det), (x + 1, torch.zeros(4)))
+    assert_close(layer.inverse(y), x)
+
+
 def test_samples_do_not_see_each_other():
     layer = block()
     y = torch.randn(4, 3, dtype=torch.float64) * torch.tensor([[1e-6], [1.0], [1e6], [0.0]])
@@ -339,8 +352,8 @@ def test_the_input_is_left_alone(estimator):
     before = x.clone()
     with torch.no_grad():
         y, log_det = layer.forward_and_log_det(x)
-        layer.inverse_and_log_det(y)
-    assert not any(t.requires_grad for t in (x, y, log_det))
+        back = layer.inverse_and_log_det(y)
+    assert not any(t.requires_grad for t in (x, y, log_det, *back))
     layer.forward_and_log_det(x)
     layer.inverse_and_log_det(x)
     assert not x.requires_grad

@@ -365,6 +365,19 @@ def test_a_folded_gaussian_has_its_likelihood() -> None:
 # ---- Dequantize -----------------------------------------------------------------------------------------------------
 
 
+def test_a_net_gets_integers_as_numbers_that_it_can_take() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Distribution:
+            return Beta(self.linear(x).exp() + 1, 2.0)
+
+    y = Dequantize(8, distribution=Net())(torch.randint(8, (4, 3)))
+    assert y.shape == (4, 3)
+
+
 @pytest.mark.parametrize("levels", [1, 2, 3, 7, 49, 255, 256, 1000, 65536])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("noise", [0.0, 2**-24, 0.5, 1 - 2**-24, 1.0])
