@@ -59,7 +59,8 @@ def _enclosed(function: FunctionType) -> Iterator[Any]:
 
 def _globals(function: FunctionType) -> list[Any]:
     """Return the global modules that a function names, and the functions beside it, which may name others."""
-    names, codes = [], [function.__code__]
+    names: list[str] = []
+    codes = [function.__code__]
     for code in codes:
         names += code.co_names
         codes += [const for const in code.co_consts if isinstance(const, CodeType)]
