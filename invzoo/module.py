@@ -359,6 +359,9 @@ class Inverse(InvertibleModule):
     Args:
         layer: the layer; its parameters, mode and checks are shared.
 
+    Raises:
+        TypeError: for a layer that is not an invertible module.
+
     Example:
         >>> layer = iz.Permute([2, 0, 1])
         >>> x = torch.arange(3.).unsqueeze(0)
@@ -370,6 +373,8 @@ class Inverse(InvertibleModule):
 
     def __init__(self, layer: InvertibleModule) -> None:
         super().__init__()
+        if not isinstance(layer, InvertibleModule):
+            refuse(self, "layer", "be an InvertibleModule", type(layer).__name__, TypeError)
         self.layer, self.training = layer, layer.training
         self._policy = layer._policy
 
@@ -450,7 +455,8 @@ class mode:  # noqa: N801 - reads as the word that it is, like torch.set_grad_en
 
     def __init__(self, module: nn.Module, value: Mode | str) -> None:
         value = engine.mode_of(value)
-        layers = [m for m in module.modules() if isinstance(m, InvertibleModule)]
+        modules = module.modules() if isinstance(module, nn.Module) else ()
+        layers = [m for m in modules if isinstance(m, InvertibleModule)]
         if not layers:
             got = f"{type(module).__name__}, none of whose modules saves memory"
             refuse("iz.mode", "module", "be an InvertibleModule or hold one", got)

@@ -242,6 +242,11 @@ def test_edits_that_could_not_be_inverted_change_nothing(make, edit):
     assert names_and_layers(net) == before
 
 
+def test_a_plain_layer_has_no_inverse():
+    with pytest.raises(TypeError, match="Inverse: Expected layer to be an InvertibleModule; got ReLU"):
+        iz.Inverse(nn.ReLU())
+
+
 def test_a_sum_with_a_plain_layer_is_refused():
     with pytest.raises(TypeError, match="InvertibleSequential: Expected layer 1 to be an InvertibleModule; got ReLU"):
         iz.InvertibleSequential(iz.Swap()) + nn.Sequential(nn.ReLU())
@@ -350,6 +355,7 @@ def test_an_inverse_shares_its_layer_s_mode(mixed):
             "store",
             "iz.mode: Expected module to be .* or hold one; got Sequential",
         ),
+        (lambda net: 3, "store", "iz.mode: Expected module to be an InvertibleModule or hold one; got int"),
         (lambda net: nn.Linear(3, 3), "invert", "iz.mode: Expected module to be an InvertibleModule .*; got Linear"),
     ],
 )

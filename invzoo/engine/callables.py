@@ -59,9 +59,10 @@ def _enclosed(function: FunctionType) -> Iterator[Any]:
 
 def _globals(function: FunctionType) -> list[Any]:
     """Return the global modules that a function names, and the functions beside it, which may name others."""
-    names, codes = dict[str, None](), [function.__code__]
+    names: list[str] = []
+    codes = [function.__code__]
     for code in codes:
-        names |= dict.fromkeys(code.co_names)
+        names += code.co_names
         codes += [const for const in code.co_consts if isinstance(const, CodeType)]
     found = [function.__globals__.get(name) for name in names]
     return [v for v in found if isinstance(v, nn.Module) or _is_beside(v, function)]
