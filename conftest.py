@@ -23,10 +23,10 @@ __all__ = [
     "seeded",
 ]
 
-settings.register_profile("default", deadline=None)
-settings.register_profile("ci", deadline=None, derandomize=True)
+settings.register_profile("usual", deadline=None, max_examples=25)
+settings.register_profile("gate", deadline=None, max_examples=100, derandomize=True)
 settings.register_profile("fuzz", deadline=None, max_examples=2000)
-settings.load_profile("ci" if "CI" in os.environ else "default")
+settings.load_profile("usual")
 
 
 @pytest.fixture(autouse=True)

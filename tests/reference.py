@@ -199,9 +199,9 @@ def make(form: str, block: Block = mlp, mode: str = "invert") -> Case:
 SUBJECTS = [Subject(form, mode) for form in FORMS for mode in MODES[1:]]
 SUBJECTS += [Subject(form, "store") for form in ("stack", "streams")]  # there is little to go wrong
 
-# Both modes that free something, every container, and each kind of layer in them.
-USUAL = {Subject("stack", "invert"), Subject("streams", "invert"), Subject("sequential", "recompute")}
-USUAL.add(Subject("stack", "store"))
+# Both modes that free something, every container, each kind of layer in them, and a layer alone.
+USUAL = {Subject("affine", "invert"), Subject("sequential", "recompute")}
+USUAL |= {Subject("stack", "invert"), Subject("streams", "invert")}
 
 
 def params(subjects: list[Subject]) -> list[Any]:

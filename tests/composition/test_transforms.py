@@ -154,7 +154,7 @@ def test_torch_func(case: Case, name: str):
         TRANSFORMS[name](net, {n: p.detach() for n, p in net.named_parameters()}, case.x)
         for net in (case.net, case.plain)
     ]
-    assert_near(*results)
+    assert_near(*[[value.detach() for value in result] for result in results])
     assert_same_step(case)
 
 
