@@ -1,5 +1,8 @@
 """What a call holds, refuses and leaves as it was, seen from outside."""
 
+from dataclasses import dataclass
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -55,7 +58,7 @@ def test_a_wrong_inverse_behind_a_stream_that_is_passed_on():
 @SAVING
 @pytest.mark.parametrize("warm", [False, True], ids=["first", "later"])
 def test_the_data_of_a_parameter_replaced_between_forward_and_backward(mode: str, warm: bool):
-    layer = iz.AdditiveCoupling(nn.Linear(2, 2), mode=mode)
+    layer = iz.AdditiveCoupling(nn.Linear(2, 2, bias=False), mode=mode)
     for _ in range(2 * warm):
         layer(torch.randn(3, 4)).sum().backward()
     y = layer(torch.randn(3, 4))
@@ -97,6 +100,23 @@ def test_a_negative_is_another_tensor():
     x = torch.randn(3, requires_grad=True)
     y, z = iz.checkpoint(function, x, inverse=lambda _, z: (-z).log())
     assert_close(torch.autograd.grad((y - z).sum(), x), torch.autograd.grad(2 * x.exp().sum(), x))
+
+
+@dataclass
+class Options:
+    scale: float = 2.0
+
+
+@SAVING
+@pytest.mark.parametrize("options", [Options, Options(3.0)], ids=["class", "instance"])
+def test_side_inputs_without_tensors(mode: str, options: Any):
+    def inverse(y: Tensor, options: Any) -> Tensor:
+        return y.log() / options.scale
+
+    x = torch.randn(3, requires_grad=True)
+    way_back = inverse if mode == "invert" else None
+    y = iz.checkpoint(lambda v, options: (v * options.scale).exp(), x, inverse=way_back, options=options)
+    assert_close(torch.autograd.grad(y.sum(), x)[0], options.scale * (options.scale * x).exp())
 
 
 # ---- what it holds --------------------------------------------------------------------------------------------------
