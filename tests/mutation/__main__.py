@@ -11,7 +11,7 @@ import random
 import sys
 import tomllib
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from importlib import import_module
 from itertools import accumulate, takewhile
@@ -21,6 +21,7 @@ from typing import NamedTuple
 from .faults import Fault, faults_of
 from .running import Reach, Session, forked, plant, plant_before_import, progress
 
+KEY = ("file", "function", "before", "after")
 EQUIVALENT = Path(__file__).with_name("equivalent.toml")
 
 
@@ -60,6 +61,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--slow", action="store_true", help="try also the tests marked slow, last")
     made.add_argument("--seconds", type=float, default=60, help="run tests of so many seconds for one change")
     made.add_argument("--processes", type=int, default=os.cpu_count(), help="so many at a time")
+    made.add_argument(
+        "--again", type=Path, help="make only those changes that the verdicts in this file say none noticed"
+    )
     made.add_argument("--json", type=Path, help="write all verdicts to this file, too")
     return made
 
@@ -71,9 +75,11 @@ def main() -> None:
     faults = [f for path in options.files for f in faults_of(path.resolve()) if options.function in f.function]
     if options.sample is not None:
         faults = random.Random(options.seed).sample(faults, min(options.sample, len(faults)))  # noqa: S311 - no secret
-    entries = tomllib.loads(EQUIVALENT.read_text())["fault"]
-    known = {(entry["file"], entry["function"], entry["before"], entry["after"]) for entry in entries}
-    planted = [f for f in faults if (short(f.path), f.function, f.before, f.after) not in known]
+    if options.again:
+        unnoticed = keys(entry for entry in json.loads(options.again.read_text()) if entry["test"] == "")
+        faults = [f for f in faults if key(f) in unnoticed]
+    known = keys(tomllib.loads(EQUIVALENT.read_text())["fault"])
+    planted = [f for f in faults if key(f) not in known]
     for module in ("torch", "coverage"):  # once, before all forks; what is changed, in each
         import_module(module)
     [(_, answer)] = forked([(None, partial(among_imported, planted, options), float("inf"))], 1, quiet=False)
@@ -85,16 +91,8 @@ def main() -> None:
         *[v for v in verdicts if v.test == ""], table(verdicts, len(faults) - len(planted)), *failing, sep="\n"
     )
     if options.json:
-        entries = [
-            {
-                "file": short(v.fault.path),
-                "function": v.fault.function,
-                "before": v.fault.before,
-                "after": v.fault.after,
-            }
-            | {"test": v.test, "slow": v.slow, "run": v.run, "of": v.of}
-            for v in verdicts
-        ]
+        results = [{"test": v.test, "slow": v.slow, "run": v.run, "of": v.of} for v in verdicts]
+        entries = [dict(zip(KEY, key(v.fault), strict=True)) | r for v, r in zip(verdicts, results, strict=True)]
         options.json.write_text(json.dumps(entries, indent=1))
 
 
@@ -115,11 +113,11 @@ def among_imported(faults: list[Fault], options: argparse.Namespace) -> tuple[li
             plant(trial.fault)
             return session.first_that_fails(trial.tests)
 
-        verdicts = judged([t for t in trials if t.fault.function], notice, options.processes)
+        verdicts = judged([t for t in trials if t.fault.can_wait], notice, options.processes)
         noticing = {v.test for v in verdicts if v.test}
         [(_, wrong)] = forked([(None, lambda: session.all_that_fail(noticing), float("inf"))], 1)
         always = [f"fails without a change, too: {test}" for test in [*reach.failing, *wrong]]
-        return verdicts, [t for t in trials if not t.fault.function], always
+        return verdicts, [t for t in trials if not t.fault.can_wait], always
 
     return Session(options.pytest, judge).result
 
@@ -152,6 +150,15 @@ def table(verdicts: list[Verdict], equivalent: int) -> str:
     for row, (n, default, slow) in sorted(counts.items(), key=lambda item: (item[0] == "all", item)):
         lines.append(f"{row:32} {n:7} {default:12} {default / n:7.1%} {slow:6} {slow / n:7.1%}")
     return "\n".join([*lines, f"left out as equivalent: {equivalent}"])
+
+
+def key(fault: Fault) -> tuple[str, ...]:
+    """Return what tells a change from others, whatever lines come and go above it."""
+    return short(fault.path), fault.function, fault.before, fault.after
+
+
+def keys(entries: Iterable[dict[str, str]]) -> set[tuple[str, ...]]:
+    return {tuple(entry[name] for name in KEY) for entry in entries}
 
 
 def package_of(path: Path) -> Path:

@@ -30,6 +30,11 @@ class Fault:
     before: str  # the line where the change begins
     after: str  # and what becomes of it
 
+    @property
+    def can_wait(self) -> bool:
+        """Whether it can be planted after the import: in a function, which stays one that refers to its class."""
+        return bool(self.function) and "super()" not in self.before
+
 
 def faults_of(path: Path) -> list[Fault]:
     """List all changes of a file."""
