@@ -396,6 +396,27 @@ def test_autograd_functions_for_which_torch_func_has_no_rule(mode: str):
     assert_near([*found[0].values(), found[1]], torch.autograd.grad(net(v).sin().sum(), [*net.parameters(), v]))
 
 
+class Shift(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("shift", torch.rand(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return Scaled.apply(x, self.shift)
+
+
+@pytest.mark.parametrize("mode", ["recompute", "invert"])
+def test_buffers_and_tied_parameters_of_a_functional_call_inside_a_transform(mode: str):
+    scale, tied = Scale(), Scale()
+    tied.weight = scale.weight
+    net, x = iz.AdditiveCoupling(nn.Sequential(scale, tied, nn.Tanh(), Shift()), mode=mode), torch.randn(4, 6)
+    state = {name: x.detach() for name, x in (*net.named_parameters(), *net.named_buffers())}
+    found = grad(lambda s: functional_call(net, s, (x,)).sin().sum())(state)
+    net.f[3].shift.requires_grad_()
+    wanted = torch.autograd.grad(net(x).sin().sum(), [scale.weight, net.f[3].shift])
+    assert_same([found["f.0.weight"], found["f.3.shift"]], wanted)
+
+
 def test_a_result_of_vjp_is_differentiated(case: Case):
     def derivatives(net: nn.Module) -> list[Tensor]:
         back = vjp(net.requires_grad_(False), case.x)[1]

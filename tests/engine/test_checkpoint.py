@@ -53,8 +53,21 @@ def test_several_tensors_side_inputs_and_other_values(x):
     assert_close(got, torch.autograd.grad((a + b.square()).sum(), [x, scale]))
 
 
+def first_of(nets):
+    return lambda x: nets[0](x)
+
+
 @pytest.mark.parametrize(
-    "wrap", [lambda net: net, lambda net: net.forward, functools.partial, lambda net: lambda x: net(x) + 0]
+    "wrap",
+    [
+        lambda net: net,
+        lambda net: net.forward,
+        functools.partial,
+        lambda net: lambda x: net(x) + 0,
+        lambda net: first_of([net]),
+        lambda net: first_of((net,)),
+        lambda net: first_of({0: net}),
+    ],
 )
 def test_modules_behind_a_callable_are_found(wrap, x):
     net = nn.Sequential(nn.Linear(32, 32).double(), nn.BatchNorm1d(32).double())

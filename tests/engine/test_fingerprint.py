@@ -33,6 +33,14 @@ def test_errors_are_seen_at_about_their_size(shape: tuple[int, ...], error: str)
     assert true / 20 <= distance(fingerprint(x), fingerprint(x + e)) <= 20 * true
 
 
+@pytest.mark.parametrize("position", range(35))
+def test_an_error_in_any_one_value_is_seen(position: int):
+    """Four random numbers may be small at once; a tensor has rows, and a rest behind them."""
+    x = torch.zeros(35, dtype=torch.float64)
+    x[position] = 1
+    assert distance(fingerprint(x + 1), fingerprint(torch.ones_like(x))) > 1e-3
+
+
 @pytest.mark.parametrize(
     "dtype", [torch.bfloat16, torch.float16, torch.float32, torch.complex64, torch.complex128, torch.int64]
 )

@@ -1,6 +1,7 @@
 """What layers with a conditioner have in common: how often they evaluate it."""
 
 import pytest
+import torch
 
 import invzoo as iz
 from invzoo.layers.conditioned import Conditioned
@@ -43,3 +44,10 @@ def test_a_replay_evaluates_the_conditioner_once(case, method, swapped, mode):
         assert len(calls) == 1
         sum(t.sum() for t in (y if isinstance(y, tuple) else (y,))).backward()
     assert len(calls) == 2
+
+
+@pytest.mark.parametrize("case", CASES[:1])
+def test_the_log_det_of_an_inverse_gets_the_condition(case):
+    layer, inputs, side = case.layer(), case.inputs(), case.side_inputs()
+    y = layer(*inputs, **side)
+    torch.testing.assert_close(layer.inv.log_det(y, **side), -layer.log_det(*inputs, **side))

@@ -1,0 +1,276 @@
+"""What a call holds, refuses and leaves as it was, seen from outside."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import grad
+from torch.testing import assert_close
+
+import invzoo as iz
+from invzoo.engine.memory import track_memory
+
+SAVING = pytest.mark.parametrize("mode", ["recompute", "invert"])
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def exp(x: Tensor, **options: object) -> Tensor:
+    return iz.checkpoint(torch.exp, x, inverse=torch.log, **options)
+
+
+def double(x: Tensor) -> Tensor:
+    """A call that saves nothing."""
+    return iz.checkpoint(lambda v: 2 * v, x, inverse=lambda v: v / 2)
+
+
+# ---- what it refuses ------------------------------------------------------------------------------------------------
+
+
+@SAVING
+def test_a_function_that_changes_its_input_is_refused_at_once(mode: str):
+    inverse = torch.log if mode == "invert" else None
+    with pytest.raises(RuntimeError, match="Expected exp_ to leave its inputs as they are"):
+        iz.checkpoint(torch.exp_, torch.ones(3, requires_grad=True) * 1, inverse=inverse)
+
+
+def test_a_wrong_inverse_behind_a_stream_that_is_passed_on():
+    """The call before it saves nothing; the coupling between needs what comes out there."""
+    moving, passed = torch.randn(5, 3, requires_grad=True), double(torch.randn(5, 3, requires_grad=True))
+    a, passed = iz.AdditiveCoupling(nn.Linear(3, 3))(moving, passed)
+
+    def triple(x: Tensor) -> Tensor:
+        return 3 * x
+
+    c = iz.checkpoint(triple, passed, inverse=lambda v: v / 2)
+    del passed
+    with pytest.raises(RuntimeError, match="Expected triple to be replayed within a relative error"):
+        (a.sum() + c.sum()).backward()
+
+
+@SAVING
+@pytest.mark.parametrize("warm", [False, True], ids=["first", "later"])
+def test_the_data_of_a_parameter_replaced_between_forward_and_backward(mode: str, warm: bool):
+    layer = iz.AdditiveCoupling(nn.Linear(2, 2, bias=False), mode=mode)
+    for _ in range(2 * warm):
+        layer(torch.randn(3, 4)).sum().backward()
+    y = layer(torch.randn(3, 4))
+    layer.f.weight.data = 2 * layer.f.weight.data
+    with pytest.raises(RuntimeError, match="got a change of 'weight'"):
+        y.sum().backward()
+
+
+# ---- whose values it takes ------------------------------------------------------------------------------------------
+
+CHANGES = {
+    "values": lambda h: h.mul_(2),
+    "data": lambda h: setattr(h, "data", torch.zeros_like(h)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_held_output_that_was_changed_is_rebuilt(change: str):
+    """A plain net saves neither what a coupling moves nor what is doubled."""
+    layer, x = iz.AdditiveCoupling(nn.Linear(2, 2), check="never"), torch.randn(4, 4, requires_grad=True)
+    wanted = torch.autograd.grad(2 * layer(x).sum(), [x, *layer.parameters()])
+    h = layer(x)
+    y = double(h)
+    CHANGES[change](h)
+    assert_close(torch.autograd.grad(y.sum(), [x, *layer.parameters()]), wanted)
+
+
+def test_a_conjugate_is_another_tensor():
+    x = torch.randn(3, dtype=torch.complex128, requires_grad=True)
+    wanted = torch.autograd.grad(x.exp().conj().exp().abs().sum(), x)
+    assert_close(torch.autograd.grad(exp(exp(x, check="never").conj(), check="never").abs().sum(), x), wanted)
+
+
+def test_a_negative_is_another_tensor():
+    def function(x: Tensor) -> tuple[Tensor, Tensor]:
+        y = torch.complex(x, x.exp())
+        return y.imag, y.conj().imag  # the same numbers in memory
+
+    x = torch.randn(3, requires_grad=True)
+    y, z = iz.checkpoint(function, x, inverse=lambda _, z: (-z).log())
+    assert_close(torch.autograd.grad((y - z).sum(), x), torch.autograd.grad(2 * x.exp().sum(), x))
+
+
+@dataclass
+class Options:
+    scale: float = 2.0
+
+
+@SAVING
+@pytest.mark.parametrize("options", [Options, Options(3.0)], ids=["class", "instance"])
+def test_side_inputs_without_tensors(mode: str, options: Any):
+    def inverse(y: Tensor, options: Any) -> Tensor:
+        return y.log() / options.scale
+
+    x = torch.randn(3, requires_grad=True)
+    way_back = inverse if mode == "invert" else None
+    y = iz.checkpoint(lambda v, options: (v * options.scale).exp(), x, inverse=way_back, options=options)
+    assert_close(torch.autograd.grad(y.sum(), x)[0], options.scale * (options.scale * x).exp())
+
+
+# ---- what it holds --------------------------------------------------------------------------------------------------
+
+LARGE = 10_000
+
+
+def test_what_a_backward_rebuilds_on_its_way_is_dropped():
+    """A later call rebuilds two activations for the sake of one of them."""
+    x = torch.randn(LARGE, requires_grad=True)
+    with track_memory() as memory:
+        a, b = exp(x), exp(x)
+        c, d = iz.checkpoint(lambda a, b: (a + b.sin(), 2 * b), a, b, inverse=lambda c, d: (c - (d / 2).sin(), d / 2))
+        loss = a.sum()
+        del a, b
+        before = memory.current
+        torch.autograd.grad(loss, x)
+        assert memory.current <= before
+        del c, d
+
+
+def test_side_inputs_are_held_without_their_graphs():
+    z, x = torch.randn(LARGE, requires_grad=True), torch.randn(3, requires_grad=True)
+    with track_memory() as memory:
+        h = exp(x)
+        scale = z.exp().mean()
+        y = iz.checkpoint(lambda v, scale: v * scale, h, inverse=lambda v, scale: v / scale, scale=scale)
+        del y, scale
+        assert memory.current < LARGE
+
+
+def test_branches_that_nobody_uses_are_not_captured():
+    def function(x: Tensor, dropped: int) -> Tensor:
+        for _ in range(dropped):
+            x.sin().exp().sum()
+        return x.exp()
+
+    x, peaks = torch.randn(LARGE, requires_grad=True), []
+    for dropped in (1, 8):
+        y = iz.checkpoint(lambda v, n=dropped: function(v, n), x, inverse=torch.log, check="never").sum()
+        with track_memory() as memory:
+            y.backward()
+            peaks.append(memory.peak)
+    assert peaks[1] <= peaks[0]
+
+
+def test_a_rebuilt_stream_does_not_hold_the_larger_tensor_that_it_was_cut_from():
+    """Cut by columns it is copied; cut by rows it is as it was, and could be moved back in place."""
+    couplings = [iz.AdditiveCoupling(nn.Linear(4, 4), swap=i % 2 == 1, check="never") for i in range(4)]
+    peaks = []
+    for dim in (1, 0):
+
+        def merge(a: Tensor, b: Tensor, dim: int = dim) -> Tensor:
+            return iz.checkpoint(lambda *s: torch.cat(s, dim), a, b, inverse=lambda y: y.chunk(2, dim), check="never")
+
+        streams = tuple(torch.randn(LARGE // 4, 4, requires_grad=True) for _ in range(2))
+        with track_memory() as memory:
+            for coupling in couplings:
+                streams = coupling(*streams)
+            loss, streams = merge(*streams).sum(), ()
+            memory.reset_peak()
+            loss.backward()
+            peaks.append(memory.peak)
+    assert peaks[1] <= peaks[0]
+
+
+# ---- what it leaves as it was ---------------------------------------------------------------------------------------
+
+
+def test_an_exception_in_a_container_leaves_its_place():
+    def explode(_: Tensor) -> Tensor:
+        raise ValueError("fuse")
+
+    layer, x = iz.AdditiveCoupling(explode), torch.randn(3, 4)
+    with pytest.raises(ValueError, match="fuse") as inside:
+        iz.InvertibleSequential(layer)(x)
+    assert inside.value.__notes__ == ["in layer 0 (AdditiveCoupling)"]
+    with pytest.raises(ValueError, match="fuse") as outside:
+        layer(x)
+    assert not getattr(outside.value, "__notes__", [])
+    iz.InvertibleLinear(4, free_input=True)(x)
+    assert x.untyped_storage().size() == 0  # nobody around it is in charge of that
+
+
+def test_an_exception_in_a_backward_below_a_transform_leaves_kept_graphs_as_they_were():
+    def explode(_: Tensor) -> Tensor:
+        raise ValueError("fuse")
+
+    def function(x: Tensor) -> Tensor:
+        y = x.exp()
+        y.register_hook(explode)
+        return 2 * y
+
+    with pytest.raises(ValueError, match="fuse"):
+        grad(lambda v: iz.checkpoint(function, v).sum())(torch.randn(3))
+    x = torch.randn(LARGE, requires_grad=True)
+    with track_memory() as memory:
+        y = exp(exp(x)).sum()
+        before = memory.current
+        torch.autograd.grad(y, x, retain_graph=True)
+        assert memory.current <= before
+
+
+@SAVING
+def test_requires_grad_is_that_of_the_forward_in_a_replay_alone(mode: str):
+    layer = iz.AdditiveCoupling(nn.Linear(2, 2), mode=mode)
+    weight, bias = layer.f.weight, layer.f.bias.requires_grad_(False)
+    y = layer(torch.randn(3, 4))
+    weight.requires_grad_(False)
+    bias.requires_grad_(True)
+    y.sum().backward()
+    assert (weight.requires_grad, bias.requires_grad) == (False, True)
+
+
+# ---- autocast, which leaves float64 alone ---------------------------------------------------------------------------
+
+
+class Residual(iz.InvertibleModule):
+    """Evaluates its net in the inverse, without gradients, and then in the function."""
+
+    def __init__(self, net: nn.Module, **options: object) -> None:
+        super().__init__(**options)
+        self.net = net
+
+    def function(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return x, y + self.net(x)
+
+    def inverse(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return x, y - self.net(x)
+
+
+@pytest.mark.parametrize("around", ["forward", "backward"])
+@pytest.mark.parametrize("mode", ["store", "recompute", "invert"])
+def test_autocast_around_a_half_of_a_step(mode: str, around: str):
+    net = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 3)).float()
+    x = torch.randn(2, 5, 3, dtype=torch.float32)
+
+    def step(function) -> list[Tensor]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=around == "forward"):
+            loss = function(*x)[1].float().square().sum()
+        with torch.autocast("cpu", torch.bfloat16, enabled=around == "backward"):
+            return [*torch.autograd.grad(loss, [*net.parameters()])]
+
+    layer = Residual(net, mode=mode)
+    wanted = step(layer.function)
+    for _ in range(2):
+        assert_close(step(layer), wanted, rtol=1e-5, atol=1e-6)
+
+
+@SAVING
+def test_a_replay_inside_autocast_leaves_no_casts_behind(mode: str):
+    layer = iz.AdditiveCoupling(nn.Linear(2, 2).float(), mode=mode)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = layer(torch.randn(3, 4, dtype=torch.float32)).sum()
+    with torch.autocast("cpu", torch.bfloat16), track_memory() as memory:
+        torch.autograd.grad(loss, [*layer.parameters()])
+        assert memory.current == 0

@@ -1,0 +1,44 @@
+"""The command that plants faults says which no test notices."""
+
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+PACKAGE = '''
+"""A package of one function, and a constant."""
+
+LIMIT = 3
+
+
+def clipped(x):
+    if x > LIMIT:
+        return LIMIT
+    return x
+'''
+TESTS = """
+from toy import LIMIT, clipped
+
+
+def test_clipped():
+    assert LIMIT == 3
+    assert (clipped(2), clipped(4)) == (2, 3)
+"""
+
+
+def test_what_no_test_notices_is_said(tmp_path: pathlib.Path):
+    pytest.importorskip("coverage")
+    (tmp_path / "toy").mkdir()
+    (tmp_path / "toy/__init__.py").write_text(PACKAGE)
+    (tmp_path / "test_toy.py").write_text(TESTS)
+    (tmp_path / "pytest.ini").write_text("[pytest]\npythonpath = .\n")
+    command = [sys.executable, "-m", "tests.mutation", "toy/__init__.py", "--processes", "1"]
+    run = subprocess.run(  # noqa: S603 - this very file
+        command, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True
+    )
+    assert run.stdout.count("not noticed by") == 1
+    assert "- if x > LIMIT:\n  + if (x >= LIMIT):\n  not noticed by 1 of 1 tests" in run.stdout
+    assert "toy/__init__.py 6 5 83.3% 5 83.3%" in " ".join(run.stdout.split())
