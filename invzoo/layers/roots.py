@@ -56,6 +56,11 @@ def newton(
     return x
 
 
+@unrecorded
+def _constant(function: Function, x: Tensor) -> Tensor:
+    return function(x)
+
+
 def with_gradients(curve: Function, slope: Function, y: Tensor, root: Tensor) -> Tensor:
     """Give a root, found without gradients, the first two derivatives that it has by ``curve(x) = y``.
 
@@ -64,7 +69,7 @@ def with_gradients(curve: Function, slope: Function, y: Tensor, root: Tensor) ->
     whose second factor is 0 at the root.
     """
     x = root.detach()
-    fixed = unrecorded(slope)(x)
+    fixed = _constant(slope, x)
     for _ in range(2):
         x = x - (curve(x) - y) / fixed
     return x
