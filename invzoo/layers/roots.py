@@ -56,6 +56,11 @@ def newton(
     return x
 
 
+@unrecorded
+def _constant(function: Function, x: Tensor) -> Tensor:
+    return function(x)
+
+
 def with_gradients(curve: Function, slope: Function, y: Tensor, root: Tensor) -> Tensor:
     """Give a root, found without gradients, the first two derivatives that it has by ``curve(x) = y``.
 
@@ -63,7 +68,8 @@ def with_gradients(curve: Function, slope: Function, y: Tensor, root: Tensor) ->
     right: with e the error of x as a function of y and of the curve's parameters, e becomes e (1 - curve'(x) / slope),
     whose second factor is 0 at the root. A root at infinity stays there.
     """
-    root, fixed = root.detach(), unrecorded(slope)(root.detach())
+    root = root.detach()
+    fixed = _constant(slope, root)
     infinite = root.isinf()
     x = root.masked_fill(infinite, 0)
     for _ in range(2):

@@ -105,7 +105,7 @@ PLANTED = {
     ),
     "6b. FrEIA InvAutoFC: log-det 0 and transposed inverse of a free matrix": (
         Free,
-        {"inverse": lambda self, *factors: factors[0].mH, "log_volume": lambda self, *_: self.entries.new_zeros(())},
+        {"inverse": lambda self, *factors: factors[0].mH, "log_det": lambda self, *_: self.entries.new_zeros(())},
         "InvertibleLinear[free]",
     ),
     "7. nflows LeakyReLU: a log-slope in float32": (
