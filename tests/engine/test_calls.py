@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.func import grad
+from torch.func import functional_call, grad
 from torch.testing import assert_close
 
 import invzoo as iz
@@ -55,6 +55,21 @@ def test_a_wrong_inverse_behind_a_stream_that_is_passed_on():
         (a.sum() + c.sum()).backward()
 
 
+RETURNED = {
+    "another shape": (lambda y: y[:1], r"tensor of shape \(3,\) for input 0; got shape \(1,\)"),
+    "no tensor": (lambda _: "x", r"tensor of shape \(3,\) for input 0; got str"),
+    "another number of values": (lambda y: (y, y), "1 values; got 2"),
+}
+
+
+@pytest.mark.parametrize("returned", RETURNED)
+def test_an_inverse_that_returns_something_else(returned: str):
+    inverse, message = RETURNED[returned]
+    y = iz.checkpoint(torch.exp, torch.ones(3, requires_grad=True), inverse=inverse)
+    with pytest.raises(RuntimeError, match=f"Expected the inverse of exp to return (a )?{message}"):
+        y.sum().backward()
+
+
 @SAVING
 @pytest.mark.parametrize("warm", [False, True], ids=["first", "later"])
 def test_the_data_of_a_parameter_replaced_between_forward_and_backward(mode: str, warm: bool):
@@ -65,6 +80,24 @@ def test_the_data_of_a_parameter_replaced_between_forward_and_backward(mode: str
     layer.f.weight.data = 2 * layer.f.weight.data
     with pytest.raises(RuntimeError, match="got a change of 'weight'"):
         y.sum().backward()
+
+
+class Shifted(iz.InvertibleModule):
+    """Its inverse is wrong by a constant."""
+
+    def function(self, x: Tensor) -> Tensor:
+        return x.exp()
+
+    def inverse(self, y: Tensor) -> Tensor:
+        return y.log() + 0.1
+
+
+def test_a_layer_that_was_not_checked_is_checked_when_it_is_to_be():
+    layer, x = Shifted(check="never"), torch.randn(3, requires_grad=True)
+    layer(x).sum().backward()
+    layer.check = "first"
+    with pytest.raises(RuntimeError, match="Expected Shifted to be replayed within a relative error"):
+        layer(x).sum().backward()
 
 
 # ---- whose values it takes ------------------------------------------------------------------------------------------
@@ -117,6 +150,44 @@ def test_side_inputs_without_tensors(mode: str, options: Any):
     way_back = inverse if mode == "invert" else None
     y = iz.checkpoint(lambda v, options: (v * options.scale).exp(), x, inverse=way_back, options=options)
     assert_close(torch.autograd.grad(y.sum(), x)[0], options.scale * (options.scale * x).exp())
+
+
+@SAVING
+def test_side_inputs_inside_a_transform(mode: str):
+    def scaled(x: Tensor, *, scale: Tensor) -> Tensor:
+        return x * scale
+
+    def loss(x: Tensor, scale: Tensor) -> Tensor:
+        return iz.checkpoint(scaled, x, inverse=way_back, scale=scale).exp().sum()
+
+    way_back = (lambda y, scale: y / scale) if mode == "invert" else None
+    x, scale = torch.randn(3), torch.rand(3) + 1
+    assert_close(grad(loss, argnums=(0, 1))(x, scale), grad(lambda x, s: (x * s).exp().sum(), argnums=(0, 1))(x, scale))
+
+
+@SAVING
+def test_a_functional_call_of_a_layer_without_a_bias(mode: str):
+    layer, x = iz.AdditiveCoupling(nn.Linear(2, 2, bias=False), mode=mode), torch.randn(3, 4)
+    weight = layer.f.weight.detach().requires_grad_()
+    y = functional_call(layer, {"f.weight": weight.exp()}, (x,))
+    (found,) = torch.autograd.grad(y.square().sum(), weight)
+    with iz.mode(layer, "store"):
+        y = functional_call(layer, {"f.weight": weight.exp()}, (x,))
+    assert_close(found, torch.autograd.grad(y.square().sum(), weight)[0])
+
+
+def test_a_container_hands_side_inputs_on_where_a_log_det_is_asked_for():
+    layer = iz.AffineCoupling(lambda x, *, scale: torch.cat((x * scale, x), 1))
+    x, scale = torch.randn(3, 4), torch.randn(3, 1)
+    assert_close(
+        iz.InvertibleSequential(layer).forward_and_log_det(x, scale=scale), layer.forward_and_log_det(x, scale=scale)
+    )
+
+
+def test_a_subnet_with_any_side_inputs_takes_those_without_names_of_their_own():
+    x = torch.randn(3, 4)
+    y = iz.AdditiveCoupling(lambda x, **side: x * side["scale"])(x, scale=2.0)
+    assert_close(y, torch.cat((x[:, :2] + 2 * x[:, 2:], x[:, 2:]), 1))
 
 
 # ---- what it holds --------------------------------------------------------------------------------------------------
@@ -218,6 +289,17 @@ def test_an_exception_in_a_backward_below_a_transform_leaves_kept_graphs_as_they
         before = memory.current
         torch.autograd.grad(y, x, retain_graph=True)
         assert memory.current <= before
+
+
+@SAVING
+def test_hooks_are_the_user_s_own_after_a_step(mode: str):
+    layer = iz.AdditiveCoupling(nn.Linear(2, 2), mode=mode)
+    hooks = [lambda *_: None, lambda *_: None]
+    layer.f.register_forward_hook(hooks[0])
+    layer.f.register_forward_pre_hook(hooks[1])
+    for _ in range(2):
+        layer(torch.randn(3, 4)).sum().backward()
+        assert [*layer.f._forward_hooks.values(), *layer.f._forward_pre_hooks.values()] == hooks
 
 
 @SAVING

@@ -24,7 +24,7 @@ class Fault:
     """One change: the text between two offsets becomes another one, of as many lines."""
 
     path: Path
-    function: str  # the qualified name of the one that it is in; empty outside of functions
+    function: str  # the qualified name of the one that it is in; with a dot behind it, of a class
     lines: range
     source: str = field(repr=False)  # of the whole file, with the change
     before: str  # the line where the change begins
@@ -33,7 +33,7 @@ class Fault:
     @property
     def can_wait(self) -> bool:
         """Whether it can be planted after the import: in a function, which stays one that refers to its class."""
-        return bool(self.function) and "super()" not in self.before
+        return self.function[-1:] not in ("", ".") and "super()" not in self.before
 
 
 def faults_of(path: Path) -> list[Fault]:
@@ -67,7 +67,8 @@ def _edits(node: ast.AST, function: str, statement: ast.stmt | None) -> Iterator
     for name, value in ast.iter_fields(node):
         inside = function
         if named and name == "body":
-            inside = f"{function}.{node.name}".lstrip(".")
+            inside = f"{function}{'' if function.endswith('.') else '.'}{node.name}".lstrip(".")
+            inside += "." * isinstance(node, ast.ClassDef)
         for child in value if isinstance(value, list) else [value]:
             if isinstance(child, ast.AST) and not _is_left_alone(name, child):
                 yield from _edits(child, inside, statement)

@@ -196,7 +196,7 @@ class Reach:
             "join file on file_id = file.id join context on context_id = context.id "
             "where path = ? and (? or numbits_any_intersection(numbits, ?))"
         )
-        values = [str(fault.path), not fault.function, nums_to_numbits(fault.lines)]  # the rest is run by an import
+        values = [str(fault.path), not fault.can_wait, nums_to_numbits(fault.lines)]  # the rest is run by an import
         found = []
         for file in filter(Path.exists, self.files):
             with sqlite3.connect(file) as base:
