@@ -43,7 +43,8 @@ class _Mixture(NamedTuple):
         """Bound and guess the root of ``logit(x) = y`` by those of the components, each of which is a line."""
         roots = self.mean + self.log_scale.exp() * y
         low, high = roots.amin(0), roots.amax(0)
-        return low, high, (self.log_weight.exp() * roots).sum(0).clamp(low, high)
+        near = (self.log_weight.exp() * roots).sum(0).clamp(low, high)
+        return low, high, near.where(y.abs() < _FAR, low.where(y < 0, high))  # far out one component is all
 
     def _tails(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Compute the logarithm of each component's mass below x, and above."""

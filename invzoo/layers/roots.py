@@ -37,9 +37,9 @@ def newton(
     """Solve ``curve(x) = y`` for x in [low, high], to the precision of the dtype.
 
     Where Newton's method leaves the bracket or does not at least halve its step, the bracket is halved instead. A value
-    that has settled stays, so that no value depends on how long others take.
+    that has settled stays, so that no value depends on how long others take. A guess at infinity is one.
     """
-    y, settled = y.detach(), ~y.isfinite()
+    y, settled = y.detach(), ~(y.isfinite() & guess.isfinite())
     eps = torch.finfo(y.dtype).eps
     x, last = guess, high - low
     for _ in range(steps):
@@ -74,5 +74,5 @@ def with_gradients(curve: Function, slope: Function, y: Tensor, root: Tensor) ->
     x = root.masked_fill(infinite, 0)
     for _ in range(2):
         residual = curve(x) - y
-        x = x - residual.masked_fill(residual.isinf(), 0) / fixed  # it overflows close to the largest number
+        x = x - residual.masked_fill(infinite | residual.isinf(), 0) / fixed  # it overflows close to the largest number
     return x.where(~infinite, root)
