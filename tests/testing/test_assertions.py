@@ -288,6 +288,11 @@ class Detached(Scale):
         return super().log_det(x).detach() + 0 * self.b.sum()
 
 
+class WithoutGraph(Scale):
+    def log_det(self, x):
+        return super().log_det(x).detach()
+
+
 class NoDoubleBackward(Scale):
     def function(self, x):
         return _Twice.apply(x) * self.s.exp() / 2 + self.b
@@ -320,7 +325,7 @@ class _Twice(torch.autograd.Function):
         return (2 * gradient).detach()
 
 
-@pytest.mark.parametrize("defect", [FirstSample, Detached, NoDoubleBackward, WrongSecond])
+@pytest.mark.parametrize("defect", [FirstSample, Detached, WithoutGraph, NoDoubleBackward, WrongSecond])
 def test_gradients(defect):
     with pytest.raises(AssertionError, match=r"assert_gradients; got (GradcheckError|RuntimeError)|second derivatives"):
         testing.assert_gradients(defect(), X)
