@@ -1,9 +1,8 @@
 """Activations between calls: where they are, and who can rebuild them."""
 
-import contextlib
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +15,7 @@ if TYPE_CHECKING:
     from .call import Call
     from .freeing import Freed
 
-__all__ = ["Slot", "anything_freed", "key_of", "marked", "slot_of"]
+__all__ = ["Slot", "key_of", "slot_of"]
 
 
 def key_of(tensor: Tensor) -> tuple[Any, ...]:
@@ -47,7 +46,6 @@ class Slot:
         "stream",
         "value",
         "version",
-        "wanted",
     )
 
     def __init__(self, tensor: Tensor, key: tuple[Any, ...], lock: threading.RLock):
@@ -57,7 +55,6 @@ class Slot:
         self.passers: list[weakref.ref[Call]] = []  # calls whose output it is, too, since they pass it on
         self.freed: Freed | None = None  # the caller's tensor, where this value is to come back to it too
         self.head: Callable[[], Slot | None] = _none  # the freed input of the chain, for slots that lead back to it
-        self.wanted = False  # whether a replay may need the value
         self.put(tensor)
         if key[0] is not None:
             _live.slots[key] = self
@@ -109,26 +106,10 @@ def _none() -> None:
 
 class _Live(threading.local):
     def __init__(self) -> None:
-        self.freeing = 0
         self.slots: weakref.WeakValueDictionary[tuple[Any, ...], Slot] = weakref.WeakValueDictionary()
 
 
 _live = _Live()
-
-
-@contextlib.contextmanager
-def marked() -> Iterator[None]:
-    """Say that calls made inside are to free an input."""
-    _live.freeing += 1
-    try:
-        yield
-    finally:
-        _live.freeing -= 1
-
-
-def anything_freed() -> bool:
-    """Whether a call is to free an input right now."""
-    return _live.freeing > 0
 
 
 def slot_of(tensor: Any, key: tuple[Any, ...]) -> Slot | None:
