@@ -48,7 +48,7 @@ from .fingerprint import Prints, tolerance
 from .mode import Mode, Policy
 from .nested import attributes_of, map_tensors
 from .operation import Operation
-from .slots import Slot, anything_freed, key_of, slot_of
+from .slots import Slot, key_of, slot_of
 from .state import note, state, steps_aside
 from .surroundings import Surroundings
 from .tape import Input, Meta, Tape, tuple_of
@@ -222,7 +222,7 @@ class Call:
             if handle is not None:
                 if handle.value is None:
                     self.rebuild()
-            elif any((slot := ref()) is not None and slot.wanted and slot.gone for ref in self.sources):
+            elif any((slot := ref()) is not None and slot.gone for ref in self.sources):
                 self._pull()
                 self._restore()
 
@@ -245,13 +245,13 @@ class Call:
         slots_in = [None if k is None else slot_of(x, k) for x, k in zip(inputs, keys_in, strict=True)]
         self.lock = next((slot.lock for slot in slots_in if slot is not None), None) or threading.RLock()
         self.passed = {i: keys_out.index(k) for i, k in enumerate(keys_in) if k and k[0] and k in keys_out}
-        self.wanted |= any(slot.wanted for i, slot in enumerate(slots_in) if slot is not None and i not in self.passed)
+        # A slot that is there is held by a call that a backward may replay: others are gone by now.
+        self.wanted |= any(slot is not None for slot in slots_in)
         for i, slot in enumerate(slots_in):
             if slot is None or i in self.passed:
                 self.sources.append(_none)
                 if slot is not None:
                     slot.passers.append(weakref.ref(self))
-                    slot.wanted |= self.wanted
             else:
                 slot.consume(self)
                 self.sources.append(weakref.ref(slot))
@@ -261,9 +261,7 @@ class Call:
                 continue
             slot = slot_of(y, key)
             if slot is None:
-                slot = Slot(y, key, self.lock)
-                slot.wanted = self.wanted
-                self.produced.append(slot)
+                self.produced.append(slot := Slot(y, key, self.lock))
             self.outputs.append(slot)
             self.slots.append(slot)
         for head in _heads([slot for i, slot in enumerate(slots_in) if i not in self.passed]):
@@ -461,8 +459,11 @@ class Call:
         return policy.check == "always" or (policy.check == "first" and self._verified_as not in policy.verified)
 
     def _verify(self, values: Sequence[Any]) -> None:
-        if self.prints is not None:  # no replay comes nearer than what it starts from
-            self.prints.compare(self.operation.name, values, tolerance(self._dtypes()))
+        if self.prints is None:
+            return
+        self.prints.compare(
+            self.operation.name, values, tolerance(self._dtypes())
+        )  # no nearer than what it starts from
         self.operation.policy.verified.add(self._verified_as)
 
     def _dtypes(self) -> set[torch.dtype]:
@@ -513,7 +514,7 @@ def _heads(slots: Sequence[Slot | None]) -> list[Slot]:
 
 def _frees(inputs: tuple[Any, ...]) -> bool:
     """Whether these inputs are to be freed, so that a call must be able to rebuild them though nothing needs it."""
-    return anything_freed() and bool(_heads([slot_of(x, key_of(x)) for x in inputs if isinstance(x, Tensor)]))
+    return bool(_heads([slot_of(x, key_of(x)) for x in inputs if isinstance(x, Tensor)]))
 
 
 def _none() -> None:

@@ -137,7 +137,7 @@ class SideNames(NamedTuple):
 
     def choose(self, side: dict[str, Any]) -> dict[str, Any]:
         """Return the side inputs among ``side``."""
-        return side if self.any or not side else {k: v for k, v in side.items() if k in self.names}
+        return side if self.any else {k: v for k, v in side.items() if k in self.names}
 
     def check(self, owner: nn.Module, side: dict[str, Any]) -> None:
         """Raise if one of ``side`` is none that ``owner`` takes."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ._torch import allow_data, between_processes, deny_data, preserve_version, storage_owners
-from .slots import Slot, key_of, marked, slot_of
+from .slots import Slot, key_of, slot_of
 from .state import steps_aside
 
 __all__ = ["FreedTensor", "freeing"]
@@ -132,10 +132,9 @@ def freeing(name: str, inputs: Sequence[Any]) -> Iterator[None]:
     for x in tensors:
         key = key_of(x)
         slot = slot_of(x, key) or Slot(x, key, threading.RLock())
-        slot.freed, slot.head, slot.wanted = Freed(x), weakref.ref(slot), True
+        slot.freed, slot.head = Freed(x), weakref.ref(slot)
         heads.append((x, slot, slot.freed))
-    with marked():
-        yield
+    yield
     promised = [head for head in heads if head[2].promised]
     for x, _, _ in promised:
         if storage_owners(x) != 1:

@@ -1,9 +1,8 @@
 """Activations between calls: where they are, and who can rebuild them."""
 
-import contextlib
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
     from .call import Call
     from .freeing import Freed
 
-__all__ = ["Slot", "anything_freed", "key_of", "marked", "slot_of"]
+__all__ = ["Slot", "key_of", "slot_of"]
 
 
 def key_of(tensor: Tensor) -> tuple[Any, ...]:
@@ -49,7 +48,6 @@ class Slot:
         "stream",
         "value",
         "version",
-        "wanted",
     )
 
     def __init__(self, tensor: Tensor, key: tuple[Any, ...], lock: threading.RLock):
@@ -59,7 +57,6 @@ class Slot:
         self.passers: list[weakref.ref[Call]] = []  # calls whose output it is, too, since they pass it on
         self.freed: Freed | None = None  # the caller's tensor, where this value is to come back to it too
         self.head: Callable[[], Slot | None] = _none  # the freed input of the chain, for slots that lead back to it
-        self.wanted = False  # whether a replay may need the value
         self.attributes: dict[str, Any] = {}  # for an inverse that reads what the function set
         if attributes := attributes_of(tensor):
             self.attributes = {name: map_tensors(Tensor.detach, value) for name, value in attributes.items()}
@@ -122,26 +119,10 @@ def _none() -> None:
 
 class _Live(threading.local):
     def __init__(self) -> None:
-        self.freeing = 0
         self.slots: weakref.WeakValueDictionary[tuple[Any, ...], Slot] = weakref.WeakValueDictionary()
 
 
 _live = _Live()
-
-
-@contextlib.contextmanager
-def marked() -> Iterator[None]:
-    """Say that calls made inside are to free an input."""
-    _live.freeing += 1
-    try:
-        yield
-    finally:
-        _live.freeing -= 1
-
-
-def anything_freed() -> bool:
-    """Whether a call is to free an input right now."""
-    return _live.freeing > 0
 
 
 def slot_of(tensor: Any, key: tuple[Any, ...]) -> Slot | None:

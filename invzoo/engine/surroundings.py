@@ -304,8 +304,8 @@ class Surroundings:
                     module.training = now
                 for tensor, was in toggled:
                     tensor.requires_grad_(not was)
-                for table, name, now in reversed(old):
-                    table[name] = now
+                for table, name, value in old:
+                    table[name] = value
 
     @contextlib.contextmanager
     def _making(self) -> Iterator[None]:
@@ -320,13 +320,11 @@ class Surroundings:
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Set autocast as it was, on every device type."""
-        changes = [state for state in self.autocast if state[1] or torch.is_autocast_enabled(state[0])]
-        if not changes:
-            return contextlib.nullcontext()
         stack = contextlib.ExitStack()
-        for device, enabled, dtype in changes:
-            # Weights cast without gradients, by an inverse, must not be found by the function's run.
-            stack.enter_context(torch.autocast(device, dtype, enabled, cache_enabled=False))
+        for device, enabled, dtype in self.autocast:
+            if enabled or torch.is_autocast_enabled(device):
+                # A cache would hold the cast weights for as long as autocast around backward lasts.
+                stack.enter_context(torch.autocast(device, dtype, enabled, cache_enabled=False))
         return stack
 
 

@@ -165,6 +165,27 @@ def test_side_inputs_inside_a_transform(mode: str):
     assert_close(grad(loss, argnums=(0, 1))(x, scale), grad(lambda x, s: (x * s).exp().sum(), argnums=(0, 1))(x, scale))
 
 
+class Stop(torch.autograd.Function):
+    """The identity, through which no gradient comes back."""
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> None:
+        return None
+
+
+def test_no_gradient_comes_back_to_a_call_inside_a_transform():
+    x = torch.randn(3)
+    assert_close(grad(lambda v: (Stop.apply(exp(v)) + 2 * v).sum())(x), torch.full_like(x, 2))
+
+
 @SAVING
 def test_a_functional_call_of_a_layer_without_a_bias(mode: str):
     layer, x = iz.AdditiveCoupling(nn.Linear(2, 2, bias=False), mode=mode), torch.randn(3, 4)
