@@ -285,10 +285,11 @@ def test_an_exception_in_a_container_leaves_its_place():
     layer, x = iz.AdditiveCoupling(explode), torch.randn(3, 4)
     with pytest.raises(ValueError, match="fuse") as inside:
         iz.InvertibleSequential(layer)(x)
-    assert inside.value.__notes__ == ["in layer 0 (AdditiveCoupling)"]
+    place = "in layer 0 (AdditiveCoupling)"
+    assert inside.value.__notes__.count(place) == 1
     with pytest.raises(ValueError, match="fuse") as outside:
         layer(x)
-    assert not getattr(outside.value, "__notes__", [])
+    assert place not in outside.value.__notes__
     iz.InvertibleLinear(4, free_input=True)(x)
     assert x.untyped_storage().size() == 0  # nobody around it is in charge of that
 
