@@ -234,17 +234,18 @@ class InvertibleModule(nn.Module):
         return check_inverse(self, inputs, side)
 
     def _operation(self, *, log_det: bool = False) -> Operation:
-        compiled = self._compiled or _as_it_is
+        compiled, roots = self._compiled or _as_it_is, self._roots()
         return Operation(
             name=self._name() + " (log_det)" * log_det,
             function=compiled(self._outputs_and_log_det if log_det else self.function),
             inverse=compiled(self._undo) if self._has_inverse() else None,
             replay=None if self._compiled else self.replay_with_log_det if log_det else self.replay,
-            roots=self._roots(),
+            roots=roots,
             policy=self._policy,
             keeps_input=self.saturating or self.slow_inverse,
             takes_saved="saved" in SideNames.of(self._undo).names,
             log_det=log_det,
+            foreign=len(roots) > 1,
         )
 
     def _outputs_and_log_det(self, *inputs: Any, **side: Any) -> tuple[Any, ...]:

@@ -8,14 +8,16 @@ Its version does not tell of every change: not of those through `.data` or numpy
 1. A call copies, and compares when it is over. What kept still needs its copy no longer, so masks and tables take no
    memory. Any call may be the first that moves something, so every call looks.
 2. What torch's own layers and this library's do is known: they move nothing in silence but batch norms their statistics
-   in training. A call that runs no others looks at the versions alone, of tensors that it was seen to leave alone. If
-   one moves nonetheless, the call cannot be replayed and stores, once.
+   in training. A call that runs no other code, of functions or hooks, looks at the versions alone, of tensors that it
+   was seen to leave alone. If one moves nonetheless, the call cannot be replayed and stores, once.
 3. On an accelerator, comparing would wait for the device. There the first call waits; later ones drop their copies, and
    their replays read the answer: one that moved a tensor in silence is refused. The next call knows, and keeps copies.
 """
 
 import weakref
 from collections.abc import Iterable, Sequence
+from functools import partial
+from types import FunctionType, MethodType
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -108,10 +110,15 @@ _seen = weakref.WeakKeyDictionary()
 def is_known(modules: Sequence[nn.Module]) -> bool:
     """Whether calls of these modules run torch's own code and this library's alone (rule 2)."""
     return all(
-        type(m).__module__.startswith(("torch.nn.modules.", _PACKAGE))
-        and not (m._forward_pre_hooks or m._forward_hooks or "forward" in m.__dict__)
+        type(m).__module__.startswith(("torch.nn.modules.", _PACKAGE)) and not any(map(_is_given, vars(m).values()))
         for m in modules
     )
+
+
+def _is_given(value: Any) -> bool:
+    """Whether somebody else's function stands where a module keeps an activation, say, or its ``forward``."""
+    ours = isinstance(value, FunctionType) and value.__module__.startswith(("torch.", _PACKAGE))
+    return isinstance(value, FunctionType | MethodType | partial) and not ours
 
 
 _PACKAGE = __name__.split(".")[0] + "."

@@ -148,7 +148,7 @@ class Call:
             tensors += [x for x in side.values() if isinstance(x, Tensor)]
             generators += side.values()
         generators = [x for x in generators if isinstance(x, torch.Generator)]
-        self.surroundings = Surroundings(operation.roots, tensors, generators)
+        self.surroundings = Surroundings(operation.roots, tensors, generators, foreign=operation.foreign)
 
     def _give(self, what: str, tensor: Tensor) -> Tensor:
         """Note a tensor that replays get as it is, and return it without its graph (rule 5)."""

@@ -4,6 +4,8 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+from torch import nn
+
 from .call import call
 from .callables import SideNames, modules_of
 from .freeing import freeing
@@ -55,7 +57,8 @@ def checkpoint(
     name = getattr(function, "__name__", type(function).__name__)
     saved = inverse is not None and "saved" in SideNames.of(inverse).names
     roots = modules_of(function, inverse)
-    operation = Operation(name, function, inverse, None, roots, policy, takes_saved=saved)
+    foreign = not isinstance(function, nn.Module)
+    operation = Operation(name, function, inverse, None, roots, policy, takes_saved=saved, foreign=foreign)
     if free_input and enabled:
         with freeing(name, args):
             return call(operation, args, side)

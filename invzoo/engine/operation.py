@@ -27,6 +27,7 @@ class Operation:
         takes_saved: whether ``inverse`` has the argument ``saved``, the set of input positions not to compute.
         log_det: whether the function returns a log-determinant behind its outputs, which ``inverse`` and ``replay`` do
             without, so that nobody holds it.
+        foreign: whether it runs functions that somebody gave, besides the code of its roots.
     """
 
     name: str
@@ -38,3 +39,4 @@ class Operation:
     keeps_input: bool = False
     takes_saved: bool = False
     log_det: bool = False
+    foreign: bool = False

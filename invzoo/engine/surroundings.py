@@ -114,7 +114,14 @@ class Surroundings:
         "unusual",
     )
 
-    def __init__(self, roots: Sequence[nn.Module], tensors: Sequence[Tensor], generators: Sequence[torch.Generator]):
+    def __init__(
+        self,
+        roots: Sequence[nn.Module],
+        tensors: Sequence[Tensor],
+        generators: Sequence[torch.Generator],
+        *,
+        foreign: bool,
+    ):
         self.modules = modules = walk(roots)
         self.scripted = any(isinstance(m, ScriptModule) for m in modules)
         if self.scripted:
@@ -132,7 +139,7 @@ class Surroundings:
         self.buffers, self.suspects = [], list[Suspect]()
         keepers = [m for m in modules if m._buffers or holds_loose(m)]
         if keepers:
-            known = is_known(modules)
+            known = not (foreign or self.observers.present()) and is_known(modules)
             attributes, owned = attributes_of(keepers, known=known)
             self.buffers = buffers_of(keepers, known=known) + attributes
             generators = [*generators, *owned]

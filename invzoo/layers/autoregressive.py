@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..engine import SideNames
 from ..log_dets import sum_per_sample
-from ..module import InvertibleModule
+from ..module import InvertibleModule, modules_behind
 from ._checks import check_choice, check_dims, check_features, check_like, check_positive_int, refuse
 from .elementwise import check_real
 from .made import MADE
@@ -157,6 +157,9 @@ class MaskedAutoregressive(InvertibleModule):
     def _solution(self, y: Tensor, context: Tensor | None, inverse: Callable[[Tensor, Tensor, int], Tensor]) -> Tensor:
         y, context = self._enter("y", y, context)
         return self._restored(self.net.solve(y, inverse, context))
+
+    def _roots(self) -> tuple[nn.Module, ...]:
+        return (*super()._roots(), *modules_behind(self, self.net.activation))
 
     def side_names(self) -> SideNames:
         return SideNames(frozenset(() if self.context_features is None else ("context",)), any=False)

@@ -156,8 +156,10 @@ class _Update:
 
         there = self._there_and_log_det if log_det else self._there
         title = f"{type(self.coupling).__name__}{'.inv' * self.inverted} ({self.name}{', log_det' * log_det})"
-        roots = (self.net,) if isinstance(self.net, nn.Module) else modules_behind(self.coupling, self.net)
-        return Operation(title, function, inverse, replay, roots, self.coupling._policy, log_det=log_det)
+        net, foreign = self.net, not isinstance(self.net, nn.Module)
+        roots = [net] if isinstance(net, nn.Module) else modules_behind(self.coupling, net)
+        policy = self.coupling._policy
+        return Operation(title, function, inverse, replay, roots, policy, log_det=log_det, foreign=foreign)
 
     def _check_value(self, inputs: tuple[Tensor, ...], side: dict[str, Any], h: Any) -> None:
         """Raise if ``h``, which the subnet returned, cannot move the first of the inputs."""

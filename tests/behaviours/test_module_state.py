@@ -196,6 +196,36 @@ def test_a_tensor_that_moves_from_the_third_step_on(subject, x, how):
         )
 
 
+NORM = nn.BatchNorm1d(HALF).eval().requires_grad_(False)
+MOVERS = {
+    "coupling": lambda mode: iz.AdditiveCoupling(moves_norm, split=(HALF, HALF), mode=mode),
+    "checkpoint": lambda mode: lambda x: iz.checkpoint(moves_norm, x[:, :HALF].clone(), enabled=mode != "store"),
+    "activation": lambda mode: iz.MaskedAutoregressive(FEATURES, (HALF,), activation=moves_norm, mode=mode),
+}
+
+
+def moves_norm(h: Tensor) -> Tensor:
+    """A function of the user's over a layer of torch's, which it begins to move."""
+    if NORM.moves:
+        NORM.running_mean.data.add_(h.detach().mean(0))
+    return NORM(h).tanh()
+
+
+@pytest.mark.parametrize("mode", ["recompute", "invert"])
+@pytest.mark.parametrize("kind", MOVERS)
+def test_a_function_that_begins_to_move_a_buffer_of_torch_s_own_layer(kind, mode, data):
+    def program(mode):
+        torch.manual_seed(0)
+        layer, results = MOVERS[kind](mode), []
+        NORM.double().reset_running_stats()
+        for NORM.moves in (False, True, True):
+            x = data.clone().requires_grad_()
+            results += [*grad(some_loss(layer(x)), x), NORM.running_mean.clone()]
+        return results
+
+    assert_near(program(mode), program("store"))
+
+
 def test_a_buffer_on_an_accelerator_that_begins_to_move_in_silence_is_refused_once(saving, x, monkeypatch):
     """To look at it in forward would wait for the device; the replay looks, and from then on there are copies."""
     monkeypatch.setattr(buffers, "waits_to_be_read", lambda _: True)
