@@ -46,7 +46,8 @@ def run(file: Path, *inputs: object) -> list[Tensor]:
 
 
 def left_out(name: str) -> bool:
-    return name in (*DRAWN, *REFUSED) or any(re.fullmatch(pattern, name) for pattern in MISSING.values())
+    layer = re.sub(r"\[.*\]", "", name)
+    return layer in DRAWN or name in REFUSED or any(re.fullmatch(pattern, name) for pattern in MISSING.values())
 
 
 GROUPS = [(family, direction) for family in FAMILIES for direction in DIRECTIONS]
