@@ -34,6 +34,7 @@ __all__ = [
     "is_hollow",
     "is_wrapped",
     "keeps_graph",
+    "needs_gradient",
     "plainly",
     "preserve_version",
     "records_below",
@@ -93,6 +94,16 @@ has_ended: Callable[[Tensor], bool] = _private("_functorch.is_dead_tensor_wrappe
 def unwrapped(tensor: Tensor) -> Tensor:
     """Return the tensor below."""
     return torch._C._functorch.get_unwrapped(tensor) if is_wrapped(tensor) else tensor
+
+
+_is_batched: Callable[[Tensor], bool] = _private("_functorch.is_batchedtensor", lambda _: False)
+
+
+def needs_gradient(tensor: Tensor) -> bool:
+    """Whether a tensor needs a gradient, or what a `vmap` made a batch of does."""
+    while _is_batched(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor.requires_grad
 
 
 # Missing: hooks count as allowed, and entering them raises torch's own error where they are not.

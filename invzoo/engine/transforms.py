@@ -33,6 +33,7 @@ from ._torch import (
     compiling_nothing,
     has_ended,
     is_wrapped,
+    needs_gradient,
     plainly,
     records_below,
     reparametrized,
@@ -257,7 +258,7 @@ class _Request:
 
     def gradients(self, grads: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Return the gradients at the starts that the ends depend on, as a function of those at the ends."""
-        if torch.is_grad_enabled() and (not self.below.has_ended() or any(grad.requires_grad for grad in grads)):
+        if torch.is_grad_enabled() and (not self.below.has_ended() or any(map(needs_gradient, grads))):
             return _Gradients.apply(self, *self.below.anchors, *grads)
         return self.solve(grads)
 
@@ -291,6 +292,10 @@ class _Gradients(torch.autograd.Function):
         ctx.request = inputs[0]
 
     @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], request: _Request, *tensors: Tensor) -> tuple[Any, Any]:
+        return _one_by_one(_Gradients, info.batch_size, in_dims[1:], request, tensors)
+
+    @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         below = ctx.request.below
         if not below.has_ended():
@@ -311,5 +316,21 @@ class _Tangents(torch.autograd.Function):
     setup_context = _Gradients.setup_context
 
     @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], request: _Request, *tensors: Tensor) -> tuple[Any, Any]:
+        return _one_by_one(_Tangents, info.batch_size, in_dims[1:], request, tensors)
+
+    @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return None, *_Gradients.apply(ctx.request, *ctx.request.below.anchors, *grads)
+
+
+def _one_by_one(
+    function: Any, size: int, dims: Sequence[int | None], request: _Request, tensors: Sequence[Tensor]
+) -> tuple[Any, Any]:
+    """Map over a batch of gradients that themselves are differentiated later, as those of a Jacobian may be."""
+    rows = []
+    for i in range(size):
+        row = [t if dim is None else t.select(dim, i) for t, dim in zip(tensors, dims, strict=True)]
+        rows.append(function.apply(request, *row))
+    results = tuple(torch.stack(parts) for parts in zip(*rows, strict=True))
+    return results, (0,) * len(results)

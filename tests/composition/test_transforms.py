@@ -417,6 +417,17 @@ def test_buffers_and_tied_parameters_of_a_functional_call_inside_a_transform(mod
     assert_near((found["f.0.weight"], found["f.3.shift"]), wanted)
 
 
+@pytest.mark.parametrize("chunk_size", [None, 5])
+def test_a_jacobian_is_differentiated(case: Case, chunk_size: int | None):
+    """By parameters that needed a gradient outside; splits and merges, which have none, run below all the same."""
+
+    def step(net: nn.Module) -> tuple[Tensor, ...]:
+        jacobian = jacrev(net, chunk_size=chunk_size)(case.x)
+        return jacobian, *torch.autograd.grad(jacobian.sin().sum(), [*net.parameters()], allow_unused=True)
+
+    assert_near(step(case.net), step(case.plain))
+
+
 def test_a_result_of_vjp_is_differentiated(case: Case):
     def derivatives(net: nn.Module) -> list[Tensor]:
         back = vjp(net.requires_grad_(False), case.x)[1]
