@@ -24,8 +24,9 @@ NOTE [How a call forgets and remembers]
 
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -110,6 +111,7 @@ class Handle:
 class Call:
     """One run of an operation: what it takes to run it again."""
 
+    copies: Mapping[int, Tensor] = MappingProxyType({})  # of tensors with attributes, by their identity, for a while
     given: Sequence[tuple[str, Tensor, int]] = ()  # tensors that the replay gets as they are, and their versions
     kept: tuple[Any, ...] | None = None
     leaf_inputs: Sequence[int | None] = ()  # the storages of inputs that want a gradient of their own
@@ -147,14 +149,19 @@ class Call:
             self.side = {k: map_tensors(partial(self._give, f"side input {k!r}"), v) for k, v in side.items()}
             tensors += [x for x in side.values() if isinstance(x, Tensor)]
             generators += side.values()
+        if self.copies:
+            del self.copies
         generators = [x for x in generators if isinstance(x, torch.Generator)]
         self.surroundings = Surroundings(operation.roots, tensors, generators, foreign=operation.foreign)
 
     def _give(self, what: str, tensor: Tensor) -> Tensor:
         """Note a tensor that replays get as it is, and return it without its graph (rule 5)."""
+        if (data := self.copies.get(id(tensor))) is not None:  # it leads to itself
+            return data
         data = tensor.detach().requires_grad_(tensor.requires_grad)
         self.given = [*self.given, (what, data, version_of(data))]
         if attributes := attributes_of(tensor):
+            self.copies = {**self.copies, id(tensor): data}
             vars(data).update(self._give_all(what, attributes))
         return data
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import gc
 import inspect
 import math
 import sys
@@ -80,10 +81,10 @@ def _attributes(value: Any) -> list[Any]:
 
 
 def unregistered(modules: Iterable[nn.Module]) -> list[nn.Module]:
-    """Return those with weights to train that no module which runs right now has registered.
+    """Return those with weights to train that no optimizer would find.
 
     Who holds a module cannot be asked; but those that hold a layer, and are called, stand on the stack above it, or
-    behind its functions.
+    behind its functions. Where none of them holds it, all objects are looked through, once.
     """
     holders: dict[int, nn.Module] = {}
     frame: FrameType | None = sys._getframe()
@@ -99,7 +100,22 @@ def unregistered(modules: Iterable[nn.Module]) -> list[nn.Module]:
     modules = [*modules]
     above = [module for module in modules if any(id(m) in holders for m in module.modules())]
     held = {id(p) for holder in (*holders.values(), *above) for p in holder.parameters()}
-    return [m for m in modules if any(p.requires_grad and id(p) not in held for p in m.parameters())]
+    strangers = [m for m in modules if any(p.requires_grad and id(p) not in held for p in m.parameters())]
+    return _without_owner(strangers) if strangers else []
+
+
+def _without_owner(modules: list[nn.Module]) -> list[nn.Module]:
+    """Return those that no other module has registered, and whose parameters no optimizer has."""
+    everything = gc.get_objects()
+    registered = {id(m) for o in everything if _is_a(o, nn.Module) for m in vars(o).get("_modules", {}).values()}
+    groups = [g for o in everything if _is_a(o, torch.optim.Optimizer) for g in vars(o).get("param_groups", ())]
+    optimized = {id(p) for group in groups for p in group["params"]}
+    modules = [m for m in modules if id(m) not in registered]
+    return [m for m in modules if any(p.requires_grad and id(p) not in optimized for p in m.parameters())]
+
+
+def _is_a(value: Any, kind: type) -> bool:
+    return issubclass(type(value), kind)  # unlike isinstance, asks no proxy what it pretends to be
 
 
 _CALL = nn.Module._call_impl.__code__

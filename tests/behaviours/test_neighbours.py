@@ -498,6 +498,14 @@ def test_attributes_of_side_inputs_and_kept_inputs():
     assert_near(x.grad, 6 * torch.ones(3).mul(6).exp())
 
 
+def test_attributes_that_lead_back_to_their_tensor():
+    x, other = torch.ones(3, requires_grad=True), torch.ones(3)
+    x.me, x.other, other.back = x, other, x
+    y = iz.checkpoint(lambda x: (x * x.me * x.other.back.me).exp(), x)
+    y.sum().backward()
+    assert_near(x.grad, 3 * torch.ones(3).exp())
+
+
 def test_a_tensor_behind_an_attribute_that_was_changed_in_place():
     x = torch.ones(3, requires_grad=True)
     x.mask = torch.ones(3)

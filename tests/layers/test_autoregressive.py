@@ -467,3 +467,11 @@ def test_an_activation_may_be_a_module():
     assert "net.activation.weight" in layer.state_dict()
     x = inputs(3, 5)
     assert_close(layer.inverse(layer(x)), x)
+
+
+@pytest.mark.parametrize("mode", iz.Mode)
+def test_a_hook_on_the_whole_net_that_changes_its_outputs_acts_in_both_directions(mode):
+    layer = made(4, (9,), mode=mode)
+    layer.net.register_forward_hook(lambda module, inputs, output: 2 * output + 0.1)
+    x = torch.randn(3, 4, dtype=torch.float64)
+    assert_close(layer.inverse(layer(x)), x)
