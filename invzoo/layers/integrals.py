@@ -19,7 +19,8 @@ def clenshaw_curtis(n: int, like: Tensor) -> tuple[Tensor, Tensor]:
     k = torch.arange(n + 1, device=like.device, dtype=like.dtype)
     j, angles = k[1 : n // 2 + 1], k * (math.pi / n)
     terms = torch.where(2 * j == n, 1, 2) / (4 * j * j - 1) * torch.cos(2 * j * angles[:, None])
-    return (1 - torch.cos(angles)) / 2, torch.where(k % n == 0, 0.5, 1) * (1 - terms.sum(1)) / n
+    ends = torch.where(k % n == 0, 0.5, 1).to(k)  # two numbers make a tensor of the default dtype
+    return (1 - torch.cos(angles)) / 2, ends * (1 - terms.sum(1)) / n
 
 
 @dataclass(frozen=True)

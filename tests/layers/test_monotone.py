@@ -379,3 +379,15 @@ def test_options_are_refused(layer: type[PerFeatureMap], option: str, value: flo
     with pytest.raises((ValueError, TypeError)) as error:
         layer(3, **{option: value})
     assert str(error.value) == f"{layer.__name__}: Expected {option} to {message}"
+
+
+@pytest.mark.parametrize("make", [iz.BernsteinPolynomial, iz.SumOfSquares, iz.UnconstrainedMonotonic])
+def test_the_default_dtype_is_nothing_to_a_layer_of_another(make) -> None:
+    torch.set_default_dtype(torch.float64)
+    try:
+        layer, x = make(3, dtype=torch.float32).inv, torch.randn(2, 3, dtype=torch.float32, requires_grad=True)
+        y, log_det = layer.forward_and_log_det(x)
+        (y.sum() + log_det.sum()).backward()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert y.dtype == log_det.dtype == x.dtype
