@@ -100,6 +100,15 @@ def test_a_layer_that_was_not_checked_is_checked_when_it_is_to_be():
         layer(x).sum().backward()
 
 
+def test_an_input_that_was_stepped_is_rebuilt():
+    x = torch.rand(3, requires_grad=True)
+    wanted = 2 * x.detach().clone()
+    loss = iz.checkpoint(torch.square, x, inverse=torch.sqrt).sum()
+    with torch.no_grad():
+        x.add_(1)
+    assert_close(torch.autograd.grad(loss, x)[0], wanted)
+
+
 # ---- whose values it takes ------------------------------------------------------------------------------------------
 
 CHANGES = {
@@ -228,6 +237,15 @@ def test_what_a_backward_rebuilds_on_its_way_is_dropped():
         torch.autograd.grad(loss, x)
         assert memory.current <= before
         del c, d
+
+
+def test_what_a_part_of_a_kept_graph_rebuilds_is_dropped():
+    x, weight = torch.randn(LARGE, requires_grad=True), torch.rand(LARGE, requires_grad=True)
+    with track_memory() as memory:
+        loss = iz.checkpoint(lambda v: v * weight, exp(x), inverse=lambda v: v / weight).sum()
+        before = memory.current
+        torch.autograd.grad(loss, weight, retain_graph=True)
+        assert memory.current <= before
 
 
 def test_side_inputs_are_held_without_their_graphs():
