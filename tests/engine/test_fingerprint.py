@@ -50,6 +50,13 @@ def test_every_dtype_and_empty_tensors(dtype: torch.dtype):
     assert distance(fingerprint(x[:0]), fingerprint(x[:0])) == 0
 
 
+def test_autocast_makes_no_difference():
+    x = torch.randn(64, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = fingerprint(x)
+    assert inside == fingerprint(x)
+
+
 class Sinh(iz.InvertibleModule):
     def function(self, x: Tensor) -> Tensor:
         return x.sinh()
