@@ -37,6 +37,7 @@ from ._torch import (
     Stamp,
     at_end_of_backward,
     backward_id,
+    is_hollow,
     keeps_graph,
     plainly,
     set_grad_enabled,
@@ -510,8 +511,11 @@ class Call:
 
 
 def _is_number(tensor: Tensor | None) -> bool:
-    """Whether a tensor is numbers, and not, say, a kernel's workspace, of which parts may be left unwritten."""
-    return tensor is not None and (tensor.is_floating_point() or tensor.is_complex())
+    """Whether a tensor is numbers, and not, say, a kernel's workspace, of which parts may be left unwritten.
+
+    Nor a parameter whose memory FSDP has taken away again.
+    """
+    return tensor is not None and (tensor.is_floating_point() or tensor.is_complex()) and not is_hollow(tensor)
 
 
 def _heads(slots: Sequence[Slot | None]) -> list[Slot]:

@@ -81,11 +81,12 @@ class ImplicitCurve(Curve):
         """Return bounds on the root, and a guess of it."""
 
     def root(self, y: Tensor, p: Tensor) -> Tensor:
-        start = self.bracket(y.detach(), p.detach())
-        return self.root_at(y, p, newton(partial(self.value, p=p), partial(self._slope, p=p), y, *start))
+        fixed = p.detach()
+        start = self.bracket(y.detach(), fixed)
+        return self.root_at(y, p, newton(partial(self.value, p=fixed), partial(self._slope, p=fixed), y, *start))
 
     def root_at(self, y: Tensor, p: Tensor, x: Tensor) -> Tensor:
-        return with_gradients(partial(self.value, p=p), partial(self._slope, p=p), y, x)
+        return with_gradients(partial(self.value, p=p), partial(self._slope, p=p.detach()), y, x)
 
     def _slope(self, x: Tensor, p: Tensor) -> Tensor:
         return self.log_derivative(x, p).exp()

@@ -94,6 +94,7 @@ NAMES = {
     ("engine/_torch.py", "cpu"): "where tensors are made if nobody says otherwise",
     ("engine/surroundings.py", "cpu"): "its autocast may rule over subnets that go there",
     ("shapes.py", "meta"): "shapes alone are asked for",
+    ("shapes.py", "cuda"): "fork_rng asks for some kind of device, of which it then forks none",
     ("layers/__init__.py", "meta"): "there einops learns what a tensor is",
     ("layers/made.py", "cpu"): "indices from Python go through it, so that meta buffers can be filled",
     ("layers/permutation.py", "cpu"): "likewise, and a generator draws where it is",

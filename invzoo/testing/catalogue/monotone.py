@@ -29,7 +29,7 @@ MONOTONE: tuple[Entry, ...] = (
         "sum of log slopes",
         Case(lambda: iz.RationalQuadraticSpline(3, dim=1), (3, 2)),
         Case(lambda: iz.RationalQuadraticSpline(3, dim=-1, bins=3, tails="circular"), (2, 3), id="circular"),
-        Case(lambda: iz.RationalQuadraticSpline(3, bins=3, tails=None), (3, 2), id="no_tails"),
+        Case(lambda: iz.RationalQuadraticSpline(3, dim=1, bins=3, tails=None), (3, 2), id="no_tails"),
         Case(
             lambda: iz.RationalQuadraticSpline(3, dim=1, bins=4, conditioner=nn.Linear(2, 33)),
             (3, 2),
