@@ -33,6 +33,7 @@ __all__ = [
     "attributes_of",
     "buffers_of",
     "copy_of",
+    "differ",
     "holds_loose",
     "is_known",
     "loose_tensors",
@@ -89,7 +90,7 @@ class Buffer(NamedTuple):
         if not _is_plain(self.tensor) or is_capturing(self.tensor):
             return False
         if self._seen() is None or not waits_to_be_read(self.tensor):
-            return _differ(self.tensor, copy)
+            return differ(self.tensor, copy)
         if self._seen() == "still":
             suspects.append(Suspect(self, copy))
         return self._seen() == "moves"
@@ -140,7 +141,10 @@ def _is_plain(tensor: Tensor) -> bool:
     return plain and not (tensor.is_meta or tensor.is_nested or is_hollow(tensor))
 
 
-def _differ(a: Tensor, b: Tensor) -> bool:
+def differ(a: Tensor, b: Tensor) -> bool:
+    """Whether values differ; of tensors that are not looked into, none do."""
+    if not _is_plain(a):
+        return False
     with without_modes():
         a, b = a.detach(), b.detach()
         return not torch.equal(a, b) and bool(_differences(a, b).any())

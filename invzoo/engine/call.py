@@ -46,6 +46,7 @@ from ._torch import (
     transparent,
     version_of,
 )
+from .buffers import copy_of, differ
 from .fingerprint import Prints, tolerance
 from .mode import Mode, Policy
 from .nested import attributes_of, map_tensors
@@ -79,14 +80,27 @@ def call(operation: Operation, inputs: tuple[Any, ...], side: dict[str, Any]) ->
 
 
 def _run_plainly(operation: Operation, inputs: tuple[Any, ...], side: dict[str, Any]) -> Any:
-    """Run the function as a plain module would, but for changes of its inputs: no mode takes them."""
+    """Run the function as a plain module would, but for changes of its inputs: no mode takes them.
+
+    Tensors of the inference mode have no versions, so there the first call looks at values.
+    """
     if torch.compiler.is_compiling():
         return operation.function(*inputs, **side)
-    versions = [version_of(x) for x in inputs if isinstance(x, Tensor)]
+    tensors = [x for x in inputs if isinstance(x, Tensor)]
+    versions, policy = [version_of(x) for x in tensors], operation.policy
+    unversioned = [x for x in tensors if x.is_inference()]
+    looks = unversioned and _is_unverified(policy, inference := f"{operation.name}, inference")
+    copies = [copy_of(x) for x in unversioned] if looks else []
     result = operation.function(*inputs, **side)
-    if versions != [version_of(x) for x in inputs if isinstance(x, Tensor)]:
+    if versions != [version_of(x) for x in tensors] or any(map(differ, unversioned, copies)):
         raise _changed_input(operation.name)
+    if looks:
+        policy.verified.add(inference)
     return result
+
+
+def _is_unverified(policy: Policy, name: str) -> bool:
+    return policy.check == "always" or (policy.check == "first" and name not in policy.verified)
 
 
 def _changed_input(name: str) -> RuntimeError:
@@ -209,7 +223,7 @@ class Call:
             kept = [(f"input {i}", x, version_of(x)) for i, x in enumerate(self.kept) if x is not None]
             self.given = [*self.given, *kept]
             self.lock = threading.RLock()
-        if self.wanted and self._unverified(operation.policy):
+        if self.wanted and _is_unverified(operation.policy, self._verified_as):
             self.prints = self._take_prints(inputs, outputs)
         if self.wanted and (self.leaves or self.surroundings.trains):
             self._come_first(inputs, outputs)
@@ -462,9 +476,6 @@ class Call:
     @property
     def _verified_as(self) -> str:
         return self.operation.name if self.kept is None else f"{self.operation.name}, recomputed"
-
-    def _unverified(self, policy: Policy) -> bool:
-        return policy.check == "always" or (policy.check == "first" and self._verified_as not in policy.verified)
 
     def _verify(self, values: Sequence[Any]) -> None:
         if self.prints is None:

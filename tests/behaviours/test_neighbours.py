@@ -218,20 +218,46 @@ def test_inplace_operations_inside_blocks(subject, x):
     subject.holds(lambda net: grad(some_loss(net(x)), [x, *net.parameters()], allow_unused=True), block)
 
 
-@pytest.mark.parametrize("grad_enabled", [True, False])
+@pytest.mark.parametrize("grads", [torch.enable_grad, torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("mode", MODES)
-def test_a_function_that_changes_its_input_is_refused_in_every_mode(mode, grad_enabled):
+def test_a_function_that_changes_its_input_is_refused_in_every_mode(mode, grads):
     f = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(HALF, HALF))
     methods = {"function": lambda self, x: x.mul_(2), "inverse": lambda self, y: y.div_(2)}
     doubling = type("Doubling", (iz.InvertibleModule,), methods)
     for layer in (iz.AdditiveCoupling(f), iz.InvertibleSequential(iz.AdditiveCoupling(f)), doubling(), doubling().inv):
         layer.mode = mode
         refused = pytest.raises(RuntimeError, match=r"leave its inputs as they are.* nn.ReLU\(\) for")
-        with torch.set_grad_enabled(grad_enabled), refused:
+        with grads(), refused:
             layer(torch.randn(5, FEATURES))
     for enabled in (True, False):
-        with pytest.raises(RuntimeError, match="leave its inputs as they are"):
+        with grads(), pytest.raises(RuntimeError, match="leave its inputs as they are"):
             iz.checkpoint(torch.relu_, torch.randn(5), enabled=enabled)
+
+
+def test_inputs_of_the_inference_mode_are_looked_at_as_often_as_replays_are():
+    class Sometimes(nn.Linear):
+        changes = True
+
+        def forward(self, x):
+            return super().forward(x.mul_(2) if self.changes else x)
+
+    def refused(layer):
+        try:
+            layer(torch.full((2, FEATURES), torch.nan).index_fill_(1, torch.tensor([0, HALF]), 1.0))
+        except RuntimeError:
+            return True
+        return False
+
+    with torch.inference_mode():
+        for check, expected in (
+            ("first", [True, False, False]),
+            ("always", [True, False, True]),
+            ("never", [False] * 3),
+        ):
+            layer, found = iz.AdditiveCoupling(Sometimes(HALF, HALF), check=check), []
+            for layer.f.changes in (True, False, True):
+                found.append(refused(layer))
+            assert found == expected
 
 
 def test_a_block_that_returns_its_input(x):
