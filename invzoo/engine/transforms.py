@@ -118,7 +118,13 @@ class Below:
         """Return what stands for a tensor that the function uses."""
         if is_wrapped(tensor):
             self.used.add(id(tensor))
-        elif self.records and not self.released and tensor.requires_grad and self._is_older(tensor):
+        elif (
+            self.records
+            and not self.released
+            and torch.is_grad_enabled()  # without, nothing leads back, though views by torch.unbind say they need one
+            and tensor.requires_grad
+            and self._is_older(tensor)
+        ):
             raise RuntimeError(
                 f"Expected {self.name} inside a transform of torch.func to close over no tensor that needs a gradient "
                 f"outside of it; got one of shape {tuple(tensor.shape)}. Pass it as a side input, or use mode 'store'"
