@@ -406,8 +406,7 @@ class MultiScale(_Composite):
 
     @property
     def domain(self) -> Domain:  # type: ignore[override]
-        first, *others = (layer for _, layer in self._layers())
-        return first.domain if not (first.rearranges and others) else constraints.real  # that of some entries alone
+        return next(layer.domain for _, layer in self._layers())
 
     @property
     def codomain(self) -> Domain:  # type: ignore[override]

@@ -474,6 +474,18 @@ def test_shapes_of_what_meta_tensors_cannot_go_through(kind, behind):
     assert not hasattr(subnet, "latest")
 
 
+def test_shapes_that_meta_tensors_say_take_no_real_run():
+    devices = []
+
+    class Subnet(nn.Module):
+        def forward(self, x):
+            devices.append(x.device.type)
+            return 2 * x
+
+    iz.MultiScale(iz.AdditiveCoupling(Subnet()), iz.Identity(), input_shape=(4,))
+    assert devices == ["meta"]
+
+
 def test_shapes_leave_layers_to_the_first_call():
     net = iz.InvertibleSequential(iz.ActNorm(4), iz.AffineCoupling(nn.LazyLinear(4)))
     TransformedDistribution(base(4), [iz.as_transform(net)])

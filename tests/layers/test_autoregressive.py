@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import prune
 from torch.testing import assert_close
 
@@ -475,3 +476,14 @@ def test_a_hook_on_the_whole_net_that_changes_its_outputs_acts_in_both_direction
     layer.net.register_forward_hook(lambda module, inputs, output: 2 * output + 0.1)
     x = torch.randn(3, 4, dtype=torch.float64)
     assert_close(layer.inverse(layer(x)), x)
+
+
+def test_a_global_hook_sees_the_nets_layers_in_both_directions():
+    layer, seen = made(3, (6,)), []
+    x = torch.randn(2, 3, dtype=torch.float64)
+    for run in (layer, layer.inverse):
+        handle = register_module_forward_hook(lambda module, inputs, output: seen.append(module))
+        run(x)
+        handle.remove()
+        assert {*layer.net.layers} <= {*seen}
+        seen.clear()
