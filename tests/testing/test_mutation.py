@@ -29,8 +29,8 @@ def test_clipped():
 """
 
 
+@pytest.mark.slow
 def test_what_no_test_notices_is_said(tmp_path: pathlib.Path):
-    pytest.importorskip("coverage")
     (tmp_path / "toy").mkdir()
     (tmp_path / "toy/__init__.py").write_text(PACKAGE)
     (tmp_path / "test_toy.py").write_text(TESTS)
