@@ -44,6 +44,8 @@ def _behind(value: Any) -> list[Any]:
         owner = value.__self__
         return [owner, value.__func__, *(() if isinstance(owner, nn.Module) else _attributes(owner))]
     if inspect.isfunction(value):
+        if value.__module__ == "torch.nn.functional":
+            return []
         defaults = [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
         return [*_enclosed(value), *defaults, *_globals(value)]
     if isinstance(value, list | tuple | dict):
