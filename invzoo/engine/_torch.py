@@ -34,6 +34,7 @@ __all__ = [
     "is_hollow",
     "is_wrapped",
     "keeps_graph",
+    "may_step",
     "needs_gradient",
     "plainly",
     "preserve_version",
@@ -211,6 +212,14 @@ def stamps(tensors: Iterable[Tensor]) -> list[Stamp]:
         return [(x._version, x.untyped_storage()._cdata, x.requires_grad) for x in tensors]
     except (NotImplementedError, RuntimeError, ValueError):  # one of them has no version, or no storage
         return [(version_of(x), storage_key(x), x.requires_grad) for x in tensors]
+
+
+def may_step(parameters: Iterable[Tensor]) -> bool:
+    """Whether parameters have hooks that their gradients call, which may step an optimizer. Missing: they have none."""
+    for p in parameters:  # noqa: SIM110 - a generator takes longer
+        if getattr(p, "_post_accumulate_grad_hooks", None) or p._backward_hooks:
+            return True
+    return False
 
 
 def weights_cached() -> bool:

@@ -18,8 +18,9 @@ NOTE [How a call forgets and remembers]
 6. A replay happens as it was (`Surroundings`) and is checked: outputs and parameters unchanged, the same tensors saved,
    and the inputs come back as they were (`fingerprint`). A call that keeps its inputs compares what autograd saved, so
    that its replay may stop there; one that is checked always compares its outputs.
-7. A call with parameters is rebuilt before any node of its graph runs, not only when one unpacks: a parameter whose
-   gradient needs nothing saved, a bias say, may get it first, and a hook on it may step an optimizer.
+7. A call whose parameters have hooks that their gradients call is rebuilt before any node of its graph runs, not only
+   when one unpacks: a parameter whose gradient needs nothing saved, a bias say, may get it first, and its hook may step
+   an optimizer.
 """
 
 import threading
@@ -39,6 +40,7 @@ from ._torch import (
     backward_id,
     is_hollow,
     keeps_graph,
+    may_step,
     plainly,
     set_grad_enabled,
     stamps,
@@ -225,14 +227,14 @@ class Call:
             self.lock = threading.RLock()
         if self.wanted and _is_unverified(operation.policy, self._verified_as):
             self.prints = self._take_prints(inputs, outputs)
-        if self.wanted and (self.leaves or self.surroundings.trains):
+        if self.wanted and (may_step(self.surroundings.tensors) or self.leaves):
             self._come_first(inputs, outputs)
         self.release()
         self.dtypes.update(x.dtype for x in (*inputs, *outputs, *self.surroundings.tensors) if isinstance(x, Tensor))
         self.dtypes.update(dtype for _, dtype in self.metas)
 
     def _come_first(self, inputs: tuple[Any, ...], outputs: tuple[Any, ...]) -> None:
-        """Be rebuilt before a backward gives any parameter its gradient, since optimizers may step on that (rule 7)."""
+        """Be rebuilt before any parameter gets its gradient, since its hook may step an optimizer (rule 7)."""
         given = {*map(id, inputs)}
         for y in outputs:
             if isinstance(y, Tensor) and id(y) not in given and (node := y.grad_fn) is not None:

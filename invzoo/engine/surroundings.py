@@ -239,11 +239,6 @@ class Surroundings:
                 f"of {stale[0]!r}. Call backward before optimizer.step() or load_state_dict()"
             )
 
-    @property
-    def trains(self) -> bool:
-        """Whether a parameter needs a gradient."""
-        return any(requires_grad for _, _, requires_grad in self.stamps)
-
     def check_generators(self) -> None:
         """After a replay: see that it drew what the call drew, and nobody else did meanwhile."""
         ends = [(g, g.get()) for g in self.generators]
