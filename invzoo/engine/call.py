@@ -482,9 +482,8 @@ class Call:
     def _verify(self, values: Sequence[Any]) -> None:
         if self.prints is None:
             return
-        self.prints.compare(
-            self.operation.name, values, tolerance(self._dtypes())
-        )  # no nearer than what it starts from
+        # No replay comes nearer than what it starts from.
+        self.prints.compare(self.operation.name, values, tolerance(self._dtypes()))
         self.operation.policy.verified.add(self._verified_as)
 
     def _dtypes(self) -> set[torch.dtype]:
