@@ -17,16 +17,15 @@ from .errors import refuse
 from .layers._checks import check_dim_given, given_dim
 from .layers.split import Partition, SplitSpec, cut, join, merging, splitting
 from .log_dets import LogDets
-from .module import InvertibleModule
+from .module import Composite, InvertibleModule
 from .shapes import output_shapes
 
 __all__ = ["Chain", "InvertibleSequential", "Layers", "MultiScale", "Parallel", "Repeat", "set_options"]
 
 
-class _Composite(InvertibleModule):
-    """A module made of layers that are calls of their own. Abstract: a subclass says how values pass through them."""
+class _Container(Composite):
+    """A composite whose layers are modules, which are compiled as one function. Abstract."""
 
-    composite = True
     free_input = property(
         lambda self: self._policy.free_input,
         lambda self, value: setattr(self._policy, "free_input", bool(value)),
@@ -45,18 +44,6 @@ class _Composite(InvertibleModule):
     def _back(self, values: tuple[Any, ...], side: dict[str, Any], log_dets: LogDets | None) -> Any:
         """Undo :meth:`_there`."""
 
-    def function(self, *inputs: Any, **side: Any) -> Any:
-        return self._run(self._there, inputs, side)
-
-    def inverse(self, *outputs: Any, **side: Any) -> Any:
-        return self._run(self._back, outputs, side)
-
-    def function_and_log_det(self, *inputs: Any, **side: Any) -> tuple[Any, Tensor]:
-        return self._run(self._there, inputs, side, log_det=True)
-
-    def inverse_and_log_det(self, *outputs: Any, **side: Any) -> tuple[Any, Tensor]:
-        return self._run(self._back, outputs, side, log_det=True)
-
     def compile(self, *args: Any, **options: Any) -> None:
         """Compile all layers as one function in place, with the arguments of `torch.compile`.
 
@@ -64,20 +51,22 @@ class _Composite(InvertibleModule):
         """
         self._compiled = CompiledMethods(self, *args, **options)
 
-    def _run(
-        self, through: engine.Through, values: tuple[Any, ...], side: dict[str, Any], log_det: bool = False
+    def through(
+        self, values: tuple[Any, ...], side: dict[str, Any], log_dets: LogDets | None, *, inverted: bool = False
     ) -> Any:
-        compiled = self._compiled
-        if compiled and self._frees_input():
-            refuse(self, "free_input", "be False for a container that is compiled", True)
-        return (compiled(self._chain) if compiled else self._chain)(through, values, side, log_det)
+        return engine.chain(self, self._policies, self._back if inverted else self._there, values, side, log_dets)
 
-    def _chain(self, through: engine.Through, values: tuple[Any, ...], side: dict[str, Any], log_det: bool) -> Any:
-        if side:
-            self.side_names().check(self, side)
-        log_dets = LogDets() if log_det else None
-        outputs = engine.chain(self, self._policies, through, values, side, log_dets)
-        return outputs if log_dets is None else (outputs, log_dets.total(self, values))
+    def through_engine(
+        self, values: tuple[Any, ...], side: dict[str, Any], *, inverted: bool = False, log_det: bool = False
+    ) -> Any:
+        if not self._compiled:
+            return super().through_engine(values, side, inverted=inverted, log_det=log_det)
+        if self._frees_input():
+            refuse(self, "free_input", "be False for a container that is compiled", True)
+        return self._compiled(self._through_all)(values, side, inverted, log_det)
+
+    def _through_all(self, values: tuple[Any, ...], side: dict[str, Any], inverted: bool, log_det: bool) -> Any:
+        return super().through_engine(values, side, inverted=inverted, log_det=log_det)
 
     def _frees_input(self) -> bool:
         return self._policy.free_input or any(layer._frees_input() for _, layer in [*self._layers()][:1])
@@ -101,7 +90,7 @@ class _Composite(InvertibleModule):
         return all(layer.rearranges for _, layer in self._layers())
 
 
-class Chain(_Composite):
+class Chain(_Container):
     """Layers one after the other. Abstract: a subclass says which.
 
     Neighbours that split one tensor into the same streams run on the streams, which are merged behind the last of them.
@@ -262,7 +251,7 @@ class Repeat(Chain):
         return f"times={self.times}"
 
 
-class Parallel(_Composite):
+class Parallel(_Container):
     """Apply each layer to a part of its own, ``(x1, ..., xn) -> (layer1(x1), ..., layern(xn))``.
 
     Shapes: several tensors, one for each layer, which are returned as several; or one, which is split along ``dim`` and
@@ -355,7 +344,7 @@ class Parallel(_Composite):
         return f"dim={self.dim}, sizes={self.sizes}"
 
 
-class MultiScale(_Composite):
+class MultiScale(_Container):
     """Apply stages of layers, and let a part of the features go after each: ``x -> (z1, z2, ..., zn)``.
 
     After every stage but the last the features are split into two streams. The first one goes on to the next stage, the

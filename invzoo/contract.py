@@ -140,11 +140,11 @@ def check_inverse(layer: "InvertibleModule", inputs: Sequence[Any], side: dict[s
     """Check that the inverse rebuilds the inputs, and, with ``saved``, those of them that are asked for."""
     layer = copy.deepcopy(layer)
     outputs = _run(layer.function, _clone(inputs), side)
-    back = _run(layer._undo, _clone(outputs), side)
+    back = _run(layer.inverse, _clone(outputs), side)
     problems = [*_differences("input", inputs, back)]
-    if "saved" in SideNames.of(layer._undo).names:
+    if "saved" in SideNames.of(layer.inverse).names:
         for position in range(len(inputs)):
-            some = [*_run(layer._undo, _clone(outputs), {**side, "saved": {position}})]
+            some = [*_run(layer.inverse, _clone(outputs), {**side, "saved": {position}})]
             some[position : position + 1] = [inputs[position]]
             problems += _differences(f"input (saved={position})", inputs, some)
     return Finding(tuple(problems))

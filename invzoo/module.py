@@ -4,6 +4,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from types import MethodType
 from typing import Any, ClassVar, NoReturn
 
@@ -16,10 +17,11 @@ from .contract import Finding, check_function, check_inverse
 from .domains import Domain
 from .engine import CompiledMethods, Mode, Operation, Policy, SideNames, Tape
 from .errors import refuse
-from .log_dets import zero_log_det
+from .log_dets import LogDets, zero_log_det
 from .own_hooks import check_hook
+from .protocol import Bijection, ByHand, Run, defines, has_words, run_of, side_names_of
 
-__all__ = ["Inverse", "InvertibleModule", "mode", "modules_behind"]
+__all__ = ["Composite", "Inverse", "InvertibleModule", "mode", "modules_behind"]
 
 
 def _option(name: str, doc: str, convert: Callable[[Any], Any] = lambda value: value) -> Any:
@@ -36,7 +38,7 @@ def _option(name: str, doc: str, convert: Callable[[Any], Any] = lambda value: v
     return property(read, write, doc=doc)
 
 
-class InvertibleModule(nn.Module):
+class InvertibleModule(Bijection, nn.Module):
     """A layer ``y = function(x)`` that rebuilds what its backward needs with ``x = inverse(y)``.
 
     A subclass writes :meth:`function` and :meth:`inverse`; ``forward`` belongs to this class. Both directions take one
@@ -77,7 +79,6 @@ class InvertibleModule(nn.Module):
     slow_inverse: ClassVar[bool] = False  # the inverse takes many evaluations: mode invert keeps the input instead
     exact: ClassVar[bool] = False  # the inverse is exact in floating point
     two_way: ClassVar[bool] = True  # the function undoes the inverse too, whatever that was given
-    composite: ClassVar[bool] = False  # made of layers that are calls of their own
     assumes_dim: bool = False  # whether `dim` was not given, and is 1, for which one tensor of three dims is refused
     streams: Any = None  # how the layer splits one tensor into two streams, if it takes either
     _compiled: CompiledMethods | None = None  # what compiles the layer's methods
@@ -93,7 +94,7 @@ class InvertibleModule(nn.Module):
         checkpoint: bool = True,
         seed: bool = False,
     ) -> None:
-        if _is_overridden(self, "forward") and not _is_overridden(self, "function"):
+        if _is_overridden(self, "forward") and not (_is_overridden(self, "function") or has_words(self)):
             lines = "`def function(self, x): ...` in place of forward, and `def inverse(self, y): ...`"
             got = f"forward, whose activations nobody would free. Write {lines}"
             refuse(self, "class", "define function, which forward runs", got, TypeError)
@@ -103,55 +104,30 @@ class InvertibleModule(nn.Module):
             self._policy.mode = mode
 
     def function(self, *inputs: Any, **side: Any) -> Any:
-        """Map inputs to outputs."""
-        raise NotImplementedError(f"Expected {type(self).__name__} to define function(*inputs, **side)")
+        """Map inputs to outputs: by `move`, unless a subclass writes it."""
+        _check_call(self, inputs, side, run := _run_in_words(self, inverted=False))
+        return run.function(*inputs, **side)
 
     def inverse(self, *outputs: Any, **side: Any) -> Any:
-        """Map outputs back to inputs."""
-        raise NotImplementedError(f"Expected {type(self).__name__} to define inverse(*outputs, **side); got none")
-
-    def replay(self, tape: Tape, *outputs: Any, **side: Any) -> None:
-        """Rebuild the inputs and run the function once more on the tape; override to share work between the two."""
-        tape.run(self.function, *tape.invert(*outputs), **side)
+        """Map outputs back to inputs: by `undo`, unless a subclass writes it."""
+        self.prepare(outputs, inverted=True)
+        _check_call(self, outputs, side, run := _run_in_words(self, inverted=True))
+        return run.function(*outputs, **side)
 
     def log_det(self, *inputs: Any, **side: Any) -> Tensor:
         """Compute log abs det of the Jacobian of :meth:`function` at ``inputs``, per sample: shape (B,)."""
+        if has_words(self):
+            _check_call(self, inputs, side, run := Run(self, self))
+            return run.log_det_at(inputs, side)
         if not self.volume_preserving:
             refuse(self, "layer", "be a bijection with a log-determinant", "one without", TypeError)
         return zero_log_det(self, inputs)
 
-    def function_and_log_det(self, *inputs: Any, **side: Any) -> tuple[Any, Tensor]:
-        """Compute both; override it where they share work."""
-        return self.function(*inputs, **side), self.log_det(*inputs, **side)
+    def replay(self, tape: Tape, *outputs: Any, **side: Any) -> None:
+        """Rebuild the inputs and run the function once more on the tape: for a layer that words do not serve."""
+        tape.run(self.function, *tape.invert(*outputs), **side)
 
-    def inverse_with_log_det(self, *outputs: Any, **side: Any) -> tuple[Any, Tensor]:
-        """Compute the inverse and the log-determinant of *its* Jacobian; override it where they share work."""
-        inputs = self.inverse(*outputs, **side)
-        return inputs, -self.log_det(*engine.tuple_of(inputs), **side)
-
-    def replay_with_log_det(self, tape: Tape, *outputs: Any, **side: Any) -> None:
-        """As :meth:`replay`, for both the function and its log-determinant."""
-        if _is_overridden(self, "function_and_log_det"):
-            tape.run(self.function_and_log_det, *tape.invert(*outputs), **side)
-        else:
-            self.replay(tape, *outputs, **side)
-            tape.run(self.log_det, *tape.inputs, **side)
-
-    def inverse_at(self, inputs: tuple[Any, ...], /, *outputs: Any, **side: Any) -> Any:
-        """As :meth:`inverse`, where its values are known to be ``inputs``; override it to spare a search for them."""
-        return self.inverse(*outputs, **side)
-
-    def replay_inverse(self, tape: Tape, *inputs: Any, **side: Any) -> None:
-        """As :meth:`replay`, for :attr:`inv`: rebuild the outputs and run the inverse once more on the tape."""
-        tape.run(self.inverse_at, inputs, *tape.invert(*inputs), **side)
-
-    def replay_inverse_with_log_det(self, tape: Tape, *inputs: Any, **side: Any) -> None:
-        """As :meth:`replay_inverse`, for both the inverse and its log-determinant."""
-        if _is_overridden(self, "inverse_with_log_det"):
-            tape.run(self.inverse_with_log_det, *tape.invert(*inputs), **side)
-        else:
-            found = tape.run(self.inverse_at, inputs, *tape.invert(*inputs), **side)
-            tape.run(self.log_det, *engine.tuple_of(found), **side)
+    _no_replay = replay
 
     def prepare(self, values: tuple[Any, ...], *, inverted: bool) -> None:
         """Look at what a call is about to get: before each, in either direction, and before no replay."""
@@ -160,10 +136,8 @@ class InvertibleModule(nn.Module):
         """Run :meth:`function` so that backward rebuilds what it needs."""
         with self._freeing(inputs):
             self.prepare(inputs, inverted=False)
-            if self.composite:
-                return self.function(*inputs, **side)
-            _check_arguments(self, inputs, side)
-            return engine.call(self._operation(), inputs, side)
+            outputs = self.through_engine(inputs, side)
+        return outputs[0] if self.keeps else outputs
 
     def forward_and_log_det(self, *inputs: Any, **side: Any) -> tuple[Any, Tensor]:
         """Return what the layer returns, and log abs det of its Jacobian per sample, with the same memory.
@@ -176,11 +150,8 @@ class InvertibleModule(nn.Module):
         """
         with self._freeing(inputs):
             self.prepare(inputs, inverted=False)
-            if self.composite:
-                return self.function_and_log_det(*inputs, **side)
-            _check_arguments(self, inputs, side)
-            *outputs, log_det = engine.call(self._operation(log_det=True), inputs, side)
-            return (outputs[0] if len(outputs) == 1 else tuple(outputs)), log_det
+            *outputs, log_det = self.through_engine(inputs, side, log_det=True)
+        return (outputs[0] if len(outputs) == 1 or self.keeps else tuple(outputs)), log_det
 
     def inverse_and_log_det(self, *outputs: Any, **side: Any) -> tuple[Any, Tensor]:
         """Return the inverse and log abs det of *its* Jacobian, so minus that of the forward, as a call of its own."""
@@ -233,24 +204,15 @@ class InvertibleModule(nn.Module):
         """Say whether :meth:`inverse` rebuilds these inputs from their outputs; true or false, and printed, why."""
         return check_inverse(self, inputs, side)
 
-    def _operation(self, *, log_det: bool = False) -> Operation:
-        compiled, roots = self._compiled or _as_it_is, self._roots()
-        return Operation(
-            name=self._name() + " (log_det)" * log_det,
-            function=compiled(self._outputs_and_log_det if log_det else self.function),
-            inverse=compiled(self._undo) if self._has_inverse() else None,
-            replay=None if self._compiled else self.replay_with_log_det if log_det else self.replay,
-            roots=roots,
-            policy=self._policy,
-            keeps_input=self.saturating or self.slow_inverse,
-            takes_saved="saved" in SideNames.of(self._undo).names,
-            log_det=log_det,
-            foreign=len(roots) > 1,
-        )
+    def through_engine(
+        self, values: tuple[Any, ...], side: dict[str, Any], *, inverted: bool = False, log_det: bool = False
+    ) -> Any:
+        """Run one direction through the engine; return what comes out, and behind it the log-determinant."""
+        _check_call(self, values, side, run := run_of(self, inverted=inverted, log_det=log_det))
+        return engine.call(_operation(self, run), values, side)
 
-    def _outputs_and_log_det(self, *inputs: Any, **side: Any) -> tuple[Any, ...]:
-        outputs, log_det = self.function_and_log_det(*inputs, **side)
-        return *engine.tuple_of(outputs), log_det
+    def in_direction(self, inverted: bool, log_det: bool, *values: Any, **side: Any) -> Any:
+        return run_of(self, inverted=inverted, log_det=log_det).function(*values, **side)
 
     def _roots(self) -> tuple[nn.Module, ...]:
         """Return the modules that :meth:`function` sees: this one, and those behind functions that it was given."""
@@ -258,17 +220,12 @@ class InvertibleModule(nn.Module):
         functions = [v for v in values if callable(v)]
         return (self, *modules_behind(self, *functions)) if functions else (self,)
 
-    @property
-    def _undo(self) -> Callable[..., Any]:
-        """The inverse as the engine runs it, in replays too: it prepares nothing."""
-        return self.inverse
-
     def _policies(self) -> list[Policy]:
         return [self._policy]
 
     def side_names(self) -> SideNames:
         """Return the names of the side inputs that the layer takes."""
-        return SideNames.of(self.function)
+        return side_names_of(self) if has_words(self) else SideNames.of(self.function)
 
     def takes_streams(self, first: int, second: int) -> bool:
         """Whether the layer does the same to streams of these sizes as to the tensor that they make up."""
@@ -278,7 +235,11 @@ class InvertibleModule(nn.Module):
         return type(self).__name__
 
     def _has_inverse(self) -> bool:
-        return _is_overridden(self, "inverse")
+        return _is_overridden(self, "inverse") or defines(self, "undo")
+
+    def has_log_det(self) -> bool:
+        """Whether the layer has a log-determinant."""
+        return self.volume_preserving or _is_overridden(self, "log_det") or defines(self, "log_slope")
 
     @property
     def inv(self) -> "InvertibleModule":
@@ -323,22 +284,54 @@ def _depth_of_caller() -> int:
     return depth
 
 
-def _check_arguments(layer: InvertibleModule, inputs: tuple[Any, ...], side: dict[str, Any]) -> None:
-    """Refuse a side input that the layer does not take, and one by position, which no replay would know as one."""
+def _operation(layer: InvertibleModule, run: Run | ByHand) -> Operation:
+    """Say to the engine what a layer does in a direction."""
+    inverted, log_det = run.inverted, run.log_det
+    there, back, roots = run.function, run.inverse, layer._roots()
+    if compiled := layer._compiled:
+        evaluate = compiled(layer.in_direction)
+        there, back = partial(evaluate, inverted, log_det), partial(evaluate, not inverted, False)
+    return Operation(
+        name=layer._name() + ".inv" * inverted + " (log_det)" * log_det,
+        function=there,
+        inverse=back if inverted or layer._has_inverse() else None,
+        replay=None if compiled else run.replay,
+        roots=roots,
+        policy=layer._policy,
+        keeps_input=layer.saturating or (layer.slow_inverse if not inverted else not layer.two_way),
+        takes_saved=not inverted and "saved" in SideNames.of(layer.inverse).names,
+        log_det=log_det,
+        foreign=len(roots) > 1,
+    )
+
+
+def _run_in_words(layer: InvertibleModule, *, inverted: bool) -> Run:
+    if not has_words(layer):
+        name, arguments = ("inverse", "*outputs") if inverted else ("function", "*inputs")
+        raise NotImplementedError(f"Expected {type(layer).__name__} to define {name}({arguments}, **side); got none")
+    return Run(layer, layer, inverted)
+
+
+def _check_call(layer: InvertibleModule, values: tuple[Any, ...], side: dict[str, Any], run: Run | ByHand) -> None:
+    """Refuse a side input that the layer does not take, one by position, and values that it cannot map."""
     if side:
         layer.side_names().check(layer, side)
-    if len(inputs) > 1 and len(inputs) > (takes := SideNames.of(layer.function).inputs):
+    if len(values) > 1 and not layer.keeps and len(values) > (takes := _takes(layer, run.inverted)):
         names = " and ".join(f"`{name}=`" for name in sorted(layer.side_names().names))
         hint = f". Pass {names} by name" if names else ""
-        refuse(layer, "inputs", f"be {takes} by position", f"{len(inputs)}{hint}", TypeError)
+        refuse(layer, "inputs", f"be {takes} by position", f"{len(values)}{hint}", TypeError)
+    run.check(values)
+
+
+def _takes(layer: InvertibleModule, inverted: bool) -> float:
+    """Return how many values a direction takes by position, at most."""
+    if has_words(layer):
+        return side_names_of(layer).inputs
+    return SideNames.of(layer.inverse if inverted else layer.function).inputs
 
 
 def _call(module: nn.Module, *args: Any, **options: Any) -> Any:
     return module._call_impl(*args, **options)
-
-
-def _as_it_is(method: Callable[..., Any]) -> Callable[..., Any]:
-    return method
 
 
 def _callable(modules: Iterable[nn.Module]) -> Iterator[nn.Module]:
@@ -379,10 +372,6 @@ class Inverse(InvertibleModule):
         self.layer, self.training = layer, layer.training
         self._policy = layer._policy
 
-    function = property(lambda self: self.layer._undo)
-    _undo = property(lambda self: self.layer.function)
-    replay = property(lambda self: self.layer.replay_inverse)
-    replay_with_log_det = property(lambda self: self.layer.replay_inverse_with_log_det)
     domain = property(lambda self: self.layer.codomain)
     codomain = property(lambda self: self.layer.domain)
     bijective = property(lambda self: self.layer.bijective)
@@ -391,15 +380,22 @@ class Inverse(InvertibleModule):
     saturating = property(lambda self: self.layer.saturating)
     slow_inverse = property(lambda self: not self.layer.two_way)  # then mode invert keeps the inputs as well
     exact = property(lambda self: self.layer.exact)
-    composite = property(lambda self: self.layer.composite)
     assumes_dim = property(lambda self: self.layer.assumes_dim)
     streams = property(lambda self: self.layer.streams)
     inv = property(lambda self: self.layer)
     _compiled = property(lambda self: self.layer._compiled)
 
+    def function(self, *inputs: Any, **side: Any) -> Any:
+        return self.layer.inverse(*inputs, **side)
+
     def inverse(self, *outputs: Any, **side: Any) -> Any:
         self.prepare(outputs, inverted=True)
         return self.layer.function(*outputs, **side)
+
+    def through_engine(
+        self, values: tuple[Any, ...], side: dict[str, Any], *, inverted: bool = False, log_det: bool = False
+    ) -> Any:
+        return self.layer.through_engine(values, side, inverted=not inverted, log_det=log_det)
 
     def prepare(self, values: tuple[Any, ...], *, inverted: bool) -> None:
         self.layer.prepare(values, inverted=not inverted)
@@ -408,12 +404,10 @@ class Inverse(InvertibleModule):
         self.layer.compile(*args, **options)
 
     def log_det(self, *inputs: Any, **side: Any) -> Tensor:
-        return self.function_and_log_det(*inputs, **side)[1]
+        return self.layer.in_direction(True, True, *inputs, **side)[-1]
 
-    def function_and_log_det(self, *inputs: Any, **side: Any) -> tuple[Any, Tensor]:
-        if self.composite:
-            return self.layer.inverse_and_log_det(*inputs, **side)
-        return self.layer.inverse_with_log_det(*inputs, **side)
+    def has_log_det(self) -> bool:
+        return self.layer.has_log_det()
 
     def side_names(self) -> SideNames:
         return self.layer.side_names()
@@ -429,6 +423,38 @@ class Inverse(InvertibleModule):
 
     def _name(self) -> str:
         return f"{self.layer._name()}.inv"
+
+
+class Composite(InvertibleModule):
+    """A layer made of layers that are calls of their own. Abstract: a subclass says how values pass through them."""
+
+    def through(
+        self, values: tuple[Any, ...], side: dict[str, Any], log_dets: LogDets | None, *, inverted: bool = False
+    ) -> Any:
+        """Pass values through, one way or back; add the steps' log-determinants to ``log_dets``, if there is one."""
+        raise NotImplementedError(
+            f"Expected {type(self).__name__} to define through(values, side, log_dets, inverted=)"
+        )
+
+    def function(self, *inputs: Any, **side: Any) -> Any:
+        return self.through_engine(inputs, side)
+
+    def inverse(self, *outputs: Any, **side: Any) -> Any:
+        return self.through_engine(outputs, side, inverted=True)
+
+    def log_det(self, *inputs: Any, **side: Any) -> Tensor:
+        return self.through_engine(inputs, side, log_det=True)[-1]
+
+    def through_engine(
+        self, values: tuple[Any, ...], side: dict[str, Any], *, inverted: bool = False, log_det: bool = False
+    ) -> Any:
+        if side:
+            self.side_names().check(self, side)
+        outputs = self.through(values, side, log_dets := LogDets() if log_det else None, inverted=inverted)
+        return outputs if log_dets is None else (*engine.tuple_of(outputs), log_dets.total(self, values))
+
+    def in_direction(self, inverted: bool, log_det: bool, *values: Any, **side: Any) -> Any:
+        return self.through_engine(values, side, inverted=inverted, log_det=log_det)
 
 
 class mode:  # noqa: N801 - reads as the word that it is, like torch.set_grad_enabled

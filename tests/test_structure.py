@@ -11,7 +11,7 @@ import invzoo as iz
 
 ROOT = pathlib.Path(iz.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
-ORDER = ["errors", "domains", "log_dets", "engine", "contract", "own_hooks", "module", "layers", "shapes"]
+ORDER = ["errors", "dtypes", "domains", "log_dets", "engine", "contract", "own_hooks", "protocol", "module", "layers", "shapes"]
 ORDER += ["containers", "blocks"]
 ORDER += ["flows", "testing", "demo", "cli", "__main__"]
 

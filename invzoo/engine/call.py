@@ -380,10 +380,8 @@ class Call:
     def _recompute(self, tape: Tape, kept: tuple[Any, ...]) -> Sequence[Any]:
         """Run the function again, as far as anybody needs it, and return what it is compared by."""
         function, inputs = self.operation.function, [tape.input(i, x) for i, x in enumerate(kept)]
-        whole = self.prints is not None and self.prints.what == "output"
-        if whole or self.surroundings.generators:  # of which all numbers are counted
-            outputs = tuple_of(tape.run(function, *inputs, **self.side))
-            return outputs if whole else tape.saved()
+        if self.prints is not None and self.prints.what == "output":
+            return tuple_of(tape.run(function, *inputs, **self.side))
         tape.run_until_saved(function, *inputs, **self.side)
         return tape.saved()
 

@@ -137,7 +137,12 @@ class Tape:
             set_grad_enabled(False)
 
     def run_until_saved(self, function: Callable[..., Any], *args: Any, **side: Any) -> None:
-        """Evaluate the function as far as autograd saves anything of it; what comes behind that, nobody needs."""
+        """Evaluate the function as far as autograd saved anything of it; what comes behind that, nobody needs."""
+        if self._call.surroundings.generators:  # of which all numbers are counted
+            self.run(function, *args, **side)
+            return
+        if self._metas == self._call.metas:
+            return
         self._short = True
         with contextlib.suppress(_AllSaved):
             self.run(function, *args, **side)

@@ -3,14 +3,13 @@
 from collections.abc import Collection, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from ..dtypes import autocast_enabled
 from ..errors import refuse
 
 __all__ = [
-    "autocast_enabled",
     "check_callable",
     "check_choice",
     "check_dim_given",
@@ -152,11 +151,6 @@ def parameter_of(module: nn.Module, name: str) -> Tensor:
         return parameter
     parts: Any = module.parametrizations if parametrize.is_parametrized(module, name) else None
     return getattr(module, name) if parts is None else next(parts[name].parameters())
-
-
-def autocast_enabled(x: Tensor) -> bool:
-    device = x.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def check_like(owner: object, argument: str, x: Tensor, parameter: Tensor) -> None:

@@ -1,18 +1,18 @@
 """Normalisation of each feature by the first batch."""
 
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
 
 from .. import engine
+from ..dtypes import bounded, widen
 from ..engine._torch import is_fake, tracing, version_of
+from ..protocol import Like
 from ._checks import check_positive, check_positive_int, refuse
 from .elementwise_map import ElementwiseMap, check_per_feature, per_feature
 from .maps import Affine
-from .matrix import bounded, widen
 
 __all__ = ["ActNorm", "standardised"]
 
@@ -135,27 +135,16 @@ class ActNorm(ElementwiseMap):
             self._initialize(*values, inverted=inverted)
         self._read_flag()
 
-    def inverse(self, y: Tensor, *, context: Any = None) -> Tensor:
-        self.prepare((y,), inverted=True)
-        return self._undo(y, context=context)
-
     def check_argument(self, argument: str, x: Tensor) -> None:
         check_per_feature(self, argument, x, "log_scale")
 
-    def map_parameters(self, x: Tensor, context: Any = None) -> Tensor:
+    def map_parameters(self, like: Like, context: Any = None) -> Tensor:
         log_scale = bounded(widen(self.log_scale), self.max_log_scale)
         h = torch.cat(standardised(log_scale, widen(self.bias), widen(self.mean), widen(self.std)))
-        return self.conditioned(h, x, context)
+        return self.conditioned(h, like, context)
 
     def extra_repr(self) -> str:
         return f"{self.features}, dim={self.dim}, max_log_scale={self.max_log_scale}, min_std={self.min_std}"
-
-    @property
-    def _undo(self) -> Callable[..., Any]:
-        return self._inverse
-
-    def _inverse(self, y: Tensor, *, context: Any = None) -> Tensor:
-        return super().inverse(y, context=context)
 
     def _read_flag(self) -> None:
         flag = self.initialized

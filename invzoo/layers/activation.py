@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributions import constraints
 
+from ..dtypes import widen
 from ..module import InvertibleModule
 from ._checks import check_positive, refuse
 from .elementwise import Elementwise, check_real, check_values
-from .matrix import widen
 
 __all__ = [
     "Identity",

@@ -5,11 +5,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..dtypes import bounded
+from ..protocol import Like
 from ._checks import check_callable, check_dim_given, check_positive, check_positive_int, refuse
 from .conditioned import Conditioner
 from .elementwise_map import ElementwiseMap, check_per_feature
 from .maps import Affine
-from .matrix import bounded
 
 __all__ = ["ConditionalAffine", "ElementwiseAffine"]
 
@@ -79,9 +80,9 @@ class ElementwiseAffine(ElementwiseMap):
     def check_argument(self, argument: str, x: Tensor) -> None:
         check_per_feature(self, argument, x, "log_scale")
 
-    def map_parameters(self, x: Tensor, context: Any = None) -> Tensor:
+    def map_parameters(self, like: Like, context: Any = None) -> Tensor:
         shift = torch.zeros_like(self.log_scale) if self.bias is None else self.bias
-        raw, shift = self.conditioned(torch.cat((self.log_scale, shift)), x, context).chunk(2, self.dim)
+        raw, shift = self.conditioned(torch.cat((self.log_scale, shift)), like, context).chunk(2, self.dim)
         return torch.cat((bounded(raw, self.max_log_scale), shift), self.dim)
 
     def extra_repr(self) -> str:
@@ -136,8 +137,8 @@ class ConditionalAffine(ElementwiseMap):
         if not -x.ndim <= self.dim < x.ndim:
             refuse(self, argument, f"have a dim {self.dim}", f"shape {tuple(x.shape)}")
 
-    def map_parameters(self, x: Tensor, context: Any = None) -> Tensor:
-        return self.aligned(self.evaluate_conditioner(context), x)
+    def map_parameters(self, like: Like, context: Any = None) -> Tensor:
+        return self.aligned(self.evaluate_conditioner(context), like)
 
     def extra_repr(self) -> str:
         return f"{self.map}, dim={self.dim}"

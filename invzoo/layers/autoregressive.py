@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..dtypes import widen
 from ..engine import SideNames
-from ..log_dets import sum_per_sample
 from ..module import InvertibleModule, modules_behind
+from ..protocol import Like, moved, seen, undone
 from ._checks import check_choice, check_dims, check_features, check_like, check_positive_int, refuse
 from .elementwise import check_real
 from .made import MADE
@@ -134,29 +135,40 @@ class MaskedAutoregressive(InvertibleModule):
         self.net.reset_parameters()
         self._reset_order()
 
-    def function(self, x: Tensor, *, context: Tensor | None = None) -> Tensor:
-        x, h = self._parameters_at(x, context)
-        return self._restored(self.map.forward(x, h, -1).to(x.dtype))
+    def given(self, like: Like, *, context: Tensor | None = None) -> tuple[Tensor | None]:
+        if self.context_features is None:
+            return (None,)
+        check_real(self, "context", context)
+        check_like(self, "context", context, self._parameter(context))
+        return (self._aligned(context, like.shape[:-1]),)
 
-    def inverse(self, y: Tensor, *, context: Tensor | None = None) -> Tensor:
-        return self._solution(y, context, self.map.inverse)
+    def seen(self, x: Tensor, context: Tensor | None) -> tuple[Any, ...]:
+        """Return x in the layer's order, and what its map gets there."""
+        x = x.index_select(-1, self.permutation)
+        h = self.map.parts(self.net(x, context), x, -1)
+        return x, h, seen(self.map, x, *h)
 
-    def inverse_at(self, inputs: tuple[Any, ...], /, *outputs: Any, **side: Any) -> Tensor:
-        (x,), (y,) = inputs, outputs
-        found = iter(x.index_select(-1, self.permutation).split(1, -1))
-        return self._solution(y, side.get("context"), lambda v, h, dim: self.map.inverse_at(v, h, dim, next(found)))
+    def move(self, x: Tensor, context: Tensor | None, ordered: Tensor, h: Any, s: Any) -> Tensor:
+        y = moved(self.map, ordered, *h, s=s)[0]
+        return self._restored(y.to(x.dtype))
 
-    def log_det(self, x: Tensor, *, context: Tensor | None = None) -> Tensor:
-        return sum_per_sample(self, self.map.log_slope(*self._parameters_at(x, context), -1))
+    def log_slope(self, x: Tensor, context: Tensor | None, ordered: Tensor, h: Any, s: Any) -> Tensor:
+        return self.map.log_slope(widen(ordered) if self.map.wide else ordered, *h, *s)
 
-    def function_and_log_det(self, x: Tensor, *, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        x, h = self._parameters_at(x, context)
-        y, log_slope = self.map.forward_and_log_slope(x, h, -1)
-        return self._restored(y.to(x.dtype)), sum_per_sample(self, log_slope)
+    def undo(self, y: Tensor, context: Tensor | None) -> Tensor:
+        return self._solution(y, context, None)
 
-    def _solution(self, y: Tensor, context: Tensor | None, inverse: Callable[[Tensor, Tensor, int], Tensor]) -> Tensor:
-        y, context = self._enter("y", y, context)
-        return self._restored(self.net.solve(y, inverse, context))
+    def undo_at(self, x: Tensor, y: Tensor, context: Tensor | None) -> Tensor:
+        return self._solution(y, context, x)
+
+    def _solution(self, y: Tensor, context: Tensor | None, known: Tensor | None) -> Tensor:
+        found = None if known is None else iter(known.index_select(-1, self.permutation).split(1, -1))
+
+        def inverse(value: Tensor, h: Tensor, dim: int) -> Tensor:
+            x = None if found is None else next(found)
+            return undone(self.map, value, *self.map.parts(h, value, dim), known=x)[0]
+
+        return self._restored(self.net.solve(y.index_select(-1, self.permutation), inverse, context))
 
     def _roots(self) -> tuple[nn.Module, ...]:
         return (*super()._roots(), *modules_behind(self, self.net.activation))
@@ -164,26 +176,15 @@ class MaskedAutoregressive(InvertibleModule):
     def side_names(self) -> SideNames:
         return SideNames(frozenset(() if self.context_features is None else ("context",)), any=False)
 
-    def _parameters_at(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return x in the layer's order, and the parameters there."""
-        x, context = self._enter("x", x, context)
-        return x, self.net(x, context)
-
-    def _enter(self, argument: str, x: Tensor, context: Any) -> tuple[Tensor, Tensor | None]:
-        """Check x and the context; return x in the layer's order, and the context in dims that fit."""
-        parameter = next(self.net.parameters(), x)  # what takes a layer's place may have none
+    def check_argument(self, argument: str, x: Tensor) -> None:
         check_real(self, argument, x)
         self.map.check_value(self, argument, x)
-        check_like(self, argument, x, parameter)
+        check_like(self, argument, x, self._parameter(x))
         check_dims(self, argument, x, range(2, sys.maxsize), "(batch, ..., features)")
         check_features(self, argument, x, -1, self.features)
-        if self.context_features is None:
-            self.side_names().check(self, {} if context is None else {"context": context})
-        else:
-            check_real(self, "context", context)
-            check_like(self, "context", context, parameter)
-            context = self._aligned(context, x.shape[:-1])
-        return x.index_select(-1, self.permutation), context
+
+    def _parameter(self, otherwise: Any) -> Tensor:
+        return next(self.net.parameters(), otherwise)  # what takes a layer's place may have none
 
     def _aligned(self, context: Tensor, shape: torch.Size) -> Tensor:
         """View a context so that it broadcasts to positions of ``shape``."""

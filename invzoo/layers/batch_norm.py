@@ -5,6 +5,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
+from ..dtypes import bounded, widen
 from ..log_dets import sum_per_sample
 from ..module import Inverse, InvertibleModule
 from ._checks import check_features, check_like, check_positive, check_positive_int, refuse
@@ -12,7 +13,6 @@ from .act_norm import dims_but, standardised
 from .elementwise import check_real
 from .elementwise_map import per_feature
 from .maps import Affine
-from .matrix import bounded, widen
 from .norm import HiddenStatistics, moments
 
 __all__ = ["InvertibleBatchNorm"]

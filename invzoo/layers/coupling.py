@@ -1,16 +1,17 @@
 """What couplings have in common: one part of the input moves by a function of the other, so any function will do."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import engine
-from ..engine import Operation, SideNames, Tape
-from ..log_dets import LogDets, sum_per_sample
-from ..module import InvertibleModule, modules_behind
+from ..engine import Operation, SideNames
+from ..log_dets import LogDets
+from ..module import Composite, modules_behind
+from ..protocol import Bijection, Like, Run
 from ._checks import check_callable, check_dim_given, check_returned, explain, given_dim, refuse
 from .maps import Map
 from .split import Partition, SplitSpec, checkerboard, cut, join
@@ -20,7 +21,7 @@ __all__ = ["Coupling", "Subnet", "zero_last"]
 Subnet = Callable[..., Tensor]
 
 
-class Coupling(InvertibleModule):
+class Coupling(Composite):
     """A chain of updates, one for each subnet; each moves one stream by a map whose parameters the other gives.
 
     Each update is a call of its own. Abstract: a subclass chooses the map.
@@ -35,7 +36,6 @@ class Coupling(InvertibleModule):
         options: those of :class:`InvertibleModule`.
     """
 
-    composite = True
     domain = codomain = property(lambda self: self.map.domain)
 
     def __init__(
@@ -66,162 +66,132 @@ class Coupling(InvertibleModule):
     def side_names(self) -> SideNames:
         return SideNames.union(SideNames.of(net) for net in (self.f, self.g) if net is not None)
 
-    def function(self, *inputs: Tensor, **side: Any) -> Any:
-        return self._run(inputs, side, self._updates(), None)
-
-    def inverse(self, *outputs: Tensor, **side: Any) -> Any:
-        return self._run(outputs, side, self._updates(inverted=True)[::-1], None)
-
-    def function_and_log_det(self, *inputs: Tensor, **side: Any) -> tuple[Any, Tensor]:
-        outputs = self._run(inputs, side, self._updates(), log_dets := LogDets())
-        return outputs, log_dets.total(self, inputs)
-
-    def inverse_and_log_det(self, *outputs: Tensor, **side: Any) -> tuple[Any, Tensor]:
-        inputs = self._run(outputs, side, self._updates(inverted=True)[::-1], log_dets := LogDets())
-        return inputs, log_dets.total(self, outputs)
-
-    def _updates(self, *, inverted: bool = False) -> "list[_Update]":
-        nets = enumerate((("f", self.f), ("g", self.g)))
-        return [_Update(self, name, net, i ^ self.swap, inverted) for i, (name, net) in nets if net is not None]
-
-    def _run(
-        self, tensors: tuple[Tensor, ...], side: dict[str, Any], updates: "list[_Update]", log_dets: LogDets | None
+    def through(
+        self, values: tuple[Any, ...], side: dict[str, Any], log_dets: LogDets | None, *, inverted: bool = False
     ) -> Any:
-        if len(tensors) > 2 or not all(isinstance(x, Tensor) for x in tensors):
-            got = ", ".join(type(x).__name__ for x in tensors)
+        if len(values) > 2 or not all(isinstance(x, Tensor) for x in values):
+            got = ", ".join(type(x).__name__ for x in values)
             refuse(self, "input", "be one Tensor or two", got or "none", TypeError)
-        if side:
-            self.side_names().check(self, side)
-        if self.streams is None and len(tensors) != 1:
+        if self.streams is None and len(values) != 1:
             refuse(self, "input", "be one Tensor, for a checkerboard", "two", TypeError)
-        if len(tensors) == 1:
-            check_dim_given(self, tensors[0])
+        if len(values) == 1:
+            check_dim_given(self, values[0])
             if self.streams is not None:
-                streams = cut(self.streams, tensors[0], self)
-                return join(self.streams, self._run(streams, side, updates, log_dets), self)
-        moving = list(tensors)
-        for update in updates:
-            order = slice(None, None, -1 if update.target else 1)  # what moves comes first
-            moving[order] = update.call(tuple(moving[order]), side, log_dets)
-        return moving[0] if self.streams is None else tuple(moving)
+                streams = cut(self.streams, values[0], self)
+                return join(self.streams, self.through(streams, side, log_dets, inverted=inverted), self)
+        updates = self.updates()
+        for update in reversed(updates) if inverted else updates:
+            values = update.call(values, side, log_dets, inverted=inverted)
+        return values[0] if self.streams is None else values
+
+    def updates(self) -> "list[Update]":
+        """Return the steps, in the order of the forward."""
+        kind = Checkerboard if self.streams is None else Update
+        nets = enumerate((("f", self.f), ("g", self.g)))
+        return [kind(self, name, net, i ^ self.swap) for i, (name, net) in nets if net is not None]
 
     def extra_repr(self) -> str:
         return f"{self.map}, dim={self.dim}, split={self.split!r}" + (", swap=True" if self.swap else "")
 
 
-@dataclass(slots=True)
-class _Update:
-    """One stream moves by a subnet's value at the other, which is passed on; or it moves back, if ``inverted``.
+class Update(Bijection):
+    """One stream moves by the coupling's map, whose parameters a subnet makes of the other."""
 
-    A replay evaluates the subnet once: the value gives the inverse, the graph gives the gradient.
-    """
+    def __init__(self, coupling: Coupling, name: str, net: Subnet, moves: int) -> None:
+        self.coupling, self.name, self.net, self.moves = coupling, name, net, moves
+        self.map, self.dim = coupling.map, coupling.dim
 
-    coupling: Coupling
-    name: str
-    net: Subnet
-    target: int  # the stream that moves
-    inverted: bool
+    volume_preserving, seen, move, undo, undo_at, move_, undo_, log_slope = (
+        property(attrgetter(f"map.{word}"))
+        for word in ("volume_preserving", "seen", "move", "undo", "undo_at", "move_", "undo_", "log_slope")
+    )
 
-    def call(self, inputs: tuple[Tensor, ...], side: dict[str, Any], log_dets: LogDets | None) -> tuple[Tensor, ...]:
-        """Run the update through the engine."""
-        self.coupling.map.check_value(self.coupling, "input", inputs[0])
-        asked = log_dets is not None and not self.coupling.volume_preserving
+    def given(self, like: Like, other: Tensor, **side: Any) -> tuple[Any, ...]:
+        dtype = self.coupling.subnet_dtype
+        try:
+            h = self.net(other if dtype is None else other.to(dtype), **side)
+        except Exception as error:
+            explain(self.coupling, self.name, other, error, self._hint(other, like, other, side))
+            raise
+        shape = [*like.shape]
+        shape[self.dim] *= self.map.parameters
+        if not isinstance(h, Tensor) or [*h.shape] != shape:
+            check_returned(self.coupling, self.name, h, shape, self._hint(like, like, other, side))
+        if h.is_complex() and not like.dtype.is_complex:
+            refuse(self.coupling, self.name, "return real numbers, for a real stream", h.dtype, TypeError)
+        return self.map.parts(h if dtype is None else h.to(other.dtype), like, self.dim)
+
+    def check_argument(self, argument: str, x: Tensor, *others: Tensor) -> None:
+        self.map.check_value(self.coupling, "input", x)
+
+    def call(
+        self, values: tuple[Any, ...], side: dict[str, Any], log_dets: LogDets | None, *, inverted: bool
+    ) -> tuple[Any, ...]:
+        """Run the update through the engine, as a call of its own."""
         if side:
             side = SideNames.of(self.net).choose(side)
-        try:
-            outputs = engine.tuple_of(engine.call(self._operation(log_det=asked), inputs, side))
-        except Exception as error:
-            explain(self.coupling, self.name, inputs[-1], error, self._hint(inputs, -1, side))
-            raise
+        asked = log_dets is not None and not self.coupling.volume_preserving
+        run = Run(self, self.coupling, inverted, asked)
+        run.check(values)
+        results = engine.tuple_of(engine.call(self._operation(run), values, side))
         if asked:
-            log_dets.add(outputs[-1])  # type: ignore[union-attr]  # it is asked for
-        return outputs[: len(inputs)]
+            log_dets.add(results[-1])  # type: ignore[union-attr]  # it is asked for
+        return results[: len(values)]
 
-    def _operation(self, *, log_det: bool) -> Operation:
-        def function(*inputs: Tensor, **side: Any) -> tuple[Tensor, ...]:
-            h = self._evaluate(inputs[-1], **side)
-            self._check_value(inputs, side, h)
-            moved, *logs = there(inputs[0], h)
-            return moved, *inputs[1:], *logs
+    def _operation(self, run: Run) -> Operation:
+        name = f"{type(self.coupling).__name__}{'.inv' * run.inverted} ({self.name}{', log_det' * run.log_det})"
+        foreign = not isinstance(self.net, nn.Module)
+        roots = modules_behind(self.coupling, self.net) if foreign else [self.net]
+        return Operation(
+            name,
+            run.function,
+            run.inverse,
+            run.replay,
+            roots,  # type: ignore[arg-type]  # a module, where it is not foreign
+            self.coupling._policy,
+            log_det=run.log_det,
+            foreign=foreign,
+        )
 
-        def inverse(*outputs: Tensor, **side: Any) -> tuple[Tensor, ...]:
-            return self._move_back(outputs[0], self._evaluate(outputs[-1], **side)), *outputs[1:]
-
-        def replay(tape: Tape, *outputs: Tensor, **side: Any) -> None:
-            # Where the subnet looks, the outputs are the inputs.
-            h = tape.run(self._evaluate, tape.input(len(outputs) - 1, outputs[-1]), **side)
-            x = tape.input(0, self._move_back(outputs[0], h, in_place=tape.owns(outputs[0])))
-            if self.coupling.map.records or self.coupling.streams is None:  # a mask is saved
-                tape.run(there, x, h, outputs[0])
-
-        there = self._there_and_log_det if log_det else self._there
-        title = f"{type(self.coupling).__name__}{'.inv' * self.inverted} ({self.name}{', log_det' * log_det})"
-        net, foreign = self.net, not isinstance(self.net, nn.Module)
-        roots = [net] if isinstance(net, nn.Module) else modules_behind(self.coupling, net)
-        policy = self.coupling._policy
-        return Operation(title, function, inverse, replay, roots, policy, log_det=log_det, foreign=foreign)
-
-    def _check_value(self, inputs: tuple[Tensor, ...], side: dict[str, Any], h: Any) -> None:
-        """Raise if ``h``, which the subnet returned, cannot move the first of the inputs."""
-        shape = [*inputs[0].shape]
-        shape[self.coupling.dim] *= self.coupling.map.parameters
-        if not isinstance(h, Tensor) or [*h.shape] != shape:
-            check_returned(self.coupling, self.name, h, shape, self._hint(inputs, 0, side))
-        if h.is_complex() and not inputs[0].is_complex():
-            refuse(self.coupling, self.name, "return real numbers, for a real stream", h.dtype, TypeError)
-
-    def _hint(self, inputs: tuple[Tensor, ...], position: int, side: dict[str, Any]) -> str:
+    def _hint(self, which: Tensor | Like, like: Like, other: Tensor, side: dict[str, Any]) -> str:
         """Say, behind an error, which part of the features an input is, and which side inputs did not come."""
         names = " and ".join(f"`{name}=`" for name in sorted(SideNames.of(self.net).names - side.keys()))
         hint = f". Pass {names} by name: tensors by position are streams" if names else ""
-        if len(inputs) == 1:
+        if self.coupling.streams is None:
             return hint
-        which = ("first", "second")[self.target if position == 0 else 1 - self.target]
-        dim, kind = self.coupling.dim, "half" if self.coupling.split == "half" else "stream"
-        sizes = [x.shape[dim] if -x.ndim <= dim < x.ndim else 0 for x in inputs]
-        return f". The {which} {kind} has {sizes[position]} of {sum(sizes)} features in dim {dim}{hint}"
+        stream = ("first", "second")[self.moves if which is like else 1 - self.moves]
+        kind = "half" if self.coupling.split == "half" else "stream"
+        mine, both = (sum(self._features(x) for x in xs) for xs in ([which], [like, other]))
+        return f". The {stream} {kind} has {mine} of {both} features in dim {self.dim}{hint}"
 
-    def _evaluate(self, source: Tensor, **side: Any) -> Tensor:
-        x, dtype = self._masked(source, 0, 1 - self.target), self.coupling.subnet_dtype
-        if dtype is None:
-            return self.net(x, **side)
-        h = self.net(x.to(dtype), **side)
-        return h.to(source.dtype) if isinstance(h, Tensor) else h
+    def _features(self, x: Tensor | Like) -> int:
+        return x.shape[self.dim] if -x.ndim <= self.dim < x.ndim else 0
 
-    def _there(self, x: Tensor, h: Tensor, moved: Tensor | None = None) -> tuple[Tensor]:
-        map_, dim, known = self.coupling.map, self.coupling.dim, self._known(moved)
-        if not self.inverted:
-            moved = map_.forward(x, h, dim)
-        else:
-            moved = map_.inverse(x, h, dim) if known is None else map_.inverse_at(x, h, dim, known)
-        return (self._masked(moved, x, self.target),)
 
-    def _there_and_log_det(self, x: Tensor, h: Tensor, moved: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        map_, dim = self.coupling.map, self.coupling.dim
-        if self.inverted:
-            moved, log_slope = map_.inverse_and_log_slope(x, h, dim, self._known(moved))
-        else:
-            moved, log_slope = map_.forward_and_log_slope(x, h, dim)
-        log_det = sum_per_sample(self.coupling, self._masked(log_slope, 0, self.target))
-        return self._masked(moved, x, self.target), -log_det if self.inverted else log_det
+class Checkerboard(Update):
+    """Of one tensor, the fields of one colour move by what a subnet makes of the others."""
 
-    def _known(self, moved: Tensor | None) -> Tensor | None:
-        """Return the value of the map's inverse that a replay knows; a checkerboard's mask hides some of it."""
-        return None if self.coupling.streams is None else moved
+    def __init__(self, coupling: Coupling, name: str, net: Subnet, moves: int) -> None:
+        super().__init__(coupling, name, net, 0)
+        self.colour = moves
 
-    def _move_back(self, y: Tensor, h: Tensor, *, in_place: bool = False) -> Tensor:
-        map_ = self.coupling.map
-        if in_place and self.coupling.streams is not None:
-            step = map_.forward_ if self.inverted else map_.inverse_
-        else:
-            step = map_.forward if self.inverted else map_.inverse
-        return self._masked(step(y, h, self.coupling.dim), y, self.target)
+    def passed(self, x: Tensor) -> tuple[Tensor]:
+        return (self._where(x, 0, 1 - self.colour),)
 
-    def _masked(self, values: Tensor, others: Tensor | float, parity: int) -> Tensor:
-        """Keep ``values`` on the fields of one parity, of a checkerboard; on streams there is nothing to mask."""
-        if self.coupling.streams is not None:
-            return values
-        return values.where(checkerboard(values, self.coupling.dim, parity), others)
+    def move(self, x: Tensor, *args: Any) -> Tensor:
+        return self._where(self.map.move(x, *args), x, self.colour)
+
+    def undo(self, y: Tensor, *h: Any) -> Tensor:
+        return self._where(engine.tuple_of(self.map.undo(y, *h))[0], y, self.colour)
+
+    def log_slope(self, x: Tensor, *args: Any) -> Tensor:
+        return self._where(self.map.log_slope(x, *args), 0, self.colour)
+
+    undo_at, move_, undo_ = Bijection.undo_at, Bijection.move_, Bijection.undo_
+
+    def _where(self, values: Tensor, others: Tensor | float, colour: int) -> Tensor:
+        """Keep ``values`` on the fields of one colour."""
+        return values.where(checkerboard(values, self.dim, colour), others)
 
 
 def zero_last(net: Any) -> None:

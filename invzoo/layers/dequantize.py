@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, Uniform, constraints
 
+from ..dtypes import widen
 from ..engine._torch import backward_id
 from ._checks import check_positive_int, refuse
 from .elementwise import check_real, readable
-from .matrix import widen
 from .surjection import Noise, Surjection, zero_and_one
 
 __all__ = ["Dequantize", "uniform"]

@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..dtypes import widen
 from ..engine._torch import backward_id, functorch_active, tracing
 from ..log_dets import sum_per_sample
 from ..module import InvertibleModule
 from ._checks import check_tensor, refuse
-from .matrix import widen
 
 __all__ = ["Elementwise", "check_real", "check_values", "log_cosh", "readable", "softplus"]
 

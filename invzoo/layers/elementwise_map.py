@@ -1,23 +1,22 @@
 """Layers that move each value by a map whose parameters are weights, or functions of a condition."""
 
 from abc import abstractmethod
-from collections.abc import Callable
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..engine import Tape
-from ..log_dets import sum_per_sample
+from ..dtypes import widen
+from ..protocol import Like
 from ._checks import check_dim_given, check_features, check_like, check_positive_int, given_dim, parameter_of, refuse
 from .conditioned import Conditioned, Conditioner
 from .maps import Map
-from .matrix import widen
 
 __all__ = ["ElementwiseMap", "PerFeatureMap", "check_per_feature", "per_feature"]
 
 
-def per_feature(values: Tensor, x: Tensor, dim: int) -> Tensor:
+def per_feature(values: Tensor, x: Tensor | Like, dim: int) -> Tensor:
     """View one value per feature so that it broadcasts to ``x``, whose features are in ``dim``."""
     shape = [1] * x.ndim
     shape[dim] = -1
@@ -62,49 +61,28 @@ class ElementwiseMap(Conditioned):
         """Raise if ``x``, an input or an output called ``argument``, is none that the layer maps."""
 
     @abstractmethod
-    def map_parameters(self, x: Tensor, context: Any = None) -> Tensor:
-        """Return the parameters stacked along ``dim``; their other dims are those of ``x``, or broadcast to them."""
+    def map_parameters(self, like: Like, context: Any = None) -> Tensor:
+        """Return the parameters stacked along ``dim``; their other dims are those of ``like``, or broadcast to them."""
 
-    def function(self, x: Tensor, *, context: Any = None) -> Tensor:
-        self.check_argument("x", x)
-        return self.map.forward(x, self.map_parameters(x, context), self.dim)
+    wide, seen, move, undo, undo_at, move_, undo_ = (
+        property(attrgetter(f"map.{word}")) for word in ("wide", "seen", "move", "undo", "undo_at", "move_", "undo_")
+    )
 
-    def inverse(self, y: Tensor, *, context: Any = None) -> Tensor:
-        self.check_argument("y", y)
-        return self.map.inverse(y, self.map_parameters(y, context), self.dim)
+    def given(self, like: Like, *, context: Any = None) -> tuple[Any, ...]:
+        return self.map.parts(self.map_parameters(like, context), like, self.dim)
 
-    def log_det(self, x: Tensor, *, context: Any = None) -> Tensor:
-        self.check_argument("x", x)
-        return self._sum(self.map.log_slope(x, self.map_parameters(x, context), self.dim))
+    def log_slope(self, x: Tensor, *args: Any) -> Tensor:
+        if self.dim % x.ndim == 0:
+            wanted = f"have a batch dim before dim {self.dim}, for a log-determinant"
+            refuse(self, "x", wanted, f"shape {tuple(x.shape)}")
+        return self.map.log_slope(x, *args)
 
-    def function_and_log_det(self, x: Tensor, *, context: Any = None) -> tuple[Tensor, Tensor]:
-        self.check_argument("x", x)
-        return self._map_and_log_det(x, self.map_parameters(x, context))
-
-    def inverse_with_log_det(self, y: Tensor, *, context: Any = None) -> tuple[Tensor, Tensor]:
-        self.check_argument("y", y)
-        return self._undo_and_log_det(y, self.map_parameters(y, context))
-
-    def replay(self, tape: Tape, *outputs: Tensor, **side: Any) -> None:
-        tape.run(self.map.forward, *self._rebuild(self.map.inverse, tape, *outputs, **side), self.dim)
-
-    def replay_with_log_det(self, tape: Tape, *outputs: Tensor, **side: Any) -> None:
-        tape.run(self._map_and_log_det, *self._rebuild(self.map.inverse, tape, *outputs, **side))
-
-    def replay_inverse(self, tape: Tape, *inputs: Tensor, **side: Any) -> None:
-        y, h = self._rebuild(self.map.forward, tape, *inputs, **side)
-        tape.run(self.map.inverse_at, y, h, self.dim, *inputs)
-
-    def replay_inverse_with_log_det(self, tape: Tape, *inputs: Tensor, **side: Any) -> None:
-        y, h = self._rebuild(self.map.forward, tape, *inputs, **side)
-        tape.run(self._undo_and_log_det, y, h, *inputs)
-
-    def conditioned(self, own: Tensor, x: Tensor, context: Any) -> Tensor:
+    def conditioned(self, own: Tensor, x: Like, context: Any) -> Tensor:
         """Return parameters of the layer, one per feature, plus what the conditioner makes of the context."""
         own, h = per_feature(widen(own), x, self.dim), self.evaluate_conditioner(context)
         return own if h is None else own + self.aligned(h, x)
 
-    def aligned(self, h: Any, x: Tensor) -> Tensor:
+    def aligned(self, h: Any, x: Like) -> Tensor:
         """Return what the conditioner returned in the dims of ``x`` and in at least float32."""
         shape = [*x.shape]
         shape[self.dim] *= self.map.parameters
@@ -115,26 +93,6 @@ class ElementwiseMap(Conditioned):
         if h.is_complex():
             refuse(self, "conditioner", "return real numbers", h.dtype, TypeError)
         return aligned.to(torch.promote_types(x.dtype, torch.float32))
-
-    def _rebuild(
-        self, back: Callable[..., Tensor], tape: Tape, value: Tensor, context: Any = None
-    ) -> tuple[Tensor, Tensor]:
-        h = tape.run(self.map_parameters, value, context)
-        return tape.input(0, back(value, h, self.dim)), h
-
-    def _map_and_log_det(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-        y, log_slope = self.map.forward_and_log_slope(x, h, self.dim)
-        return y, self._sum(log_slope)
-
-    def _undo_and_log_det(self, y: Tensor, h: Tensor, known: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        x, log_slope = self.map.inverse_and_log_slope(y, h, self.dim, known)
-        return x, -self._sum(log_slope)
-
-    def _sum(self, log_slope: Tensor) -> Tensor:
-        if self.dim % log_slope.ndim == 0:
-            wanted = f"have a batch dim before dim {self.dim}, for a log-determinant"
-            refuse(self, "x", wanted, f"shape {tuple(log_slope.shape)}")
-        return sum_per_sample(self, log_slope)
 
 
 def _aligned(h: Tensor, ndim: int, dim: int) -> Tensor:
@@ -194,8 +152,8 @@ class PerFeatureMap(ElementwiseMap):
     def check_argument(self, argument: str, x: Tensor) -> None:
         check_per_feature(self, argument, x, "weight")
 
-    def map_parameters(self, x: Tensor, context: Any = None) -> Tensor:
-        return self.conditioned(self.weight.flatten(), x, context)
+    def map_parameters(self, like: Like, context: Any = None) -> Tensor:
+        return self.conditioned(self.weight.flatten(), like, context)
 
     def extra_repr(self) -> str:
         return f"{self.features}, dim={self.dim}, {self.map}"

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from ..dtypes import full_precision, widen
 from ._checks import check_choice, refuse
 from .conv import mix_channels
 from .kernel_conv import KernelConv
-from .matrix import full_precision, widen
 from .orthogonal import identity
 
 __all__ = ["EmergingConv", "back_substitute", "correlate"]

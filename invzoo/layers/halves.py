@@ -1,6 +1,5 @@
 """Layers that exchange or interleave the halves of a dimension."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -8,15 +7,12 @@ from torch import Tensor
 
 from .. import engine
 from ..engine import Operation
-from ..log_dets import zero_log_det
+from ..module import Composite
 from ._checks import refuse
 from .permutation import AlongDim, dim_of
 from .split import Partition
 
 __all__ = ["Deinterleave", "Interleave", "Swap"]
-
-_Half = Callable[[Tensor], Tensor]  # exchanges the halves of one tensor
-
 
 # No index: it would be saved for backward, whose scatter is slower than the copies that undo a split and a stack.
 
@@ -37,7 +33,7 @@ def _deinterleave(x: Tensor, dim: int) -> Tensor:
     return torch.cat((a, *last, b), dim)
 
 
-class Swap(AlongDim):
+class Swap(AlongDim, Composite):
     """Exchange the halves of a dimension, ``(x1, x2) -> (x2, x1)``.
 
     The halves of one tensor are those of `torch.chunk`: the first one is larger if the size is odd. Two streams are
@@ -60,8 +56,6 @@ class Swap(AlongDim):
         (tensor([1., 1.]), tensor([0.]))
     """
 
-    composite = True  # streams are exchanged as they are, and one tensor in a call of its own
-
     def __init__(self, dim: int | None = None, **options: Any) -> None:
         super().__init__(dim, **options)
         self.streams = Partition("half", self.dim)
@@ -69,23 +63,15 @@ class Swap(AlongDim):
     def takes_streams(self, first: int, second: int) -> bool:
         return first == second  # or the halves of the swapped tensor would be others than the swapped halves
 
-    def function(self, *inputs: Tensor) -> Any:
-        return self._swap("x", inputs, self._there, self._back)
-
-    def inverse(self, *outputs: Tensor) -> Any:
-        return self._swap("y", outputs, self._back, self._there)
-
-    def inverse_and_log_det(self, *outputs: Tensor) -> tuple[Any, Tensor]:
-        return self.inverse(*outputs), zero_log_det(self, outputs)
-
-    def _swap(self, argument: str, tensors: tuple[Tensor, ...], there: _Half, back: _Half) -> Any:
-        if len(tensors) not in (1, 2) or not all(isinstance(t, Tensor) for t in tensors):
-            got = ", ".join(type(t).__name__ for t in tensors)
-            refuse(self, argument, "be one Tensor or two", got or "none", TypeError)
-        if len(tensors) == 2:
-            return tensors[1], tensors[0]
-        dim_of(self, argument, tensors[0], self.dim, at_least=2)
-        return engine.call(Operation(self._name(), there, back, None, (), self._policy), tensors, {})
+    def through(self, values: tuple[Any, ...], side: dict[str, Any], log_dets: Any, *, inverted: bool = False) -> Any:
+        if len(values) not in (1, 2) or not all(isinstance(t, Tensor) for t in values):
+            got = ", ".join(type(t).__name__ for t in values)
+            refuse(self, "y" if inverted else "x", "be one Tensor or two", got or "none", TypeError)
+        if len(values) == 2:  # exchanged as they are, and one tensor in a call of its own
+            return values[1], values[0]
+        dim_of(self, "y" if inverted else "x", values[0], self.dim, at_least=2)
+        there, back = (self._back, self._there) if inverted else (self._there, self._back)
+        return engine.call(Operation(self._name(), there, back, None, (), self._policy), values, side)
 
     def _there(self, x: Tensor) -> Tensor:
         return self._exchange(x, (x.shape[self.dim] + 1) // 2)

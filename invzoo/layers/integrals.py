@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..dtypes import bounded
 from ._checks import check_positive, check_positive_int, refuse
 from .curves import ImplicitCurve
-from .matrix import bounded
 
 __all__ = ["BernsteinIntegral", "Integral", "NetIntegral", "SquaresIntegral", "clenshaw_curtis"]
 
@@ -49,16 +49,18 @@ class Integral(ImplicitCurve):
     def check(self, owner: object) -> None:
         check_positive(owner, "tail_bound", self.tail_bound)
 
-    def value(self, x: Tensor, p: Tensor) -> Tensor:
-        shift, p = p[0], p[1:]
+    def split(self, p: Tensor) -> tuple[Tensor, Tensor]:
+        return p[0], p[1:]
+
+    def move(self, x: Tensor, shift: Tensor, p: Tensor) -> Tensor:
         end = x.clamp(-self.tail_bound, self.tail_bound)
         return shift + self._area(end, p) + (x - end) * self._density(end, p)
 
-    def log_derivative(self, x: Tensor, p: Tensor) -> Tensor:
-        return self.log_density(x.clamp(-self.tail_bound, self.tail_bound), p[1:])
+    def log_slope(self, x: Tensor, shift: Tensor, p: Tensor) -> Tensor:
+        return self.log_density(x.clamp(-self.tail_bound, self.tail_bound), p)
 
-    def bracket(self, y: Tensor, p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        (least, most), guess = self.slopes, y - p[0]
+    def bracket(self, y: Tensor, shift: Tensor, p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        (least, most), guess = self.slopes, y - shift
         near, far = guess / (1.01 * most), guess / (0.99 * least)  # the quadrature is not exact
         return torch.minimum(near, far), torch.maximum(near, far), guess
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..dtypes import widen
 from .elementwise import log_cosh, softplus
-from .matrix import widen
 
 __all__ = ["Exp", "Logistic", "Softplus", "Squash", "Tanh"]
 

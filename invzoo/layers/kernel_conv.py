@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..dtypes import bounded, widen
 from ..log_dets import log_det_dtype
 from ..module import InvertibleModule
 from ._checks import check_dims, check_features, check_floating, check_like, check_positive, check_positive_int, refuse
-from .matrix import bounded, widen
 from .orthogonal import identity
 
 __all__ = ["KernelConv", "contraction"]

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from ..dtypes import full_precision, widen
 from ._checks import check_positive, refuse
-from .matrix import full_precision, widen
 
 __all__ = ["conv_norm_bound", "lipschitz", "norm_bound"]
 

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..dtypes import bounded, full_precision, widen
 from ..log_dets import log_det_dtype
 from ..module import InvertibleModule
 from ._checks import check_features, check_floating, check_like, check_positive, check_positive_int, given_dim, refuse
-from .matrix import bounded, full_precision, widen
 from .orthogonal import identity
 
 __all__ = ["WoodburyLinear"]

@@ -12,7 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from .matrix import full_precision, widen
+from ..dtypes import full_precision, widen
 
 __all__ = ["MADE", "spread"]
 

@@ -1,7 +1,7 @@
 """Maps of each value by parameters of its own: what couplings, conditioned and autoregressive layers have in common.
 
-A map knows no layer. Its parameters ``h`` come stacked along ``dim``, as many blocks as the map has parameters, each of
-the shape of ``x`` (or broadcast to it). Who gives them, another half, a condition, an autoregressive net or a weight,
+A map knows no layer. Its parameters come stacked along ``dim``, as many blocks as the map has parameters, each of the
+shape of the value (or broadcast to it). Who gives them, another half, a condition, an autoregressive net or a weight,
 is the layer's business.
 """
 
@@ -15,63 +15,30 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
+from ..protocol import BaseMap, Like
 from ._checks import check_choice, check_positive, check_tensor, refuse
 from .elementwise import check_real
 
 __all__ = ["Affine", "Map", "Shift"]
 
 
-class Map(ABC):
-    """A monotone map of each value, with its inverse and the logarithm of its slope. Abstract.
+class Map(BaseMap, ABC):
+    """A monotone map of each value by parameters of its own. Abstract: a subclass writes `move`, `undo`, `log_slope`.
 
     A map's ``domain`` is its codomain, too. What it returns has the dtype of the value that it moves.
     """
 
     domain: ClassVar[constraints.Constraint] = constraints.real
-    volume_preserving: ClassVar[bool] = False
-    records: ClassVar[bool] = True  # whether autograd saves anything of `forward`
 
     @property
     @abstractmethod
     def parameters(self) -> int:
         """How many parameters each value has."""
 
-    @abstractmethod
-    def forward(self, x: Tensor, h: Tensor, dim: int) -> Tensor:
-        """Map ``x``."""
+    def parts(self, h: Tensor, like: Like, dim: int) -> tuple[Any, ...]:
+        """Return what `move` and `undo` get of the parameters, which come stacked along ``dim``."""
+        return h, dim
 
-    @abstractmethod
-    def inverse(self, y: Tensor, h: Tensor, dim: int) -> Tensor:
-        """Undo :meth:`forward`."""
-
-    @abstractmethod
-    def log_slope(self, x: Tensor, h: Tensor, dim: int) -> Tensor:
-        """Compute the logarithm of the derivative at ``x``, of the shape of ``x``, in at least float32."""
-
-    def forward_and_log_slope(self, x: Tensor, h: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-        """Compute both; override it where they share work."""
-        return self.forward(x, h, dim), self.log_slope(x, h, dim)
-
-    def inverse_at(self, y: Tensor, h: Tensor, dim: int, x: Tensor) -> Tensor:
-        """As :meth:`inverse`, where the values are known to be ``x``; override it to spare a search for them."""
-        return self.inverse(y, h, dim)
-
-    def inverse_and_log_slope(
-        self, y: Tensor, h: Tensor, dim: int, known: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Compute x, which may be ``known``, and the log-slope of :meth:`forward` there; override it as before."""
-        x = self.inverse(y, h, dim) if known is None else self.inverse_at(y, h, dim, known)
-        return x, self.log_slope(x, h, dim)
-
-    def forward_(self, x: Tensor, h: Tensor, dim: int) -> Tensor:
-        """As :meth:`forward`, in the memory of ``x`` if that saves any."""
-        return self.forward(x, h, dim)
-
-    def inverse_(self, y: Tensor, h: Tensor, dim: int) -> Tensor:
-        """As :meth:`inverse`, in the memory of ``y`` if that saves any."""
-        return self.inverse(y, h, dim)
-
-    @abstractmethod
     def check(self, owner: object) -> None:
         """Raise if the options make no map; ``owner`` is the layer that has them."""
 
@@ -89,31 +56,27 @@ class Shift(Map):
     """``x -> x + h``, of numbers of any kind: with h of another dtype, what PyTorch makes of their sum."""
 
     volume_preserving = True
-    records = False
     parameters = 1
-
-    def check(self, owner: object) -> None:
-        """Nothing can be wrong."""
 
     def check_value(self, owner: object, argument: str, x: Any) -> None:
         check_tensor(owner, argument, x)
         if x.dtype is torch.bool:
             refuse(owner, argument, "be numbers", x.dtype, TypeError)
 
-    def forward(self, x: Tensor, h: Tensor, dim: int) -> Tensor:
+    def parts(self, h: Tensor, like: Like, dim: int) -> tuple[Tensor]:
+        return (h,)
+
+    def move(self, x: Tensor, h: Tensor) -> Tensor:
         return x + h
 
-    def inverse(self, y: Tensor, h: Tensor, dim: int) -> Tensor:
+    def undo(self, y: Tensor, h: Tensor) -> Tensor:
         return y - h
 
-    def forward_(self, x: Tensor, h: Tensor, dim: int) -> Tensor:
+    def move_(self, x: Tensor, h: Tensor) -> Tensor:
         return x.add_(h)
 
-    def inverse_(self, y: Tensor, h: Tensor, dim: int) -> Tensor:
+    def undo_(self, y: Tensor, h: Tensor) -> Tensor:
         return y.sub_(h)
-
-    def log_slope(self, x: Tensor, h: Tensor, dim: int) -> Tensor:
-        return torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
 @dataclass(frozen=True)
@@ -123,12 +86,12 @@ class Affine(Map):
     Args:
         scale: how ``s`` follows from ``h``, with ``a = max_log_scale``. ``'tanh'``: ``a tanh(0.1 h / a)``;
             ``'softclip'``: ``(2 a / pi) arctan(h / a)``; ``'sigmoid'``: ``exp(s) = 0.1 + 0.9 sigmoid(h + 2)``;
-            ``'unit'``: ``exp(s) = (1 + sigmoid(h)) / 2``; ``'exp'``: ``s = h``.
+            ``'unit'``: ``exp(s) = (1 + sigmoid(h)) / 2``; ``'exp'``: ``s = h``; a function: ``s = scale(h)``.
         max_log_scale: the bound ``a`` of ``'tanh'`` and ``'softclip'``.
         centred: subtract the mean of ``s`` over each sample, so that volumes are kept.
     """
 
-    scale: str = "tanh"
+    scale: str | Callable[[Tensor], Tensor] = "tanh"
     max_log_scale: float = 2.0
     centred: bool = False
 
@@ -139,45 +102,34 @@ class Affine(Map):
         return self.centred
 
     def check(self, owner: object) -> None:
-        check_choice(owner, "scale", self.scale, _LOG_SCALES)
+        if not callable(self.scale):
+            check_choice(owner, "scale", self.scale, _LOG_SCALES)
         check_positive(owner, "max_log_scale", self.max_log_scale)
 
-    def forward(self, x: Tensor, h: Tensor, dim: int) -> Tensor:
-        log_scale, shift = self._parts(x, h, dim)
-        return (x * log_scale.exp() + shift).to(x.dtype)
-
-    def inverse(self, y: Tensor, h: Tensor, dim: int) -> Tensor:
-        log_scale, shift = self._parts(y, h, dim)
-        return ((y - shift) * (-log_scale).exp()).to(y.dtype)
-
-    def forward_(self, x: Tensor, h: Tensor, dim: int) -> Tensor:
-        log_scale, shift = self._parts(x, h, dim)
-        return self.forward(x, h, dim) if x.dtype != shift.dtype else x.mul_(log_scale.exp()).add_(shift)
-
-    def inverse_(self, y: Tensor, h: Tensor, dim: int) -> Tensor:
-        log_scale, shift = self._parts(y, h, dim)
-        return self.inverse(y, h, dim) if y.dtype != shift.dtype else y.sub_(shift).mul_((-log_scale).exp())
-
-    def log_slope(self, x: Tensor, h: Tensor, dim: int) -> Tensor:
-        return self._parts(x, h, dim)[0].expand_as(x)
-
-    def forward_and_log_slope(self, x: Tensor, h: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-        log_scale, shift = self._parts(x, h, dim)
-        return (x * log_scale.exp() + shift).to(x.dtype), log_scale.expand_as(x)
-
-    def inverse_and_log_slope(
-        self, y: Tensor, h: Tensor, dim: int, known: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        log_scale, shift = self._parts(y, h, dim)
-        return ((y - shift) * (-log_scale).exp()).to(y.dtype), log_scale.expand_as(y)
-
-    def _parts(self, x: Tensor, h: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    def parts(self, h: Tensor, like: Like, dim: int) -> tuple[Tensor, Tensor]:
         # In float32 at least: under autocast, exp(s) and exp(-s) in bfloat16 would not undo each other.
-        raw, shift = h.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim)
-        log_scale = _LOG_SCALES[self.scale](raw, self.max_log_scale)
+        raw, shift = h.to(torch.promote_types(like.dtype, torch.float32)).chunk(2, dim)
+        log_scale = self.scale(raw) if callable(self.scale) else _LOG_SCALES[self.scale](raw, self.max_log_scale)
         if self.centred:
             log_scale = log_scale - log_scale.mean(tuple(range(1, log_scale.ndim)), keepdim=True)
         return log_scale, shift
+
+    def move(self, x: Tensor, log_scale: Tensor, shift: Tensor) -> Tensor:
+        return (x * log_scale.exp() + shift).to(x.dtype)
+
+    def undo(self, y: Tensor, log_scale: Tensor, shift: Tensor) -> Tensor:
+        return ((y - shift) * (-log_scale).exp()).to(y.dtype)
+
+    def move_(self, x: Tensor, log_scale: Tensor, shift: Tensor) -> Tensor:
+        same = x.dtype == shift.dtype
+        return x.mul_(log_scale.exp()).add_(shift) if same else self.move(x, log_scale, shift)
+
+    def undo_(self, y: Tensor, log_scale: Tensor, shift: Tensor) -> Tensor:
+        same = y.dtype == shift.dtype
+        return y.sub_(shift).mul_((-log_scale).exp()) if same else self.undo(y, log_scale, shift)
+
+    def log_slope(self, x: Tensor, log_scale: Tensor, shift: Tensor) -> Tensor:
+        return log_scale.expand_as(x)
 
 
 _LOG_SCALES: dict[str, Callable[[Tensor, float], Tensor]] = {

@@ -1,31 +1,16 @@
 """Matrices that stay invertible while they are learned."""
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ._checks import autocast_enabled, check_positive, check_positive_int, refuse
+from ..dtypes import bounded, widen
+from ._checks import check_positive, check_positive_int, refuse
 from .orthogonal import cayley, householder, identity
 
-__all__ = ["MATRICES", "Matrix", "bounded", "cayley", "full_precision", "householder", "widen"]
-
-
-def widen(x: Tensor) -> Tensor:
-    """``x`` in at least float32."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def full_precision(x: Tensor) -> AbstractContextManager[Any]:
-    """A context without autocast on the device of ``x``."""
-    return torch.autocast(x.device.type, enabled=False) if autocast_enabled(x) else nullcontext()
-
-
-def bounded(x: Tensor, bound: float) -> Tensor:
-    """Bound x: ``bound * tanh(x / bound)``, the identity near 0."""
-    return bound * torch.tanh(x / bound)
+__all__ = ["MATRICES", "Matrix", "cayley", "householder"]
 
 
 class Matrix(nn.Module):

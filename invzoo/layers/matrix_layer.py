@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..dtypes import full_precision, widen
 from ..engine import Tape
 from ..log_dets import log_det_dtype
 from ._checks import (
@@ -21,7 +22,7 @@ from ._checks import (
     refuse,
 )
 from .conditioned import Conditioned, Conditioner
-from .matrix import MATRICES, Matrix, full_precision, widen
+from .matrix import MATRICES, Matrix
 
 __all__ = ["MatrixLayer"]
 

@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..dtypes import bounded
 from ..engine import unrecorded
 from ._checks import check_positive, check_positive_int
 from .coupling import Coupling, Subnet, zero_last
 from .curves import Curve
-from .matrix import bounded
 from .roots import newton, with_gradients
 from .split import SplitSpec
 
@@ -86,30 +86,20 @@ class MixtureOfLogistics(Curve):
         for name in ("max_mean", "max_log_scale", "gain"):
             check_positive(owner, name, getattr(self, name))
 
-    def value(self, x: Tensor, p: Tensor) -> Tensor:
-        mixture, log_scale, shift = self._parts(p)
+    def move(self, x: Tensor, mixture: _Mixture, log_scale: Tensor, shift: Tensor) -> Tensor:
         return mixture.logit(x) * log_scale.exp() + shift
 
-    def root(self, y: Tensor, p: Tensor) -> Tensor:
-        return self._root(y, p, None)
+    def undo(self, y: Tensor, mixture: _Mixture, log_scale: Tensor, shift: Tensor) -> Tensor:
+        y = (y - shift) * (-log_scale).exp()
+        return with_gradients(mixture.logit, mixture.slope, y, _search(mixture, y.detach()))
 
-    def root_at(self, y: Tensor, p: Tensor, x: Tensor) -> Tensor:
-        return self._root(y, p, x)
+    def undo_at(self, x: Tensor, y: Tensor, mixture: _Mixture, log_scale: Tensor, shift: Tensor) -> Tensor:
+        return with_gradients(mixture.logit, mixture.slope, (y - shift) * (-log_scale).exp(), x)
 
-    def log_derivative(self, x: Tensor, p: Tensor) -> Tensor:
-        mixture, log_scale, _ = self._parts(p)
+    def log_slope(self, x: Tensor, mixture: _Mixture, log_scale: Tensor, shift: Tensor) -> Tensor:
         return mixture.log_slope(x) + log_scale
 
-    def value_and_log_derivative(self, x: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
-        mixture, log_scale, shift = self._parts(p)
-        return mixture.logit(x) * log_scale.exp() + shift, mixture.log_slope(x) + log_scale
-
-    def _root(self, y: Tensor, p: Tensor, x: Tensor | None) -> Tensor:
-        mixture, log_scale, shift = self._parts(p)
-        y = (y - shift) * (-log_scale).exp()
-        return with_gradients(mixture.logit, mixture.slope, y, _search(mixture, y.detach()) if x is None else x)
-
-    def _parts(self, p: Tensor) -> tuple[_Mixture, Tensor, Tensor]:
+    def split(self, p: Tensor) -> tuple[_Mixture, Tensor, Tensor]:
         k = self.components
         weight, mean, log_scale, outer, shift = (self.gain * p).split((k, k, k, 1, 1))
         mixture = _Mixture(

@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
+from ..dtypes import widen
 from ..engine import SideNames
 from ..engine._torch import functorch_active
-from ..log_dets import sum_per_sample
 from ..module import InvertibleModule
+from ..protocol import Like
 from ._checks import check_callable, refuse
 from .conditioned import Conditioner
 from .elementwise import check_real, check_values, readable
 from .elementwise_map import PerFeatureMap
 from .integrals import BernsteinIntegral, NetIntegral, SquaresIntegral
-from .matrix import widen
 from .roots import bracket, newton, with_gradients
 
 __all__ = ["BernsteinPolynomial", "Monotone", "SumOfSquares", "UnconstrainedMonotonic"]
@@ -86,29 +86,29 @@ class Monotone(InvertibleModule):
     def side_names(self) -> SideNames:
         return SideNames.of(self.curve)
 
-    def function(self, x: Tensor, **side: Any) -> Tensor:
-        if self.domain is constraints.real:
-            check_real(self, "x", x)
+    def check_argument(self, argument: str, x: Tensor) -> None:
+        if argument == "y" or self.domain is constraints.real:
+            check_real(self, argument, x)
         else:
-            check_values(self, "x", x, *self.bounds)
-        return self.curve(x, **side)
+            check_values(self, argument, x, *self.bounds)
 
-    def inverse(self, y: Tensor, **side: Any) -> Tensor:
-        check_real(self, "y", y)
-        curve = partial(self.curve, **side)
+    def given(self, like: Like, **side: Any) -> Callable[..., Tensor]:
+        return partial(self.curve, **side) if side else self.curve
+
+    def move(self, x: Tensor, curve: Callable[..., Tensor]) -> Tensor:
+        return curve(x)
+
+    def undo(self, y: Tensor, curve: Callable[..., Tensor]) -> Tensor:
         low, high = bracket(curve, y, *self.bounds)
         if readable(low) and low.isnan().any():
             refuse(self, "y", "have values that the curve takes", f"{y[low.isnan()][0].item():.8g}")
-        root = newton(curve, partial(_slope, curve), y, low, high, low + (high - low) / 2)
-        return with_gradients(curve, partial(_slope, curve), y, root)
+        return self.undo_at(newton(curve, partial(_slope, curve), y, low, high, low + (high - low) / 2), y, curve)
 
-    def inverse_at(self, inputs: tuple[Any, ...], /, *outputs: Any, **side: Any) -> Tensor:
-        (x,), (y,), curve = inputs, outputs, partial(self.curve, **side)
+    def undo_at(self, x: Tensor, y: Tensor, curve: Callable[..., Tensor]) -> Tensor:
         return with_gradients(curve, partial(_slope, curve), y, x)
 
-    def log_det(self, x: Tensor, **side: Any) -> Tensor:
-        check_real(self, "x", x)
-        return sum_per_sample(self, widen(_slope(partial(self.curve, **side), x)).log())
+    def log_slope(self, x: Tensor, curve: Callable[..., Tensor]) -> Tensor:
+        return widen(_slope(curve, x)).log()
 
 
 class UnconstrainedMonotonic(PerFeatureMap):

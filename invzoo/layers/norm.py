@@ -8,12 +8,12 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from ..dtypes import bounded, widen
 from ..engine import tuple_of
 from ..module import InvertibleModule
 from ._checks import check_features, check_like, check_positive, check_positive_int, refuse
 from .elementwise import check_real
 from .elementwise_map import per_feature
-from .matrix import bounded, widen
 
 __all__ = ["HiddenStatistics", "InvertibleGroupNorm", "SampleNorm", "moments", "standardise"]
 

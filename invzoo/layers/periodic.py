@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from ..dtypes import full_precision, widen
 from .kernel_conv import KernelConv
-from .matrix import full_precision, widen
 
 __all__ = ["PeriodicConv", "frequency_response", "map_frequencies", "multiplicity"]
 

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..dtypes import full_precision
 from ..engine import uncompiled
 from ..log_dets import log_det_dtype, sum_per_sample, zero_log_det
 from ._checks import check_choice, check_positive, check_positive_int, refuse
 from .branch import BranchLayer
 from .elementwise import check_real
 from .fixed_point import Limits, differentiable, fixed_point, vjp
-from .matrix import full_precision
 
 __all__ = ["InvertibleResidual"]
 

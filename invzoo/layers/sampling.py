@@ -9,9 +9,10 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from ..dtypes import full_precision, widen
 from ..module import InvertibleModule
 from ._checks import check_choice, check_features, check_floating, check_like, check_positive_int, refuse
-from .matrix import Cayley, Householder, Orthonormal, full_precision, widen
+from .matrix import Cayley, Householder, Orthonormal
 from .orthogonal import polish
 from .squeeze import cells, check_pixels, positions
 from .wavelet import dct

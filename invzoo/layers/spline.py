@@ -21,10 +21,11 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
+from ..dtypes import bounded, widen
+from ..protocol import Like
 from ._checks import check_choice, check_positive, check_positive_int, refuse
 from .elementwise import check_real, check_values
 from .maps import Map
-from .matrix import bounded, widen
 
 __all__ = ["RationalQuadratic"]
 
@@ -87,6 +88,8 @@ class RationalQuadratic(Map):
     min_slope: float = 1e-2
     gain: float = 0.1
 
+    wide = True
+
     @property
     def parameters(self) -> int:
         return 3 * self.bins + _SLOPES[self.tails]
@@ -112,39 +115,40 @@ class RationalQuadratic(Map):
         else:
             check_real(owner, argument, x)
 
-    def forward(self, x: Tensor, h: Tensor, dim: int) -> Tensor:
-        inner = self._enter(x)
-        return self._leave(x, inner, self._find(inner, h, dim).forward(inner))
+    def parts(self, h: Tensor, like: Like, dim: int) -> tuple[Tensor, Tensor, Tensor, int]:
+        """Return the widths and heights of the bins, in units of their sums, and what the slopes are made of."""
+        dim %= like.ndim
+        h = widen(h).unflatten(dim, (self.parameters, like.shape[dim]))
+        widths, heights, slopes = h.split((self.bins, self.bins, self.parameters - 2 * self.bins), dim)
+        return self._sizes(widths), self._sizes(heights), slopes, dim
 
-    def inverse(self, y: Tensor, h: Tensor, dim: int) -> Tensor:
+    def seen(self, x: Tensor, *h: Any) -> tuple[Tensor, _Bin]:
+        """Return x in the interval, and its bin."""
+        inner = self._enter(x)
+        return inner, self._find(inner, *h)
+
+    def move(self, x: Tensor, widths: Tensor, heights: Tensor, slopes: Tensor, dim: int, *seen: Any) -> Tensor:
+        inner, bin_ = seen
+        return self._leave(x, inner, bin_.forward(inner))
+
+    def undo(self, y: Tensor, *h: Any) -> tuple[Tensor, Tensor, _Bin]:
         inner = self._enter(y)
-        return self._leave(y, inner, self._find(inner, h, dim, of_output=True).inverse(inner))
-
-    def log_slope(self, x: Tensor, h: Tensor, dim: int) -> Tensor:
-        inner = self._enter(x)
-        return self._log_slope(x, inner, self._find(inner, h, dim))
-
-    def forward_and_log_slope(self, x: Tensor, h: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-        inner = self._enter(x)
-        bin_ = self._find(inner, h, dim)
-        return self._leave(x, inner, bin_.forward(inner)), self._log_slope(x, inner, bin_)
-
-    def inverse_and_log_slope(
-        self, y: Tensor, h: Tensor, dim: int, known: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        inner = self._enter(y)
-        bin_ = self._find(inner, h, dim, of_output=True)
+        bin_ = self._find(inner, *h, of_output=True)
         moved = bin_.inverse(inner)
-        return self._leave(y, inner, moved), self._log_slope(y, moved, bin_)
+        return self._leave(y, inner, moved), moved, bin_
+
+    def log_slope(self, x: Tensor, widths: Tensor, heights: Tensor, slopes: Tensor, dim: int, *seen: Any) -> Tensor:
+        inner, bin_ = seen
+        return bin_.log_slope(inner).masked_fill(self._outside(x), 0 if self.tails else torch.nan)
 
     def _outside(self, x: Tensor) -> Tensor:
         if self.tails is None:
-            return x.abs() > self.bound
+            return ~(x.abs() <= self.bound)  # NaN is, too
         return x.abs() >= (self.bound if self.tails == "linear" else math.inf)
 
     def _enter(self, x: Tensor) -> Tensor:
         """Return ``x`` in the interval; elsewhere 0, or with circular tails the same point of the circle."""
-        inner = widen(x).masked_fill(self._outside(x), 0)
+        inner = x.masked_fill(self._outside(x), 0)
         if self.tails is None:
             return _replaced(inner, inner.clamp(-self.bound, self.bound))  # a half may be beyond it
         if self.tails == "linear":
@@ -156,21 +160,16 @@ class RationalQuadratic(Map):
     def _leave(self, x: Tensor, inner: Tensor, moved: Tensor) -> Tensor:
         """Undo :meth:`_enter` for ``moved``, what became of ``inner``; NaN outside if there are no tails."""
         if self.tails == "circular":
-            return (moved + (widen(x) - inner)).to(x.dtype)
+            return moved + (x - inner)
         if self.tails is None:
             within = moved.clamp(-self.bound, self.bound)  # rounding steps over the ends, which stay where they are
             moved = _replaced(moved, torch.where(inner.abs() >= self.bound, inner, within))
-        return torch.where(self._outside(x), x if self.tails else torch.nan, moved.to(x.dtype))
+        return torch.where(self._outside(x), x if self.tails else torch.nan, moved)
 
-    def _log_slope(self, x: Tensor, inner: Tensor, bin_: _Bin) -> Tensor:
-        return bin_.log_slope(inner).masked_fill(self._outside(x), 0 if self.tails else torch.nan)
-
-    def _find(self, value: Tensor, h: Tensor, dim: int, *, of_output: bool = False) -> _Bin:
+    def _find(
+        self, value: Tensor, widths: Tensor, heights: Tensor, slopes: Tensor, dim: int, *, of_output: bool = False
+    ) -> _Bin:
         """Return the bin of each value, which is an x, or a y if ``of_output``."""
-        k, dim = self.bins, dim % value.ndim
-        h = h.to(value.dtype).unflatten(dim, (self.parameters, value.shape[dim]))
-        widths, heights, slopes = h.split((k, k, self.parameters - 2 * k), dim)
-        widths, heights = self._sizes(widths), self._sizes(heights)
         index = _count_knots(heights if of_output else widths, (value / self.bound + 1) / 2, dim)
         left, width = _side(widths, index, dim, self.bound)
         bottom, height = _side(heights, index, dim, self.bound)

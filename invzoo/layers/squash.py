@@ -8,11 +8,11 @@ from typing import Any
 from torch import Tensor
 from torch.distributions import constraints
 
+from ..dtypes import widen
 from ..log_dets import sum_per_sample
 from ._checks import refuse
 from .elementwise import Elementwise, check_real, check_values
 from .intervals import Exp, Logistic, Softplus, Squash, Tanh
-from .matrix import widen
 
 __all__ = [
     "InvertibleAtanh",

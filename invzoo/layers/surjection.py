@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from torch.distributions import Bernoulli, Distribution, Normal, constraints
 
+from ..dtypes import widen
 from ..engine import SideNames
 from ..log_dets import sum_per_sample
 from ..module import InvertibleModule
 from ._checks import check_dim_given, check_positive_int, given_dim, refuse
 from .elementwise import check_real
-from .matrix import widen
 
 __all__ = ["Abs", "Augment", "Noise", "Slice", "Surjection", "fair_coin", "standard_normal", "zero_and_one"]
 

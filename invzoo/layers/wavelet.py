@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from ..dtypes import widen
 from ..engine import Tape
 from ..module import InvertibleModule
 from ._checks import check_choice, check_dim_given, check_floating, given_dims, refuse
-from .matrix import widen
 from .split import Partition
 from .squeeze import ORDERS, cells, check_pixels, positions
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..engine import tuple_of
 from ..log_dets import log_det_dtype
-from ..module import Inverse, InvertibleModule
+from ..module import InvertibleModule
 
 __all__ = [
     "Assertion",
@@ -20,7 +20,6 @@ __all__ = [
     "calls",
     "check_log_det",
     "clones",
-    "defines",
     "expect",
     "flat",
     "has_log_det",
@@ -167,15 +166,8 @@ def _kind(value: Any) -> str:
 
 def has_log_det(layer: InvertibleModule, inputs: Any, outputs: Any) -> bool:
     """Whether the layer maps as many values as it returns, and says that it has a log-determinant."""
-    defined = defines(layer, "log_det") or defines(layer, "function_and_log_det")
     sizes = [sum(value[0].numel() for value in tuple_of(values)) for values in (inputs, outputs)]
-    return defined and sizes[0] == sizes[1]
-
-
-def defines(layer: InvertibleModule, name: str) -> bool:
-    """Whether the layer has a log-determinant by the method of this name."""
-    kind = type(layer.inv) if isinstance(layer, Inverse) else type(layer)
-    return layer.volume_preserving or getattr(kind, name) is not getattr(InvertibleModule, name)
+    return layer.has_log_det() and sizes[0] == sizes[1]
 
 
 def calls(layer: InvertibleModule, log_det: bool) -> Mapping[str, Callable[..., tuple[Any, ...]]]:

@@ -15,7 +15,6 @@ from .running import (
     assertion,
     check_log_det,
     clones,
-    defines,
     expect,
     flat,
     has_log_det,
@@ -84,7 +83,7 @@ def assert_log_det(
     check_log_det(layer, inputs[0], log_det)
     assert_near(layer, "the output beside the log-determinant to be that of forward", y, outputs)
     expected = jacobian_log_det(layer, inputs, side)
-    found = [log_det, layer.log_det(*clones(inputs), **side)] if defines(layer, "log_det") else [log_det]
+    found = [log_det, layer.log_det(*clones(inputs), **side)]
     for value in found:
         assert_near(layer, "the log-determinant to be that of autograd's Jacobian", value, expected, log_det_tolerance)
     x, inverse_log_det = layer.inverse_and_log_det(*clones(outputs), **side)

@@ -1,0 +1,314 @@
+"""What a layer says of itself, and all that follows from it: both directions, both log-determinants and one replay.
+
+NOTE [The layer protocol]
+
+Both directions of a layer can see the same things: a stream that passes, a condition, the parameters. What is costly is
+a function of these alone, ``h = given(...)``; what is left is a cheap map, ``y = move(x, *h)``, and the way back,
+``x = undo(y, *h)``. So backward evaluates ``given`` once: its value rebuilds the input, its graph gives the gradients.
+What only the map sees, at x, is ``s = seen(x, *h)``.
+
+A call of a layer, in either direction, and with its log-determinant or without, is a `Run`:
+
+    forward:  h = given(passed); s = seen(x, *h);  y = move(x, *h, *s);  log_slope(x, *h, *s)
+    inverse:  h = given(passed); x = undo(y, *h);  s = seen(x, *h);     -log_slope(x, *h, *s)
+    replay:   h = given(passed); the way back; then the lines behind ``given`` again, until all that autograd saved
+              of them is there
+
+A layer may write ``function`` and ``inverse`` instead, in which case a replay is one after the other (`ByHand`).
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .dtypes import widen
+from .engine import SideNames, Tape, tuple_of
+from .errors import refuse
+from .log_dets import sum_per_sample, zero_log_det
+
+__all__ = ["BaseMap", "Bijection", "ByHand", "Like", "Run", "defines", "has_words", "run_of", "side_names_of"]
+
+
+@dataclass(slots=True)
+class Like:
+    """All that ``given`` may know of the value that moves: never its numbers, which each direction has others of."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+
+class BaseMap:
+    """A map that can be undone, in the words that all else follows from. Abstract: a subclass writes some of them.
+
+    ``h`` are the values that both directions see, ``s`` those that only the map does, of any kind. The words are
+    mathematics alone: they check no arguments and leave no traces, and a replay may stop in the middle of them.
+    """
+
+    volume_preserving = False
+    wide = False  # whether a value comes in at least float32, and what becomes of it goes back to its dtype
+
+    def seen(self, x: Any, *h: Any, **_: Any) -> Any:
+        """Compute ``s``, what `move` and `log_slope` see at ``x`` besides: a spline's bin, a draw, statistics."""
+        return ()
+
+    def move(self, x: Any, *args: Any, **_: Any) -> Any:
+        """Compute ``y``, given ``x, *h, *s``."""
+        raise NotImplementedError
+
+    def undo(self, y: Any, *args: Any, **_: Any) -> Any:
+        """Compute ``x``, given ``y, *h``; with ``s`` behind it, if it has found that on the way."""
+        raise NotImplementedError
+
+    def undo_at(self, x: Any, y: Any, *args: Any, **_: Any) -> Any:
+        """As `undo`, where its value is known to be ``x``: for a search, which then writes no `move_`."""
+        return self.undo(y, *args)
+
+    def log_slope(self, x: Any, *args: Any, **_: Any) -> Tensor:
+        """Compute, given ``x, *h, *s``, log abs of each value's slope: of shape (B, ...), it sums to the log-det."""
+        raise NotImplementedError
+
+    def move_(self, x: Any, *args: Any, **_: Any) -> Any:
+        """As `move`, in the memory of ``x`` if that saves any."""
+        return self.move(x, *args)
+
+    def undo_(self, y: Any, *args: Any, **_: Any) -> Any:
+        """As `undo`, in the memory of ``y`` if that saves any."""
+        return self.undo(y, *args)
+
+
+class Bijection(BaseMap):
+    """A map of one input, whose ``h`` may come of the others, of side inputs and of parameters. Abstract."""
+
+    moves = 0  # which input moves; the others pass
+    keeps = False  # whether `function` returns s behind y, for `undo`, which gets it behind h; `forward` hides it
+
+    def given(self, like: Like, *passed: Any, **side: Any) -> Any:
+        """Compute ``h``, one value or a tuple of several; ``like`` has the shape, dtype and device of what moves."""
+        return ()
+
+    def passed(self, x: Any, *others: Any, **_: Any) -> tuple[Any, ...]:
+        """Return what both directions see of the inputs: by default those that do not move."""
+        return others
+
+    def mix(self, y: Any, *others: Any, **_: Any) -> tuple[Any, ...]:
+        """Arrange the outputs: by default y is where x was. Autograd saves nothing of it."""
+        return (*others[: self.moves], y, *others[self.moves :])
+
+    def unmix(self, *outputs: Any, **_: Any) -> tuple[Any, ...]:
+        """Undo `mix`."""
+        return _pick(outputs, self.moves)
+
+    def check_argument(self, argument: str, x: Any, *others: Any) -> None:
+        """Raise if a call cannot take ``x``, which errors call ``argument``, beside the others; no replay asks."""
+
+
+def defines(bijection: Any, word: str) -> bool:
+    """Whether a bijection has written a word of its own."""
+    return getattr(type(bijection), word) is not getattr(Bijection, word)
+
+
+def has_words(layer: Any) -> bool:
+    """Whether a layer is written in words, not by hand."""
+    return defines(layer, "move")
+
+
+def side_names_of(bijection: Bijection) -> SideNames:
+    """Return the side inputs that ``given`` takes, and how many inputs the layer does."""
+    names = SideNames.of(bijection.given)  # type: ignore[arg-type]
+    named = frozenset(names.names if defines(bijection, "given") else ())
+    return SideNames(named, names.any and defines(bijection, "given"), names.inputs)
+
+
+def _pick(values: tuple[Any, ...], at: int) -> tuple[Any, ...]:
+    return values if at == 0 else (values[at], *values[:at], *values[at + 1 :])
+
+
+def _in(map_: BaseMap, x: Any) -> Any:
+    return widen(x) if map_.wide else x
+
+
+def seen(map_: BaseMap, x: Any, *h: Any) -> tuple[Any, ...]:
+    """Return ``s``, what the map alone sees at x."""
+    return tuple_of(map_.seen(_in(map_, x), *h))
+
+
+def moved(map_: BaseMap, x: Any, *h: Any, s: Any = None, in_place: bool = False) -> tuple[Any, ...]:
+    """Return y, and ``s`` behind it, which may be known."""
+    wide = _in(map_, x)
+    s = tuple_of(map_.seen(wide, *h)) if s is None else s
+    y = (map_.move_ if in_place else map_.move)(wide, *h, *s)
+    return (y.to(x.dtype) if map_.wide else y), *s
+
+
+def undone(map_: BaseMap, y: Any, *h: Any, in_place: bool = False, known: Any = None) -> tuple[Any, ...]:
+    """Return x, which may be known, and ``s`` behind it where it was found."""
+    wide = _in(map_, y)
+    if known is None:
+        x, *s = tuple_of((map_.undo_ if in_place else map_.undo)(wide, *h))
+    else:
+        x, *s = tuple_of(map_.undo_at(_in(map_, known), wide, *h))
+    return (x.to(y.dtype) if map_.wide else x), *s
+
+
+@dataclass(slots=True)
+class Run:
+    """One call of a bijection in one direction, as the engine runs it."""
+
+    bijection: Any
+    owner: Any  # the layer, for errors
+    inverted: bool = False
+    log_det: bool = False
+    like: Like | None = None
+    needs_grad: tuple[bool, ...] = ()  # of what passed
+
+    def check(self, values: tuple[Any, ...]) -> None:
+        x, passing, _ = self._moving(values, self.inverted)
+        self.bijection.check_argument("y" if self.inverted else "x", x, *passing)
+
+    def function(self, *values: Any, **side: Any) -> Any:
+        """Run the map, or the way back; return what comes out, and behind it the log-determinant if it is asked for."""
+        bijection = self.bijection
+        x, passing, kept = self._moving(values, self.inverted)
+        self.like = Like(x.shape, x.dtype, x.device)
+        if self.inverted and self._mixes:
+            self.needs_grad = tuple([p.requires_grad for p in passing])
+        h = self._given(x, passing, side)
+        y, *rest = self._turn(x, (*h, *kept), None)
+        outputs = Bijection.mix(bijection, y, *passing) if self.inverted else bijection.mix(y, *passing)
+        results = (*outputs, *rest)
+        return results[0] if len(results) == 1 else results
+
+    def inverse(self, *values: Any, **side: Any) -> Any:
+        """Run the other direction."""
+        return Run(self.bijection, self.owner, not self.inverted).function(*values, **side)
+
+    def replay(self, tape: Tape, *values: Any, **side: Any) -> None:
+        """Rebuild the inputs from the outputs, and run the map again; ``given`` is evaluated once for both."""
+        bijection, inverted = self.bijection, self.inverted
+        y, passing, kept = self._moving(values, not inverted)
+        mixes = inverted and self._mixes
+        if mixes:  # the inputs are what becomes of it
+            passing = tuple([p.detach().requires_grad_(r) for p, r in zip(passing, self.needs_grad, strict=True)])
+        else:
+            passing = tuple([tape.input(i + (i >= bijection.moves), p) for i, p in enumerate(passing)])
+        looks = defines(bijection, "passed")  # at what moves, too
+        h = tape.run(self._given, tape.input(bijection.moves, y) if looks else y, passing, side)
+        owned = tape.owns(y)
+        if inverted:
+            x, *_ = moved(bijection, y, *h, in_place=owned)
+        else:
+            x, *_ = undone(bijection, y, *h, *kept, in_place=owned)
+        if mixes:
+            x, *_ = bijection.unmix(*[tape.input(i, v) for i, v in enumerate(bijection.mix(x, *passing))])
+        else:
+            x = tape.input(bijection.moves, x)
+        tape.run_until_saved(self._turn, x, h, y if inverted else None)
+
+    @property
+    def _mixes(self) -> bool:
+        return defines(self.bijection, "unmix")
+
+    def _moving(self, values: tuple[Any, ...], outputs: bool) -> tuple[Any, tuple[Any, ...], tuple[Any, ...]]:
+        """Return the value that moves, those that pass, and what was kept behind outputs."""
+        bijection = self.bijection
+        if not outputs:
+            x, *passing = _pick(values, bijection.moves)
+            return x, tuple(passing), ()
+        if bijection.keeps:
+            return values[0], (), values[1:]
+        y, *passing = bijection.unmix(*values)
+        return y, tuple(passing), ()
+
+    def _given(self, x: Any, passing: tuple[Any, ...], side: dict[str, Any]) -> tuple[Any, ...]:
+        return tuple_of(self.bijection.given(self.like, *self.bijection.passed(x, *passing), **side))
+
+    def _turn(self, x: Any, h: tuple[Any, ...], known: Any) -> tuple[Any, ...]:
+        """Move x, or back, to a value that may be known; return it, what is kept, and the log-determinant."""
+        bijection, narrow = self.bijection, x
+        x = _in(bijection, x)
+        if self.inverted:
+            x, *s = undone(bijection, x, *h, known=known)
+            y, kept = x, []
+            log_det = -self._total(x, h, s or seen(bijection, x, *h)) if self.log_det else None
+        else:
+            y, *s = moved(bijection, x, *h)
+            kept = s if bijection.keeps else []
+            log_det = self._total(x, h, s) if self.log_det else None
+        y = y.to(narrow.dtype) if bijection.wide else y
+        return (y, *kept) if log_det is None else (y, *kept, log_det)
+
+    def _total(self, x: Tensor, h: tuple[Any, ...], s: Any) -> Tensor:
+        """Return the log-determinant of the map at x."""
+        if self.bijection.volume_preserving:
+            return zero_log_det(self.owner, (x,))
+        if not defines(self.bijection, "log_slope"):
+            refuse(self.owner, "layer", "be a bijection with a log-determinant", "one without", TypeError)
+        return sum_per_sample(self.owner, self.bijection.log_slope(_in(self.bijection, x), *h, *s))
+
+    def log_det_at(self, values: tuple[Any, ...], side: dict[str, Any]) -> Tensor:
+        """Return the log-determinant of the map alone, at these inputs."""
+        x, passing, _ = self._moving(values, outputs=False)
+        self.like = Like(x.shape, x.dtype, x.device)
+        h = self._given(x, passing, side)
+        return self._total(x, h, seen(self.bijection, x, *h))
+
+
+@dataclass(slots=True)
+class ByHand:
+    """One call, in one direction, of a layer that writes ``function`` and ``inverse``."""
+
+    layer: Any
+    inverted: bool = False
+    log_det: bool = False
+
+    def check(self, values: tuple[Any, ...]) -> None:
+        """The layer looks itself."""
+
+    def function(self, *values: Any, **side: Any) -> Any:
+        layer, inverted = self.layer, self.inverted
+        if self.log_det and (
+            both := getattr(layer, "inverse_with_log_det" if inverted else "function_and_log_det", None)
+        ):
+            results, log_det = both(*values, **side)
+            return *tuple_of(results), log_det
+        results = (layer.inverse if inverted else layer.function)(*values, **side)
+        if not self.log_det:
+            return results
+        results = tuple_of(results)
+        log_det = layer.log_det(*(results if inverted else values), **side)
+        return *results, -log_det if inverted else log_det
+
+    def inverse(self, *values: Any, **side: Any) -> Any:
+        return (self.layer.function if self.inverted else self.layer.inverse)(*values, **side)
+
+    def replay(self, tape: Tape, *values: Any, **side: Any) -> None:
+        name = "replay" + "_inverse" * self.inverted + "_with_log_det" * self.log_det
+        if name != "replay" and (old := getattr(self.layer, name, None)):
+            old(tape, *values, **side)
+            return
+        if self.inverted and not self.log_det and (at := getattr(self.layer, "inverse_at", None)):
+            tape.run(at, values, *tape.invert(*values), **side)
+            return
+        if self.inverted or type(self.layer).replay is self.layer._no_replay:
+            tape.run(self.function, *tape.invert(*values), **side)
+            return
+        self.layer.replay(tape, *values, **side)
+        if self.log_det:
+            tape.run(self.layer.log_det, *tape.inputs, **side)
+
+
+def run_of(layer: Any, *, inverted: bool = False, log_det: bool = False) -> Run | ByHand:
+    """Return what the engine runs in a call of a layer."""
+    if has_words(layer):
+        return Run(layer, layer, inverted, log_det)
+    return ByHand(layer, inverted, log_det)
