@@ -4,6 +4,7 @@ import copy
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -140,7 +141,7 @@ def check_inverse(layer: "InvertibleModule", inputs: Sequence[Any], side: dict[s
     """Check that the inverse rebuilds the inputs, and, with ``saved``, those of them that are asked for."""
     layer = copy.deepcopy(layer)
     outputs = _run(layer.function, _clone(inputs), side)
-    back = _run(layer.inverse, _clone(outputs), side)
+    back = _run(partial(layer.in_direction, True, False), _clone(outputs), side)
     problems = [*_differences("input", inputs, back)]
     if "saved" in SideNames.of(layer.inverse).names:
         for position in range(len(inputs)):

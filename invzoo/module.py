@@ -137,7 +137,7 @@ class InvertibleModule(Bijection, nn.Module):
         with self._freeing(inputs):
             self.prepare(inputs, inverted=False)
             outputs = self.through_engine(inputs, side)
-        return outputs[0] if self.keeps else outputs
+        return outputs[0] if self.keeps_seen else outputs
 
     def forward_and_log_det(self, *inputs: Any, **side: Any) -> tuple[Any, Tensor]:
         """Return what the layer returns, and log abs det of its Jacobian per sample, with the same memory.
@@ -151,7 +151,7 @@ class InvertibleModule(Bijection, nn.Module):
         with self._freeing(inputs):
             self.prepare(inputs, inverted=False)
             *outputs, log_det = self.through_engine(inputs, side, log_det=True)
-        return (outputs[0] if len(outputs) == 1 or self.keeps else tuple(outputs)), log_det
+        return (outputs[0] if len(outputs) == 1 or self.keeps_seen else tuple(outputs)), log_det
 
     def inverse_and_log_det(self, *outputs: Any, **side: Any) -> tuple[Any, Tensor]:
         """Return the inverse and log abs det of *its* Jacobian, so minus that of the forward, as a call of its own."""

@@ -55,7 +55,7 @@ class BaseMap:
     """
 
     volume_preserving = False
-    wide = False  # whether a value comes in at least float32, and what becomes of it goes back to its dtype
+    widens = False  # whether a value comes in at least float32, and what becomes of it goes back to its dtype
 
     def seen(self, x: Any, *h: Any, **_: Any) -> Any:
         """Compute ``s``, what `move` and `log_slope` see at ``x`` besides: a spline's bin, a draw, statistics."""
@@ -90,7 +90,7 @@ class Bijection(BaseMap):
     """A map of one input, whose ``h`` may come of the others, of side inputs and of parameters. Abstract."""
 
     moves = 0  # which input moves; the others pass
-    keeps = False  # whether `function` returns s behind y, for `undo`, which gets it behind h; `forward` hides it
+    keeps_seen = False  # whether `function` returns s behind y, for `undo`, which gets it behind h; `forward` hides it
 
     def given(self, like: Like, *passed: Any, **side: Any) -> Any:
         """Compute ``h``, one value or a tuple of several; ``like`` has the shape, dtype and device of what moves."""
@@ -100,12 +100,12 @@ class Bijection(BaseMap):
         """Return what both directions see of the inputs: by default those that do not move."""
         return others
 
-    def mix(self, y: Any, *others: Any, **_: Any) -> tuple[Any, ...]:
+    def arrange(self, y: Any, *others: Any, **_: Any) -> tuple[Any, ...]:
         """Arrange the outputs: by default y is where x was. Autograd saves nothing of it."""
         return (*others[: self.moves], y, *others[self.moves :])
 
-    def unmix(self, *outputs: Any, **_: Any) -> tuple[Any, ...]:
-        """Undo `mix`."""
+    def unarrange(self, *outputs: Any, **_: Any) -> tuple[Any, ...]:
+        """Undo `arrange`."""
         return _pick(outputs, self.moves)
 
     def check_argument(self, argument: str, x: Any, *others: Any) -> None:
@@ -134,7 +134,7 @@ def _pick(values: tuple[Any, ...], at: int) -> tuple[Any, ...]:
 
 
 def _in(map_: BaseMap, x: Any) -> Any:
-    return widen(x) if map_.wide else x
+    return widen(x) if map_.widens else x
 
 
 def seen(map_: BaseMap, x: Any, *h: Any) -> tuple[Any, ...]:
@@ -147,7 +147,7 @@ def moved(map_: BaseMap, x: Any, *h: Any, s: Any = None, in_place: bool = False)
     wide = _in(map_, x)
     s = tuple_of(map_.seen(wide, *h)) if s is None else s
     y = (map_.move_ if in_place else map_.move)(wide, *h, *s)
-    return (y.to(x.dtype) if map_.wide else y), *s
+    return (y.to(x.dtype) if map_.widens else y), *s
 
 
 def undone(map_: BaseMap, y: Any, *h: Any, in_place: bool = False, known: Any = None) -> tuple[Any, ...]:
@@ -157,7 +157,7 @@ def undone(map_: BaseMap, y: Any, *h: Any, in_place: bool = False, known: Any = 
         x, *s = tuple_of((map_.undo_ if in_place else map_.undo)(wide, *h))
     else:
         x, *s = tuple_of(map_.undo_at(_in(map_, known), wide, *h))
-    return (x.to(y.dtype) if map_.wide else x), *s
+    return (x.to(y.dtype) if map_.widens else x), *s
 
 
 @dataclass(slots=True)
@@ -180,11 +180,11 @@ class Run:
         bijection = self.bijection
         x, passing, kept = self._moving(values, self.inverted)
         self.like = Like(x.shape, x.dtype, x.device)
-        if self.inverted and self._mixes:
+        if self.inverted and self._arranges:
             self.needs_grad = tuple([p.requires_grad for p in passing])
         h = self._given(x, passing, side)
         y, *rest = self._turn(x, (*h, *kept), None)
-        outputs = Bijection.mix(bijection, y, *passing) if self.inverted else bijection.mix(y, *passing)
+        outputs = Bijection.arrange(bijection, y, *passing) if self.inverted else bijection.arrange(y, *passing)
         results = (*outputs, *rest)
         return results[0] if len(results) == 1 else results
 
@@ -196,8 +196,8 @@ class Run:
         """Rebuild the inputs from the outputs, and run the map again; ``given`` is evaluated once for both."""
         bijection, inverted = self.bijection, self.inverted
         y, passing, kept = self._moving(values, not inverted)
-        mixes = inverted and self._mixes
-        if mixes:  # the inputs are what becomes of it
+        arranges = inverted and self._arranges
+        if arranges:  # the inputs are what becomes of it
             passing = tuple([p.detach().requires_grad_(r) for p, r in zip(passing, self.needs_grad, strict=True)])
         else:
             passing = tuple([tape.input(i + (i >= bijection.moves), p) for i, p in enumerate(passing)])
@@ -208,15 +208,15 @@ class Run:
             x, *_ = moved(bijection, y, *h, in_place=owned)
         else:
             x, *_ = undone(bijection, y, *h, *kept, in_place=owned)
-        if mixes:
-            x, *_ = bijection.unmix(*[tape.input(i, v) for i, v in enumerate(bijection.mix(x, *passing))])
+        if arranges:
+            x, *_ = bijection.unarrange(*[tape.input(i, v) for i, v in enumerate(bijection.arrange(x, *passing))])
         else:
             x = tape.input(bijection.moves, x)
         tape.run_until_saved(self._turn, x, h, y if inverted else None)
 
     @property
-    def _mixes(self) -> bool:
-        return defines(self.bijection, "unmix")
+    def _arranges(self) -> bool:
+        return defines(self.bijection, "unarrange")
 
     def _moving(self, values: tuple[Any, ...], outputs: bool) -> tuple[Any, tuple[Any, ...], tuple[Any, ...]]:
         """Return the value that moves, those that pass, and what was kept behind outputs."""
@@ -224,9 +224,9 @@ class Run:
         if not outputs:
             x, *passing = _pick(values, bijection.moves)
             return x, tuple(passing), ()
-        if bijection.keeps:
+        if bijection.keeps_seen:
             return values[0], (), values[1:]
-        y, *passing = bijection.unmix(*values)
+        y, *passing = bijection.unarrange(*values)
         return y, tuple(passing), ()
 
     def _given(self, x: Any, passing: tuple[Any, ...], side: dict[str, Any]) -> tuple[Any, ...]:
@@ -242,9 +242,9 @@ class Run:
             log_det = -self._total(x, h, s or seen(bijection, x, *h)) if self.log_det else None
         else:
             y, *s = moved(bijection, x, *h)
-            kept = s if bijection.keeps else []
+            kept = s if bijection.keeps_seen else []
             log_det = self._total(x, h, s) if self.log_det else None
-        y = y.to(narrow.dtype) if bijection.wide else y
+        y = y.to(narrow.dtype) if bijection.widens else y
         return (y, *kept) if log_det is None else (y, *kept, log_det)
 
     def _total(self, x: Tensor, h: tuple[Any, ...], s: Any) -> Tensor:

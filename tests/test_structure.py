@@ -11,9 +11,8 @@ import invzoo as iz
 
 ROOT = pathlib.Path(iz.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
-ORDER = ["errors", "dtypes", "domains", "log_dets", "engine", "contract", "own_hooks", "protocol", "module", "layers", "shapes"]
-ORDER += ["containers", "blocks"]
-ORDER += ["flows", "testing", "demo", "cli", "__main__"]
+ORDER = ["errors", "dtypes", "domains", "log_dets", "engine", "contract", "own_hooks", "protocol", "module", "layers"]
+ORDER += ["shapes", "containers", "blocks", "flows", "testing", "demo", "cli", "__main__"]
 
 
 def level(parts):

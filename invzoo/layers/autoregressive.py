@@ -153,7 +153,7 @@ class MaskedAutoregressive(InvertibleModule):
         return self._restored(y.to(x.dtype))
 
     def log_slope(self, x: Tensor, context: Tensor | None, ordered: Tensor, h: Any, s: Any) -> Tensor:
-        return self.map.log_slope(widen(ordered) if self.map.wide else ordered, *h, *s)
+        return self.map.log_slope(widen(ordered) if self.map.widens else ordered, *h, *s)
 
     def undo(self, y: Tensor, context: Tensor | None) -> Tensor:
         return self._solution(y, context, None)

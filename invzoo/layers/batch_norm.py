@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ..dtypes import bounded, widen
 from ..log_dets import sum_per_sample
 from ..module import Inverse, InvertibleModule
+from ..protocol import Like
 from ._checks import check_features, check_like, check_positive, check_positive_int, refuse
 from .act_norm import dims_but, standardised
 from .elementwise import check_real
@@ -113,42 +114,42 @@ class InvertibleBatchNorm(HiddenStatistics):
         """The inverse by the running statistics, as in eval mode."""
         return Inverse(_ByRunningStatistics(self))
 
-    def function(self, x: Tensor) -> Any:
-        mean, std = self._statistics(x, track=True)
-        y = _AFFINE.forward(x, self.map_parameters(x, mean, std), 1)
-        return (y, mean, std) if self._uses_batch else y
+    def given(self, like: Like) -> tuple[Tensor | None, Tensor | None]:
+        log_scale = None if self.log_scale is None else bounded(widen(self.log_scale), self.max_log_scale)
+        return log_scale, None if self.bias is None else widen(self.bias)
 
-    def inverse(self, y: Tensor, *statistics: Tensor) -> Tensor:
-        return _AFFINE.inverse(y, self._given(y, statistics), 1)
+    def seen(
+        self, x: Tensor, log_scale: Tensor | None, shift: Tensor | None, *statistics: Tensor
+    ) -> tuple[Tensor, ...]:
+        return () if statistics or not self._uses_batch else self._statistics(x, track=True)
 
-    def inverse_with_log_det(self, y: Tensor, *statistics: Tensor) -> tuple[Tensor, Tensor]:
-        h = self._given(y, statistics)
-        x = _AFFINE.inverse(y, h, 1)
-        return x, -sum_per_sample(self, _AFFINE.log_slope(x, h, 1))
+    def move(self, x: Tensor, log_scale: Tensor | None, shift: Tensor | None, *statistics: Tensor) -> Tensor:
+        return _AFFINE.move(x, *self._affine(x, log_scale, shift, statistics))
 
-    def log_det(self, x: Tensor) -> Tensor:
-        h = self.map_parameters(x, *self._statistics(x, track=False))
-        return sum_per_sample(self, _AFFINE.log_slope(x, h, 1))
-
-    def function_and_log_det(self, x: Tensor) -> tuple[Any, Tensor]:
-        mean, std = self._statistics(x, track=True)
-        y, log_slope = _AFFINE.forward_and_log_slope(x, self.map_parameters(x, mean, std), 1)
-        return ((y, mean, std) if self._uses_batch else y), sum_per_sample(self, log_slope)
-
-    def map_parameters(self, x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-        """Return the log-scale and the shift of the whole layer, stacked and broadcast to ``x``."""
-        self._check(x)
-        zero = torch.zeros_like(mean)
-        log_scale = zero if self.log_scale is None else bounded(widen(self.log_scale), self.max_log_scale)
-        shift = zero if self.bias is None else widen(self.bias)
-        return per_feature(torch.cat(standardised(log_scale, shift, mean, std)), x, 1)
-
-    def _given(self, y: Tensor, statistics: tuple[Tensor, ...]) -> Tensor:
-        """Return the map's parameters by given statistics, or by the running ones."""
+    def undo(
+        self, y: Tensor, log_scale: Tensor | None, shift: Tensor | None, *statistics: Tensor
+    ) -> tuple[Tensor, ...]:
         if len(statistics) not in (0, 2):
             self._refuse_inverse(f"y and {len(statistics)} statistics")
+        statistics = statistics or self.running_statistics()
+        return _AFFINE.undo(y, *self._affine(y, log_scale, shift, statistics)), *statistics
+
+    def log_slope(self, x: Tensor, log_scale: Tensor | None, shift: Tensor | None, *statistics: Tensor) -> Tensor:
+        return _AFFINE.log_slope(x, *self._affine(x, log_scale, shift, statistics[-2:]))
+
+    def log_det(self, x: Tensor) -> Tensor:
+        self.check_argument("x", x)
+        statistics = self._statistics(x, track=False) if self._uses_batch else ()
+        return sum_per_sample(self, self.log_slope(x, *self.given(x), *statistics))
+
+    def _affine(
+        self, x: Tensor, log_scale: Tensor | None, shift: Tensor | None, statistics: tuple[Tensor, ...]
+    ) -> list[Tensor]:
+        """Return the log-scale and the shift of the whole layer, broadcast to ``x``."""
         mean, std = statistics or self.running_statistics()
-        return self.map_parameters(y, mean, std)
+        zero = torch.zeros_like(mean)
+        both = standardised(*(zero if p is None else p for p in (log_scale, shift)), mean, std)
+        return [per_feature(p, x, 1) for p in both]
 
     def running_statistics(self) -> tuple[Tensor, Tensor]:
         """Return the running mean and std, in at least float32."""
@@ -164,12 +165,7 @@ class InvertibleBatchNorm(HiddenStatistics):
         return self.training or self.running_mean is None
 
     def _statistics(self, x: Tensor, *, track: bool) -> tuple[Tensor, Tensor]:
-        self._check(x)
-        if not self._uses_batch:
-            return self.running_statistics()
         n = x.numel() // self.features
-        if n == 1:
-            refuse(self, "input", "have more than one value for each feature in training", f"shape {tuple(x.shape)}")
         mean, var = moments(widen(x), dims_but(x, 1), keepdim=False)
         if track and n > 0:
             self._track(mean, var * (n / (n - 1)))
@@ -187,12 +183,14 @@ class InvertibleBatchNorm(HiddenStatistics):
             share = self.num_batches_tracked.to(running.dtype).reciprocal() if self.momentum is None else self.momentum
             running.lerp_(new.to(running.dtype), share)
 
-    def _check(self, x: Tensor) -> None:
+    def check_argument(self, argument: str, x: Tensor) -> None:
         check_real(self, "input", x)
         check_features(self, "input", x, 1, self.features)
         for tensor in (self.log_scale, self.running_mean):
             if tensor is not None:
                 check_like(self, "input", x, tensor)
+        if argument == "x" and self._uses_batch and x.numel() == self.features:
+            refuse(self, "input", "have more than one value for each feature in training", f"shape {tuple(x.shape)}")
 
 
 class _ByRunningStatistics(InvertibleModule):
@@ -208,17 +206,13 @@ class _ByRunningStatistics(InvertibleModule):
         self.norm.compile(*args, **options)
         self._compiled = self.norm._compiled
 
-    def function(self, x: Tensor) -> Tensor:
-        return _AFFINE.forward(x, self._map_parameters(x), 1)
+    def given(self, like: Like) -> list[Tensor]:
+        return self.norm._affine(like, *self.norm.given(like), ())
 
-    def inverse(self, y: Tensor) -> Tensor:
-        return _AFFINE.inverse(y, self._map_parameters(y), 1)
+    move, undo, log_slope = _AFFINE.move, _AFFINE.undo, _AFFINE.log_slope
 
-    def log_det(self, x: Tensor) -> Tensor:
-        return sum_per_sample(self.norm, _AFFINE.log_slope(x, self._map_parameters(x), 1))
-
-    def _map_parameters(self, x: Tensor) -> Tensor:
-        return self.norm.map_parameters(x, *self.norm.running_statistics())
+    def check_argument(self, argument: str, x: Tensor) -> None:
+        self.norm.check_argument("y", x)
 
     def _name(self) -> str:
         return self.norm._name()

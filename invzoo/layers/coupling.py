@@ -101,9 +101,9 @@ class Update(Bijection):
         self.coupling, self.name, self.net, self.moves = coupling, name, net, moves
         self.map, self.dim = coupling.map, coupling.dim
 
-    volume_preserving, seen, move, undo, undo_at, move_, undo_, log_slope = (
+    volume_preserving, widens, seen, move, undo, undo_at, move_, undo_, log_slope = (
         property(attrgetter(f"map.{word}"))
-        for word in ("volume_preserving", "seen", "move", "undo", "undo_at", "move_", "undo_", "log_slope")
+        for word in ("volume_preserving", "widens", "seen", "move", "undo", "undo_at", "move_", "undo_", "log_slope")
     )
 
     def given(self, like: Like, other: Tensor, **side: Any) -> tuple[Any, ...]:

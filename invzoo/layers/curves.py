@@ -22,7 +22,7 @@ __all__ = ["Curve", "ImplicitCurve", "SinhArcsinhCurve", "SnakeCurve", "TwoSlope
 class Curve(Map):
     """A map whose maths is done in float32 at least, on parameters stacked in front: (n, ...). Abstract."""
 
-    wide = True
+    widens = True
 
     def parts(self, h: Tensor, like: Like, dim: int) -> tuple[Any, ...]:
         dim %= h.ndim

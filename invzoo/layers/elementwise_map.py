@@ -64,8 +64,8 @@ class ElementwiseMap(Conditioned):
     def map_parameters(self, like: Like, context: Any = None) -> Tensor:
         """Return the parameters stacked along ``dim``; their other dims are those of ``like``, or broadcast to them."""
 
-    wide, seen, move, undo, undo_at, move_, undo_ = (
-        property(attrgetter(f"map.{word}")) for word in ("wide", "seen", "move", "undo", "undo_at", "move_", "undo_")
+    widens, seen, move, undo, undo_at, move_, undo_ = (
+        property(attrgetter(f"map.{word}")) for word in ("widens", "seen", "move", "undo", "undo_at", "move_", "undo_")
     )
 
     def given(self, like: Like, *, context: Any = None) -> tuple[Any, ...]:

@@ -7,15 +7,9 @@ import torch
 from torch import Tensor
 
 from ._checks import check_positive_int, refuse
-from .norm import SampleNorm, standardise
+from .norm import SampleNorm, mean_and_rstd
 
 __all__ = ["InvertibleLayerNorm", "InvertibleRMSNorm"]
-
-
-def scale_to_unit(x: Tensor, dims: tuple[int, ...], eps: float) -> tuple[Tensor, Tensor]:
-    """Return ``x rrms`` with ``rrms = 1 / sqrt(mean(x^2) + eps)``, and the rrms over ``dims``."""
-    rrms = (x.square().mean(dims, keepdim=True) + eps).rsqrt()
-    return x * rrms, rrms
 
 
 class _TokenNorm(SampleNorm):
@@ -89,8 +83,12 @@ class InvertibleLayerNorm(_TokenNorm):
         shifts = elementwise_affine and bias
         super().__init__(normalized_shape, eps, elementwise_affine, shifts, max_log_scale, factory, **options)
 
-    def _standardise(self, x: Tensor, eps: float) -> tuple[Tensor, ...]:
-        return standardise(x, self._dims, eps)
+    def _statistics(self, x: Tensor, eps: float) -> tuple[Tensor, ...]:
+        return mean_and_rstd(x, self._dims, eps)
+
+    def _standardise(self, x: Tensor, *statistics: Tensor) -> Tensor:
+        mean, rstd = statistics
+        return x * rstd - mean * rstd
 
     def _restore(self, x: Tensor, *statistics: Tensor) -> Tensor:
         mean, rstd = statistics
@@ -144,8 +142,11 @@ class InvertibleRMSNorm(_TokenNorm):
         factory = {"device": device, "dtype": dtype}
         super().__init__(normalized_shape, eps, elementwise_affine, False, max_log_scale, factory, **options)
 
-    def _standardise(self, x: Tensor, eps: float) -> tuple[Tensor, ...]:
-        return scale_to_unit(x, self._dims, eps)
+    def _statistics(self, x: Tensor, eps: float) -> tuple[Tensor]:
+        return ((x.square().mean(self._dims, keepdim=True) + eps).rsqrt(),)
+
+    def _standardise(self, x: Tensor, *statistics: Tensor) -> Tensor:
+        return x * statistics[0]
 
     def _restore(self, x: Tensor, *statistics: Tensor) -> Tensor:
         return x / statistics[0]

@@ -9,13 +9,13 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..dtypes import bounded, widen
-from ..engine import tuple_of
 from ..module import InvertibleModule
+from ..protocol import Like
 from ._checks import check_features, check_like, check_positive, check_positive_int, refuse
 from .elementwise import check_real
 from .elementwise_map import per_feature
 
-__all__ = ["HiddenStatistics", "InvertibleGroupNorm", "SampleNorm", "moments", "standardise"]
+__all__ = ["HiddenStatistics", "InvertibleGroupNorm", "SampleNorm", "mean_and_rstd", "moments"]
 
 
 class HiddenStatistics(InvertibleModule):
@@ -25,13 +25,7 @@ class HiddenStatistics(InvertibleModule):
     """
 
     two_way = False
-
-    def forward(self, *inputs: Any, **side: Any) -> Any:
-        return tuple_of(super().forward(*inputs, **side))[0]
-
-    def forward_and_log_det(self, *inputs: Any, **side: Any) -> tuple[Any, Tensor]:
-        outputs, log_det = super().forward_and_log_det(*inputs, **side)
-        return tuple_of(outputs)[0], log_det
+    keeps_seen = True
 
 
 def moments(x: Tensor, dims: tuple[int, ...], *, keepdim: bool) -> tuple[Tensor, Tensor]:
@@ -43,11 +37,10 @@ def moments(x: Tensor, dims: tuple[int, ...], *, keepdim: bool) -> tuple[Tensor,
     return mean, var
 
 
-def standardise(x: Tensor, dims: tuple[int, ...], eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ``(x - mean) rstd`` with ``rstd = 1 / sqrt(var + eps)``, and the mean and rstd over ``dims``."""
+def mean_and_rstd(x: Tensor, dims: tuple[int, ...], eps: float) -> tuple[Tensor, Tensor]:
+    """Return the mean and ``rstd = 1 / sqrt(var + eps)`` over ``dims``."""
     mean, var = moments(x, dims, keepdim=True)
-    rstd = (var + eps).rsqrt()
-    return x * rstd - mean * rstd, mean, rstd
+    return mean, (var + eps).rsqrt()
 
 
 class SampleNorm(HiddenStatistics):
@@ -56,6 +49,7 @@ class SampleNorm(HiddenStatistics):
     Everything is computed in at least float32, and the statistics stay in it.
     """
 
+    widens = True
     statistics: ClassVar[tuple[str, ...]] = ("mean", "rstd")
 
     eps: float | None
@@ -90,41 +84,46 @@ class SampleNorm(HiddenStatistics):
         """``e^s``, in at least float32."""
         return None if self.log_scale is None else bounded(widen(self.log_scale), self.max_log_scale).exp()
 
-    def function(self, x: Tensor) -> tuple[Tensor, ...]:
+    def check_argument(self, argument: str, x: Tensor) -> None:
         self._check(x)
-        wide = widen(x)
-        y, *statistics = self._standardise(wide, torch.finfo(wide.dtype).eps if self.eps is None else self.eps)
-        if (weight := self.weight) is not None:
-            y = y * self._aligned(weight, y)
-        if self.bias is not None:
-            y = y + self._aligned(widen(self.bias), y)
-        return y.to(x.dtype), *statistics
 
-    def inverse(self, y: Tensor, *statistics: Tensor) -> Tensor:
-        self._check(y)
+    def given(self, like: Like) -> tuple[Tensor | None, Tensor | None]:
+        weight, bias = self.weight, None if self.bias is None else widen(self.bias)
+        return tuple(None if p is None else self._aligned(p, like) for p in (weight, bias))  # type: ignore[return-value]
+
+    def seen(self, x: Tensor, *h: Any) -> tuple[Tensor, ...]:
+        return self._statistics(x, torch.finfo(x.dtype).eps if self.eps is None else self.eps)
+
+    def move(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, *statistics: Tensor) -> Tensor:
+        y = self._standardise(x, *statistics)
+        if weight is not None:
+            y = y * weight
+        return y if bias is None else y + bias
+
+    def undo(self, y: Tensor, weight: Tensor | None, bias: Tensor | None, *statistics: Tensor) -> Tensor:
         if len(statistics) != len(self.statistics):
             expected = f"be given y, {', '.join(self.statistics)}, as function returns them"
             refuse(self, "inverse", expected, f"y and {len(statistics)} statistics", TypeError)
-        x = widen(y)
-        if self.bias is not None:
-            x = x - self._aligned(widen(self.bias), x)
-        if (weight := self.weight) is not None:
-            x = x / self._aligned(weight, x)
-        return self._restore(x, *statistics).to(y.dtype)
+        x = y if bias is None else y - bias
+        return self._restore(x if weight is None else x / weight, *statistics)
 
     @abstractmethod
     def _check(self, x: Tensor) -> None:
         """Raise if x does not fit."""
 
     @abstractmethod
-    def _standardise(self, x: Tensor, eps: float) -> tuple[Tensor, ...]:
-        """Return x standardised, and its statistics."""
+    def _statistics(self, x: Tensor, eps: float) -> tuple[Tensor, ...]:
+        """Return what x is standardised by."""
+
+    @abstractmethod
+    def _standardise(self, x: Tensor, *statistics: Tensor) -> Tensor:
+        """Return x standardised."""
 
     @abstractmethod
     def _restore(self, x: Tensor, *statistics: Tensor) -> Tensor:
         """Undo :meth:`_standardise`."""
 
-    def _aligned(self, parameter: Tensor, x: Tensor) -> Tensor:
+    def _aligned(self, parameter: Tensor, like: Like) -> Tensor:
         return parameter
 
     def _check_like(self, x: Tensor) -> None:
@@ -191,10 +190,13 @@ class InvertibleGroupNorm(SampleNorm):
         self._check_like(x)
         check_features(self, "input", x, 1, self.channels)
 
-    def _standardise(self, x: Tensor, eps: float) -> tuple[Tensor, ...]:
+    def _statistics(self, x: Tensor, eps: float) -> tuple[Tensor, ...]:
         groups = self._grouped(x)
-        y, mean, rstd = standardise(groups, tuple(range(2, groups.ndim)), eps)
-        return y.reshape(x.shape), mean, rstd
+        return mean_and_rstd(groups, tuple(range(2, groups.ndim)), eps)
+
+    def _standardise(self, x: Tensor, *statistics: Tensor) -> Tensor:
+        mean, rstd = statistics
+        return (self._grouped(x) * rstd - mean * rstd).reshape(x.shape)
 
     def _restore(self, x: Tensor, *statistics: Tensor) -> Tensor:
         mean, rstd = statistics
@@ -203,8 +205,8 @@ class InvertibleGroupNorm(SampleNorm):
     def _grouped(self, x: Tensor) -> Tensor:
         return rearrange(x, "b (g c) ... -> b g c ...", g=self.groups)
 
-    def _aligned(self, parameter: Tensor, x: Tensor) -> Tensor:
-        return per_feature(parameter, x, 1)
+    def _aligned(self, parameter: Tensor, like: Like) -> Tensor:
+        return per_feature(parameter, like, 1)
 
     def extra_repr(self) -> str:
         return f"{self.groups}, {self.channels}, eps={self.eps}, affine={self.bias is not None}"

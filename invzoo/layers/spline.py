@@ -88,7 +88,7 @@ class RationalQuadratic(Map):
     min_slope: float = 1e-2
     gain: float = 0.1
 
-    wide = True
+    widens = True
 
     @property
     def parameters(self) -> int:

@@ -9,9 +9,12 @@ import torch
 from torch import Tensor, nn
 
 import invzoo as iz
+from invzoo.dtypes import widen
 from invzoo.engine.memory import track_memory
+from invzoo.layers.maps import Map
+from invzoo.protocol import moved, undone
 
-__all__ = ["close", "inputs", "jacobian", "kept_by", "perturbed", "refused", "there_and_back"]
+__all__ = ["back", "close", "inputs", "jacobian", "kept_by", "perturbed", "refused", "there", "there_and_back"]
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -22,6 +25,18 @@ def perturbed(module: Module, size: float) -> Module:
         for p in module.parameters():
             p.add_(size * torch.randn_like(p))
     return module
+
+
+def there(map_: Map, x: Tensor, h: Tensor, dim: int = 1) -> tuple[Tensor, Tensor]:
+    """Move values by a map with these parameters; return them, and the log-slopes."""
+    h = map_.parts(h, x, dim)
+    y, *s = moved(map_, x, *h)
+    return y, map_.log_slope(widen(x) if map_.widens else x, *h, *s).expand_as(x)
+
+
+def back(map_: Map, y: Tensor, h: Tensor, dim: int = 1) -> Tensor:
+    """Undo it."""
+    return undone(map_, y, *map_.parts(h, y, dim))[0]
 
 
 def inputs(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:

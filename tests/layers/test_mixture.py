@@ -9,6 +9,7 @@ from torch.testing import assert_close
 
 import invzoo as iz
 from invzoo.layers.mixture import MixtureOfLogistics
+from tests.layers.helpers import back, there
 
 
 def draw(mixture, *shape, size=10.0, dtype=torch.float64):
@@ -38,13 +39,13 @@ def reference(mixture, x, h):
 def test_agrees_with_plain_sums(mixture):
     x, h = draw(mixture, 60, 1, size=1 / mixture.gain)
     wanted = torch.tensor([reference(mixture, a, b) for a, b in zip(x.flatten().tolist(), h)], dtype=torch.float64)
-    y, log_slope = mixture.forward_and_log_slope(x, h, 1)
+    y, log_slope = there(mixture, x, h, 1)
     assert_close(y.flatten(), wanted[:, 0])
     assert_close(log_slope.exp().flatten(), wanted[:, 1])
-    assert_close(mixture.forward(x, h, 1), y)
-    assert_close(mixture.log_slope(x, h, 1), log_slope)
+    assert_close(there(mixture, x, h, 1)[0], y)
+    assert_close(there(mixture, x, h, 1)[1], log_slope)
     assert_close(torch.autograd.grad(y.sum(), x)[0].log(), log_slope)
-    assert_close(mixture.inverse(y, h, 1), x)
+    assert_close(back(mixture, y, h, 1), x)
 
 
 @pytest.mark.parametrize("dim", [1, 2, -1])
@@ -54,13 +55,13 @@ def test_blocks_lie_along_dim_and_broadcast(dim):
     shape = [1, 1, 1]
     shape[dim] = mixture.parameters * x.shape[dim]
     h = 10 * torch.randn(shape, dtype=torch.float64)
-    y, log_slope = mixture.forward_and_log_slope(x, h, dim)
+    y, log_slope = there(mixture, x, h, dim)
     blocks = h.flatten().view(mixture.parameters, -1)
     for i in range(x.shape[dim]):
         each, inputs = blocks[:, i].unsqueeze(0), x.select(dim, i).reshape(-1, 1)
-        assert_close(y.select(dim, i).reshape(-1, 1), mixture.forward(inputs, each, 1))
-        assert_close(log_slope.select(dim, i).reshape(-1, 1), mixture.log_slope(inputs, each, 1))
-    assert_close(mixture.inverse(y, h, dim), x)
+        assert_close(y.select(dim, i).reshape(-1, 1), there(mixture, inputs, each, 1)[0])
+        assert_close(log_slope.select(dim, i).reshape(-1, 1), there(mixture, inputs, each, 1)[1])
+    assert_close(back(mixture, y, h, dim), x)
 
 
 @pytest.mark.parametrize("components", [1, 2, 4, 16])
@@ -68,7 +69,7 @@ def test_zero_parameters_are_nearly_the_identity(components):
     mixture = MixtureOfLogistics(components)
     x = torch.linspace(-30, 30, 601, dtype=torch.float64).unsqueeze(1)
     h = torch.zeros(1, mixture.parameters, dtype=torch.float64)
-    y, log_slope = mixture.forward_and_log_slope(x, h, 1)
+    y, log_slope = there(mixture, x, h, 1)
     assert_close(y, x, rtol=0, atol=0.05)
     assert -0.03 < log_slope.min() <= log_slope.max() < 1e-12
 
@@ -89,8 +90,8 @@ def test_comes_back_as_exactly_as_rounding_allows(size, dtype):
     h[:, -1] = 0  # the shift alone has no bound
     x = 3 * torch.randn(2000, 1, dtype=dtype)
     x[:50] *= 1e5
-    y, log_slope = mixture.forward_and_log_slope(x, h, 1)
-    errors = (mixture.inverse(y, h, 1) - x).abs() * log_slope.exp() / y.abs().clamp(min=1)
+    y, log_slope = there(mixture, x, h, 1)
+    errors = (back(mixture, y, h, 1) - x).abs() * log_slope.exp() / y.abs().clamp(min=1)
     assert errors.max() < 32 * torch.finfo(dtype).eps
     assert -7.5 < log_slope.min() <= log_slope.max() <= 2 + 1e-5
 
@@ -99,7 +100,7 @@ def test_increases():
     mixture = MixtureOfLogistics()
     x = torch.linspace(-10, 10, 5001, dtype=torch.float64).expand(20, 1, -1)
     h = 100 * torch.randn(20, mixture.parameters, 1, dtype=torch.float64)
-    assert (mixture.forward(x, h, 1).diff() > 0).all()
+    assert (there(mixture, x, h, 1)[0].diff() > 0).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -107,29 +108,29 @@ def test_far_values_have_the_slope_of_one_component(dtype):
     mixture = MixtureOfLogistics(2, gain=1.0)
     h = torch.tensor([[0.0, 0.0, 1.0, -1.0, 0.5, -0.5, 0.0, 0.0]], dtype=dtype)
     x = torch.tensor([[-1e6], [1e6], [-100.0], [100.0]], dtype=dtype, requires_grad=True)
-    y, log_slope = mixture.forward_and_log_slope(x, h, 1)
+    y, log_slope = there(mixture, x, h, 1)
     slow = torch.full_like(x, -math.tanh(0.5))  # the wider component fills both tails
     assert_close(log_slope, slow, rtol=0, atol=1e-5)
     assert_close(torch.autograd.grad(y.sum(), x)[0].log(), slow, rtol=0, atol=1e-3)
-    assert_close(mixture.inverse(y, h, 1), x)
+    assert_close(back(mixture, y, h, 1), x)
 
 
 def test_nan_passes():
     mixture = MixtureOfLogistics()
     h = torch.randn(2, mixture.parameters)
     x = torch.tensor([[math.nan], [0.5]])
-    for function in (mixture.forward, mixture.inverse, mixture.log_slope):
-        assert function(x, h, 1).isnan().flatten().tolist() == [True, False]
+    for values in (*there(mixture, x, h), back(mixture, x, h)):
+        assert values.isnan().flatten().tolist() == [True, False]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_halves_are_computed_in_float32(dtype):
     mixture = MixtureOfLogistics()
     x, h = (t.detach().to(dtype) for t in draw(mixture, 50, 3))
-    y, log_slope = mixture.forward_and_log_slope(x, h, 1)
+    y, log_slope = there(mixture, x, h, 1)
     assert (y.dtype, log_slope.dtype) == (dtype, torch.float32)
-    assert torch.equal(y, mixture.forward(x.float(), h.float(), 1).to(dtype))
-    assert torch.equal(mixture.inverse(x, h, 1), mixture.inverse(x.float(), h.float(), 1).to(dtype))
+    assert torch.equal(y, there(mixture, x.float(), h.float(), 1)[0].to(dtype))
+    assert torch.equal(back(mixture, x, h, 1), back(mixture, x.float(), h.float(), 1).to(dtype))
 
 
 # ---- the coupling ---------------------------------------------------------------------------------------------------
@@ -141,8 +142,8 @@ def test_coupling_moves_each_half_by_the_other():
     layer = iz.MixtureLogisticCoupling(f, g, components=3)
     x = torch.randn(5, 4, dtype=torch.float64)
     x1, x2 = x.chunk(2, 1)
-    y1 = mixture.forward(x1, f(x2), 1)
-    assert_close(layer(x), torch.cat((y1, mixture.forward(x2, g(y1), 1)), 1))
+    y1 = there(mixture, x1, f(x2), 1)[0]
+    assert_close(layer(x), torch.cat((y1, there(mixture, x2, g(y1), 1)[0]), 1))
     jacobians = torch.func.vmap(torch.func.jacrev(lambda v: layer.function(v[None])[0]))(x)
     assert_close(layer.forward_and_log_det(x)[1], torch.linalg.slogdet(jacobians)[1])
     assert_close(layer.inverse_and_log_det(layer(x))[1], -torch.linalg.slogdet(jacobians)[1])

@@ -8,7 +8,10 @@ from torch import nn
 from torch.testing import assert_close
 
 import invzoo as iz
+from invzoo.engine import tuple_of
 from invzoo.layers.spline import RationalQuadratic, _Bin
+from invzoo.protocol import moved
+from tests.layers.helpers import back, there
 
 TAILS = ["linear", "circular"]
 
@@ -83,15 +86,15 @@ def test_agrees_with_the_papers_formulas(tails, bins, bound, gain):
     spline = spline_of(bins, bound, tails, gain=gain)
     x, h = draw(spline, 60, 1)
     wanted = [reference(spline, a, b) for a, b in zip(x.flatten().tolist(), h)]
-    y, log_slope = spline.forward_and_log_slope(x, h, 1)
+    y, log_slope = there(spline, x, h, 1)
     assert_close(y.flatten(), torch.tensor([v for v, _ in wanted], dtype=torch.float64))
     assert_close(log_slope.exp().flatten(), torch.tensor([v for _, v in wanted], dtype=torch.float64))
-    assert_close(spline.forward(x, h, 1), y)
-    assert_close(spline.log_slope(x, h, 1), log_slope)
+    assert_close(there(spline, x, h, 1)[0], y)
+    assert_close(there(spline, x, h, 1)[1], log_slope)
     assert_close(torch.autograd.grad(y.sum(), x)[0].log(), log_slope)
     if tails == "linear":
         wanted = [reference_inverse(spline, a, b) for a, b in zip(x.flatten().tolist(), h)]
-        assert_close(spline.inverse(x, h, 1).flatten(), torch.tensor(wanted, dtype=torch.float64))
+        assert_close(back(spline, x, h, 1).flatten(), torch.tensor(wanted, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("tails", TAILS)
@@ -102,14 +105,14 @@ def test_blocks_lie_along_dim_and_broadcast(tails, dim):
     shape = [1, 1, 1]
     shape[dim] = spline.parameters * x.shape[dim]
     h = torch.randn(shape, dtype=torch.float64)
-    y, log_slope = spline.forward_and_log_slope(x, h, dim)
+    y, log_slope = there(spline, x, h, dim)
     blocks = h.flatten().view(spline.parameters, -1)
     for i in range(x.shape[dim]):
         each = blocks[:, i].expand(x.select(dim, i).numel(), -1)
         inputs = x.select(dim, i).reshape(-1, 1)
-        assert_close(y.select(dim, i).reshape(-1, 1), spline.forward(inputs, each, 1))
-        assert_close(log_slope.select(dim, i).reshape(-1, 1), spline.log_slope(inputs, each, 1))
-    assert_close(spline.inverse(y, h, dim), x)
+        assert_close(y.select(dim, i).reshape(-1, 1), there(spline, inputs, each, 1)[0])
+        assert_close(log_slope.select(dim, i).reshape(-1, 1), there(spline, inputs, each, 1)[1])
+    assert_close(back(spline, y, h, dim), x)
 
 
 @pytest.mark.parametrize("tails", TAILS)
@@ -120,9 +123,9 @@ def test_zero_parameters_are_the_identity(tails, bins, dtype):
     x = torch.linspace(-4, 4, 201, dtype=dtype).view(-1, 1)
     h = torch.zeros(1, spline.parameters, dtype=dtype)
     rounding = {"rtol": 0, "atol": 8 * torch.finfo(dtype).eps}
-    y, log_slope = spline.forward_and_log_slope(x, h, 1)
+    y, log_slope = there(spline, x, h, 1)
     assert_close(y, x, **rounding)
-    assert_close(spline.inverse(x, h, 1), x, **rounding)
+    assert_close(back(spline, x, h, 1), x, **rounding)
     assert_close(log_slope, torch.zeros_like(x), **rounding)
 
 
@@ -134,10 +137,10 @@ def test_increases_and_comes_back_whatever_the_parameters(tails, size):
         nan=0.0, posinf=size, neginf=-size
     )
     x = torch.linspace(-4, 4, 3001, dtype=torch.float64).expand(4, 1, -1)
-    y, log_slope = spline.forward_and_log_slope(x, h, 1)
+    y, log_slope = there(spline, x, h, 1)
     assert (y.diff() > 0).all()
     assert log_slope.isfinite().all()
-    errors = (spline.inverse(y, h, 1) - x).abs() * log_slope.exp()
+    errors = (back(spline, y, h, 1) - x).abs() * log_slope.exp()
     assert errors.max() < 1e-13  # it is the rounding of y that comes back
     if tails == "linear":
         assert torch.equal(y[x.abs() >= spline.bound], x[x.abs() >= spline.bound])
@@ -166,7 +169,7 @@ def test_the_derivative_is_continuous_at_knots_and_ends(tails):
     knots, _, slopes = knots_of(spline, h[0])
     at = torch.tensor(knots, dtype=torch.float64).unsqueeze(1)
     for side in (-1e-10, 0, 1e-10):
-        slope = spline.log_slope(at + side, h, 1).exp()
+        slope = there(spline, at + side, h, 1)[1].exp()
         assert_close(slope.flatten(), torch.tensor(slopes, dtype=torch.float64), rtol=1e-6, atol=0)
 
 
@@ -174,13 +177,13 @@ def test_circular_tails_map_the_circle():
     spline = spline_of(4, math.pi, "circular")
     x, h = draw(spline, 50, 1)
     x = x.detach().remainder(2 * math.pi) - math.pi
-    y, log_slope = spline.forward_and_log_slope(x, h, 1)
+    y, log_slope = there(spline, x, h, 1)
     assert y.abs().max() <= math.pi
     for turns in (-3, 1, 2):
         further = x + 2 * math.pi * turns
-        assert_close(spline.forward(further, h, 1), y + 2 * math.pi * turns)
-        assert_close(spline.log_slope(further, h, 1), log_slope)
-        assert_close(spline.inverse(y + 2 * math.pi * turns, h, 1), further)
+        assert_close(there(spline, further, h, 1)[0], y + 2 * math.pi * turns)
+        assert_close(there(spline, further, h, 1)[1], log_slope)
+        assert_close(back(spline, y + 2 * math.pi * turns, h, 1), further)
 
 
 @pytest.mark.parametrize("tails", TAILS)
@@ -194,10 +197,10 @@ def test_extreme_values_and_knots_have_finite_gradients(tails, dtype):
     x = torch.cat((knots, beside, torch.tensor([-1e6, 1e6, -0.0], dtype=dtype))).unsqueeze(1).requires_grad_()
     for size in (0, 1):
         h = (size * torch.randn(1, spline.parameters, dtype=dtype)).requires_grad_()
-        y, log_slope = spline.forward_and_log_slope(x, h, 1)
-        back = spline.inverse(y, h, 1)
-        assert_close(back, x, rtol=1e-5 if dtype is torch.float32 else 1e-12, atol=1e-5)
-        for outputs in (y, log_slope, back):
+        y, log_slope = there(spline, x, h, 1)
+        found = back(spline, y, h, 1)
+        assert_close(found, x, rtol=1e-5 if dtype is torch.float32 else 1e-12, atol=1e-5)
+        for outputs in (y, log_slope, found):
             gradients = torch.autograd.grad(outputs.sum(), (x, h), create_graph=True)
             assert all(g.isfinite().all() for g in gradients)
             seconds = torch.autograd.grad(sum(g.sum() for g in gradients), (x, h), retain_graph=True)
@@ -207,26 +210,27 @@ def test_extreme_values_and_knots_have_finite_gradients(tails, dtype):
 def test_nan_and_infinity_pass():
     h = torch.randn(1, NARROW.parameters)
     x = torch.tensor([[math.nan], [math.inf], [-math.inf]])
-    for y in (NARROW.forward(x, h, 1), NARROW.inverse(x, h, 1)):
+    for y in (there(NARROW, x, h, 1)[0], back(NARROW, x, h, 1)):
         assert_close(y, x, equal_nan=True)
-    assert_close(NARROW.log_slope(x, h, 1), torch.tensor([[math.nan], [0.0], [0.0]]), equal_nan=True)
+    assert_close(there(NARROW, x, h, 1)[1], torch.tensor([[math.nan], [0.0], [0.0]]), equal_nan=True)
 
 
 @pytest.mark.parametrize("tails", TAILS)
 def test_float32_agrees_with_float64(tails):
     spline = spline_of(tails=tails)
     x, h = (t.detach().float() for t in draw(spline, 500, 3, size=2.0))
-    for function in (spline.forward, spline.inverse, spline.log_slope):
-        assert_close(function(x, h, 1).double(), function(x.double(), h.double(), 1), rtol=1e-4, atol=1e-4)
+    for function in (there, back):
+        found, wanted = function(spline, x, h), function(spline, x.double(), h.double())
+        assert_close([v.double() for v in tuple_of(found)], [*tuple_of(wanted)], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_halves_are_computed_in_float32(dtype):
     x, h = (t.detach().to(dtype) for t in draw(NARROW, 50, 3))
-    y, log_slope = NARROW.forward_and_log_slope(x, h, 1)
+    y, log_slope = there(NARROW, x, h, 1)
     assert (y.dtype, log_slope.dtype) == (dtype, torch.float32)
-    assert torch.equal(y, NARROW.forward(x.float(), h.float(), 1).to(dtype))
-    assert torch.equal(NARROW.inverse(x, h, 1), NARROW.inverse(x.float(), h.float(), 1).to(dtype))
+    assert torch.equal(y, there(NARROW, x.float(), h.float(), 1)[0].to(dtype))
+    assert torch.equal(back(NARROW, x, h, 1), back(NARROW, x.float(), h.float(), 1).to(dtype))
 
 
 def test_autograd_keeps_two_numbers_for_each_bin():
@@ -239,7 +243,7 @@ def test_autograd_keeps_two_numbers_for_each_bin():
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        kept = spline.forward(x, h * 1.0, 1)
+        kept = moved(spline, x, *spline.parts(h * 1.0, x, 1))[0]
     assert sum(sizes.values()) < (2 * 64 + 4 * 64 / 8 + 45) * x.numel() * 8
     assert kept.shape == x.shape
 
@@ -274,13 +278,13 @@ def test_without_tails_the_ends_stay_and_have_free_slopes(bound, dtype):
     h = 2 * torch.randn(50, spline.parameters, dtype=dtype)
     for end in (-bound, bound):
         x = torch.full((50, 1), end, dtype=dtype).requires_grad_()
-        for function in (spline.forward, spline.inverse):
-            y = function(x, h, 1)
+        for function in (there, back):
+            y = tuple_of(function(spline, x, h))[0]
             assert_close(y, x, rtol=0, atol=0)
             gradient = torch.autograd.grad(y.sum(), x)[0]
             assert (gradient > 0).all()
             if dtype is torch.float64:
-                slope = spline.log_slope(x, h, 1).exp()
+                slope = there(spline, x, h, 1)[1].exp()
                 assert_close(gradient, slope if function == spline.forward else 1 / slope)
                 assert slope.std() > 0.1
 
@@ -289,11 +293,11 @@ def test_without_tails_values_are_those_of_the_papers_formulas():
     spline = spline_of(5, 2.0, None)
     h = torch.randn(60, spline.parameters, dtype=torch.float64)
     x = torch.rand(60, 1, dtype=torch.float64).mul(3.9).sub(1.95).requires_grad_()
-    y, log_slope = spline.forward_and_log_slope(x, h, 1)
+    y, log_slope = there(spline, x, h, 1)
     wanted = [reference(spline, a, b) for a, b in zip(x.flatten().tolist(), h)]
     assert_close(y.flatten(), torch.tensor([v for v, _ in wanted], dtype=torch.float64))
     assert_close(log_slope.exp().flatten(), torch.tensor([v for _, v in wanted], dtype=torch.float64))
-    assert_close(spline.inverse_and_log_slope(y, h, 1), (x, log_slope))
+    assert_close(back(spline, y, h, 1), x)
 
 
 LAYERS_WITHOUT_TAILS = {
@@ -349,8 +353,8 @@ def test_coupling_moves_each_half_by_the_other(tails):
     layer = iz.RationalQuadraticCoupling(f, g, bins=4, bound=2.0, tails=tails)
     x = torch.randn(5, 4, dtype=torch.float64)
     x1, x2 = x.chunk(2, 1)
-    y1 = spline.forward(x1, f(x2), 1)
-    assert_close(layer(x), torch.cat((y1, spline.forward(x2, g(y1), 1)), 1))
+    y1 = there(spline, x1, f(x2), 1)[0]
+    assert_close(layer(x), torch.cat((y1, there(spline, x2, g(y1), 1)[0]), 1))
     jacobians = torch.func.vmap(torch.func.jacrev(lambda v: layer.function(v[None])[0]))(x)
     assert_close(layer.forward_and_log_det(x)[1], torch.linalg.slogdet(jacobians)[1])
     assert_close(layer.inverse_and_log_det(layer(x))[1], -torch.linalg.slogdet(jacobians)[1])
@@ -371,7 +375,7 @@ def test_each_feature_has_a_spline_of_its_own_and_the_context_adds_to_it():
     for each in (plain, layer):
         nn.init.normal_(each.weight)
     h = layer.weight.flatten() + layer.conditioner(context)
-    assert_close(layer(x, context=context), layer.map.forward(x, h.unsqueeze(2), 1))
+    assert_close(layer(x, context=context), there(layer.map, x, h.unsqueeze(2), 1)[0])
     nn.init.zeros_(layer.conditioner.weight)
     nn.init.zeros_(layer.conditioner.bias)
     plain.load_state_dict({"weight": layer.weight})

@@ -146,27 +146,27 @@ class PlainDtype(Scale):
         return super().log_det(x).float()
 
 
-class SharesWork(Scale):  # the log-determinant by the shared methods alone
-    log_det = iz.InvertibleModule.log_det
+class InWords(Scale):  # the log-determinant by its values' slopes
+    function, inverse, log_det = (getattr(iz.InvertibleModule, name) for name in ("function", "inverse", "log_det"))
 
-    def function_and_log_det(self, x):
-        return self.function(x), Scale.log_det(self, x)
+    def move(self, x):
+        return Scale.function(self, x)
 
-    def inverse_with_log_det(self, y):
-        return self.inverse(y), -Scale.log_det(self, y)
+    def undo(self, y):
+        return Scale.inverse(self, y)
 
-
-class SharesWorkWrongly(SharesWork):
-    def function_and_log_det(self, x):
-        return self.function(x), -Scale.log_det(self, x)
+    def log_slope(self, x):
+        return Scale.log_det(self, x)
 
 
-class WrongAlone(Scale):
+class WrongInWords(InWords):
+    def log_slope(self, x):
+        return -super().log_slope(x)
+
+
+class WrongAlone(InWords):
     def log_det(self, x):
         return -super().log_det(x)
-
-    def function_and_log_det(self, x):
-        return self.function(x), Scale.log_det(self, x)
 
 
 @pytest.mark.parametrize(
@@ -183,7 +183,7 @@ class WrongAlone(Scale):
         (ClaimsVolume, "the log-determinant to be that of autograd's Jacobian"),
         (Refuses, "no error in assert_log_det; got TypeError"),
         (PlainDtype, "to be torch.float64; got torch.float32"),
-        (SharesWorkWrongly, "the log-determinant to be that of autograd's Jacobian"),
+        (WrongInWords, "the log-determinant to be that of autograd's Jacobian"),
         (WrongAlone, "the log-determinant to be that of autograd's Jacobian"),
     ],
 )
@@ -192,8 +192,8 @@ def test_log_det(defect, message):
         testing.assert_log_det(defect(), X)
 
 
-def test_log_det_of_a_layer_that_shares_its_work():
-    testing.assert_log_det(SharesWork(), X)
+def test_log_det_of_a_layer_in_words():
+    testing.assert_log_det(InWords(), X)
 
 
 class Undefined(Scale):

@@ -8,8 +8,8 @@ from torch import nn
 
 import invzoo as iz
 from invzoo.engine.surroundings import Surroundings
-from invzoo.layers.coupling import _Update
 from invzoo.layers.elementwise_map import ElementwiseMap
+from invzoo.layers.maps import Shift
 from invzoo.layers.matrix import Free, Householder
 
 CASES = {case.name: case for case in iz.testing.cases()}
@@ -138,8 +138,8 @@ PLANTED = {
         "OrthogonalDownsample[random]",
     ),
     "memcnn: a replay that evaluates other than its forward": (
-        _Update,
-        {"_move_back": lambda self, y, h, in_place=False: y - 1.001 * h},
+        Shift,
+        {"undo": lambda self, y, h: y - 1.001 * h, "undo_": lambda self, y, h: y.sub_(1.001 * h)},
         "AdditiveCoupling",
     ),
 }
