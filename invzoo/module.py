@@ -137,7 +137,7 @@ class InvertibleModule(Bijection, nn.Module):
         with self._freeing(inputs):
             self.prepare(inputs, inverted=False)
             outputs = self.through_engine(inputs, side)
-        return outputs[0] if self.keeps_seen else outputs
+        return engine.tuple_of(outputs)[0] if self.keeps_seen else outputs
 
     def forward_and_log_det(self, *inputs: Any, **side: Any) -> tuple[Any, Tensor]:
         """Return what the layer returns, and log abs det of its Jacobian per sample, with the same memory.
@@ -316,7 +316,7 @@ def _check_call(layer: InvertibleModule, values: tuple[Any, ...], side: dict[str
     """Refuse a side input that the layer does not take, one by position, and values that it cannot map."""
     if side:
         layer.side_names().check(layer, side)
-    if len(values) > 1 and not layer.keeps and len(values) > (takes := _takes(layer, run.inverted)):
+    if len(values) > 1 and not layer.keeps_seen and len(values) > (takes := _takes(layer, run.inverted)):
         names = " and ".join(f"`{name}=`" for name in sorted(layer.side_names().names))
         hint = f". Pass {names} by name" if names else ""
         refuse(layer, "inputs", f"be {takes} by position", f"{len(values)}{hint}", TypeError)

@@ -8,24 +8,24 @@ from torch import nn
 
 import invzoo as iz
 from invzoo.engine.surroundings import Surroundings
-from invzoo.layers.elementwise_map import ElementwiseMap
 from invzoo.layers.maps import Shift
 from invzoo.layers.matrix import Free, Householder
+from invzoo.protocol import Run
 
 CASES = {case.name: case for case in iz.testing.cases()}
 
 
-def wrong_sign_back(self, *outputs, **side):
-    inputs = self.inverse(*outputs, **side)
-    return inputs, self.log_det(inputs, **side)
+def wrong_sign_back(self, x, h, s, plain=Run._total):
+    total = plain(self, x, h, s)
+    return -total if self.inverted else total
 
 
 def per_position(self, x):
     return self.log_slope(x).flatten(1)[:, :-1].sum(1, keepdim=True).expand(-1, 2)
 
 
-def per_feature(self, x, context=None):
-    return self.log_slope(x, context).flatten()
+def per_feature(self, x, h, s):
+    return self.bijection.log_slope(x, *h, *s).flatten()
 
 
 def at_the_output(self, y, **side):
@@ -64,8 +64,8 @@ def two_dims(owner, argument, value):
 
 PLANTED = {
     "1. FrEIA LearnedElementwiseScaling: log-det of the inverse has the wrong sign": (
-        iz.ElementwiseAffine,
-        {"inverse_with_log_det": wrong_sign_back},
+        Run,
+        {"_total": wrong_sign_back},
         "ElementwiseAffine",
     ),
     "2a. FrEIA InvertibleSigmoid: log-det of shape (B, ...)": (
@@ -79,8 +79,8 @@ PLANTED = {
         "InvertibleSigmoid",
     ),
     "3. nflows GatedLinearUnit: log-det of shape (B D,)": (
-        ElementwiseMap,
-        {"log_det": per_feature, "function_and_log_det": iz.InvertibleModule.function_and_log_det},
+        Run,
+        {"_total": per_feature},
         "ElementwiseAffine",
     ),
     "4a. FrEIA IResNetLayer: log-det of the inverse at z": (
