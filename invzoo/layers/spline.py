@@ -88,8 +88,6 @@ class RationalQuadratic(Map):
     min_slope: float = 1e-2
     gain: float = 0.1
 
-    widens = True
-
     @property
     def parameters(self) -> int:
         return 3 * self.bins + _SLOPES[self.tails]
@@ -148,7 +146,7 @@ class RationalQuadratic(Map):
 
     def _enter(self, x: Tensor) -> Tensor:
         """Return ``x`` in the interval; elsewhere 0, or with circular tails the same point of the circle."""
-        inner = x.masked_fill(self._outside(x), 0)
+        inner = widen(x).masked_fill(self._outside(x), 0)
         if self.tails is None:
             return _replaced(inner, inner.clamp(-self.bound, self.bound))  # a half may be beyond it
         if self.tails == "linear":
@@ -160,11 +158,11 @@ class RationalQuadratic(Map):
     def _leave(self, x: Tensor, inner: Tensor, moved: Tensor) -> Tensor:
         """Undo :meth:`_enter` for ``moved``, what became of ``inner``; NaN outside if there are no tails."""
         if self.tails == "circular":
-            return moved + (x - inner)
+            return (moved + (widen(x) - inner)).to(x.dtype)
         if self.tails is None:
             within = moved.clamp(-self.bound, self.bound)  # rounding steps over the ends, which stay where they are
             moved = _replaced(moved, torch.where(inner.abs() >= self.bound, inner, within))
-        return torch.where(self._outside(x), x if self.tails else torch.nan, moved)
+        return torch.where(self._outside(x), x if self.tails else torch.nan, moved.to(x.dtype))
 
     def _find(
         self, value: Tensor, widths: Tensor, heights: Tensor, slopes: Tensor, dim: int, *, of_output: bool = False
