@@ -18,7 +18,7 @@ A layer may write ``function`` and ``inverse`` instead, in which case a replay i
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -31,13 +31,33 @@ from .log_dets import sum_per_sample, zero_log_det
 __all__ = ["BaseMap", "Bijection", "ByHand", "Like", "Run", "defines", "has_words", "run_of", "side_names_of"]
 
 
-@dataclass(slots=True)
-class Like:
+class Like(Protocol):
     """All that ``given`` may know of the value that moves: never its numbers, which each direction has others of."""
 
+    @property
+    def shape(self) -> torch.Size: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def ndim(self) -> int: ...
+
+    def __len__(self) -> int: ...
+
+
+@dataclass(slots=True)
+class _Like:
     shape: torch.Size
     dtype: torch.dtype
     device: torch.device
+
+    @classmethod
+    def of(cls, x: Any) -> "_Like":
+        return cls(x.shape, x.dtype, x.device)
 
     @property
     def ndim(self) -> int:
@@ -54,8 +74,10 @@ class BaseMap:
     mathematics alone: they check no arguments and leave no traces, and a replay may stop in the middle of them.
     """
 
-    volume_preserving = False
-    widens = False  # whether a value comes in at least float32, and what becomes of it goes back to its dtype
+    volume_preserving: ClassVar[bool] = False
+    widens: ClassVar[bool] = (
+        False  # whether a value comes in at least float32, and what becomes of it goes back to its dtype
+    )
 
     def seen(self, x: Any, *h: Any, **_: Any) -> Any:
         """Compute ``s``, what `move` and `log_slope` see at ``x`` besides: a spline's bin, a draw, statistics."""
@@ -90,7 +112,9 @@ class Bijection(BaseMap):
     """A map of one input, whose ``h`` may come of the others, of side inputs and of parameters. Abstract."""
 
     moves = 0  # which input moves; the others pass
-    keeps_seen = False  # whether `function` returns s behind y, for `undo`, which gets it behind h; `forward` hides it
+    keeps_seen: ClassVar[bool] = (
+        False  # whether `function` returns s behind y, for `undo`, which gets it behind h; `forward` hides it
+    )
 
     def given(self, like: Like, *passed: Any, **side: Any) -> Any:
         """Compute ``h``, one value or a tuple of several; ``like`` has the shape, dtype and device of what moves."""
@@ -124,7 +148,7 @@ def has_words(layer: Any) -> bool:
 
 def side_names_of(bijection: Bijection) -> SideNames:
     """Return the side inputs that ``given`` takes, and how many inputs the layer does."""
-    names = SideNames.of(bijection.given)  # type: ignore[arg-type]
+    names = SideNames.of(bijection.given)
     named = frozenset(names.names if defines(bijection, "given") else ())
     return SideNames(named, names.any and defines(bijection, "given"), names.inputs)
 
@@ -179,21 +203,21 @@ class Run:
         """Run the map, or the way back; return what comes out, and behind it the log-determinant if it is asked for."""
         bijection = self.bijection
         x, passing, kept = self._moving(values, self.inverted)
-        self.like = Like(x.shape, x.dtype, x.device)
+        self.like = _Like.of(x)
         if self.inverted and self._arranges:
             self.needs_grad = tuple([p.requires_grad for p in passing])
         h = self._given(x, passing, side)
-        y, *rest = self._turn(x, (*h, *kept), None)
-        outputs = Bijection.arrange(bijection, y, *passing) if self.inverted else bijection.arrange(y, *passing)
-        results = (*outputs, *rest)
-        return results[0] if len(results) == 1 else results
+        return self._results(x, passing, (*h, *kept), None)
 
     def inverse(self, *values: Any, **side: Any) -> Any:
         """Run the other direction."""
         return Run(self.bijection, self.owner, not self.inverted).function(*values, **side)
 
-    def replay(self, tape: Tape, *values: Any, **side: Any) -> None:
-        """Rebuild the inputs from the outputs, and run the map again; ``given`` is evaluated once for both."""
+    def replay(self, tape: Tape, *values: Any, **side: Any) -> Any:
+        """Rebuild the inputs from the outputs, and run the map again; ``given`` is evaluated once for both.
+
+        Return what the map returns, if the tape runs so far.
+        """
         bijection, inverted = self.bijection, self.inverted
         y, passing, kept = self._moving(values, not inverted)
         arranges = inverted and self._arranges
@@ -212,7 +236,7 @@ class Run:
             x, *_ = bijection.unarrange(*[tape.input(i, v) for i, v in enumerate(bijection.arrange(x, *passing))])
         else:
             x = tape.input(bijection.moves, x)
-        tape.run_until_saved(self._turn, x, h, y if inverted else None)
+        return tape.run_until_saved(self._results, x, passing, h, y if inverted else None)
 
     @property
     def _arranges(self) -> bool:
@@ -232,8 +256,8 @@ class Run:
     def _given(self, x: Any, passing: tuple[Any, ...], side: dict[str, Any]) -> tuple[Any, ...]:
         return tuple_of(self.bijection.given(self.like, *self.bijection.passed(x, *passing), **side))
 
-    def _turn(self, x: Any, h: tuple[Any, ...], known: Any) -> tuple[Any, ...]:
-        """Move x, or back, to a value that may be known; return it, what is kept, and the log-determinant."""
+    def _results(self, x: Any, passing: tuple[Any, ...], h: tuple[Any, ...], known: Any) -> Any:
+        """Move x, or back, to a value that may be known; return all outputs, and the log-determinant."""
         bijection, narrow = self.bijection, x
         x = _in(bijection, x)
         if self.inverted:
@@ -245,7 +269,9 @@ class Run:
             kept = s if bijection.keeps_seen else []
             log_det = self._total(x, h, s) if self.log_det else None
         y = y.to(narrow.dtype) if bijection.widens else y
-        return (y, *kept) if log_det is None else (y, *kept, log_det)
+        outputs = Bijection.arrange(bijection, y, *passing) if self.inverted else bijection.arrange(y, *passing)
+        results = (*outputs, *kept) if log_det is None else (*outputs, *kept, log_det)
+        return results[0] if len(results) == 1 else results
 
     def _total(self, x: Tensor, h: tuple[Any, ...], s: Any) -> Tensor:
         """Return the log-determinant of the map at x."""
@@ -258,7 +284,7 @@ class Run:
     def log_det_at(self, values: tuple[Any, ...], side: dict[str, Any]) -> Tensor:
         """Return the log-determinant of the map alone, at these inputs."""
         x, passing, _ = self._moving(values, outputs=False)
-        self.like = Like(x.shape, x.dtype, x.device)
+        self.like = _Like.of(x)
         h = self._given(x, passing, side)
         return self._total(x, h, seen(self.bijection, x, *h))
 

@@ -135,7 +135,7 @@ class MaskedAutoregressive(InvertibleModule):
         self.net.reset_parameters()
         self._reset_order()
 
-    def given(self, like: Like, *, context: Tensor | None = None) -> tuple[Tensor | None]:
+    def given(self, like: Like, *, context: Any = None) -> tuple[Tensor | None]:
         if self.context_features is None:
             return (None,)
         check_real(self, "context", context)

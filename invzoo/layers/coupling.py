@@ -153,7 +153,7 @@ class Update(Bijection):
             foreign=foreign,
         )
 
-    def _hint(self, which: Tensor | Like, like: Like, other: Tensor, side: dict[str, Any]) -> str:
+    def _hint(self, which: Like, like: Like, other: Tensor, side: dict[str, Any]) -> str:
         """Say, behind an error, which part of the features an input is, and which side inputs did not come."""
         names = " and ".join(f"`{name}=`" for name in sorted(SideNames.of(self.net).names - side.keys()))
         hint = f". Pass {names} by name: tensors by position are streams" if names else ""
@@ -161,11 +161,8 @@ class Update(Bijection):
             return hint
         stream = ("first", "second")[self.moves if which is like else 1 - self.moves]
         kind = "half" if self.coupling.split == "half" else "stream"
-        mine, both = (sum(self._features(x) for x in xs) for xs in ([which], [like, other]))
-        return f". The {stream} {kind} has {mine} of {both} features in dim {self.dim}{hint}"
-
-    def _features(self, x: Tensor | Like) -> int:
-        return x.shape[self.dim] if -x.ndim <= self.dim < x.ndim else 0
+        mine, *both = (x.shape[self.dim] if -x.ndim <= self.dim < x.ndim else 0 for x in (which, like, other))
+        return f". The {stream} {kind} has {mine} of {sum(both)} features in dim {self.dim}{hint}"
 
 
 class Checkerboard(Update):

@@ -37,7 +37,7 @@ class ImplicitCurve(Curve):
     """A map that Newton's method inverts. Abstract."""
 
     @abstractmethod
-    def bracket(self, y: Tensor, *h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def bracket(self, y: Tensor, *h: Any, **_: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Return bounds on the root, and a guess of it."""
 
     def undo(self, y: Tensor, *h: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from .maps import Map
 __all__ = ["ElementwiseMap", "PerFeatureMap", "check_per_feature", "per_feature"]
 
 
-def per_feature(values: Tensor, x: Tensor | Like, dim: int) -> Tensor:
+def per_feature(values: Tensor, x: Like, dim: int) -> Tensor:
     """View one value per feature so that it broadcasts to ``x``, whose features are in ``dim``."""
     shape = [1] * x.ndim
     shape[dim] = -1
