@@ -302,6 +302,7 @@ def _operation(layer: InvertibleModule, run: Run | ByHand) -> Operation:
         takes_saved=not inverted and "saved" in SideNames.of(layer.inverse).names,
         log_det=log_det,
         foreign=len(roots) > 1,
+        in_pieces=run.in_pieces and not compiled,
     )
 
 

@@ -201,7 +201,6 @@ class Run:
 
     def function(self, *values: Any, **side: Any) -> Any:
         """Run the map, or the way back; return what comes out, and behind it the log-determinant if it is asked for."""
-        bijection = self.bijection
         x, passing, kept = self._moving(values, self.inverted)
         self.like = _Like.of(x)
         if self.inverted and self._arranges:
@@ -237,6 +236,11 @@ class Run:
         else:
             x = tape.input(bijection.moves, x)
         return tape.run_until_saved(self._results, x, passing, h, y if inverted else None)
+
+    @property
+    def in_pieces(self) -> bool:
+        """Whether a replay does no more than run pieces of the map: between them it must not arrange inputs."""
+        return not (self.inverted and self._arranges)
 
     @property
     def _arranges(self) -> bool:
@@ -296,6 +300,8 @@ class ByHand:
     layer: Any
     inverted: bool = False
     log_det: bool = False
+
+    in_pieces: ClassVar[bool] = False
 
     def check(self, values: tuple[Any, ...]) -> None:
         """The layer looks itself."""

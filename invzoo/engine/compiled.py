@@ -7,9 +7,9 @@ NOTE [How a compiled chain forgets and remembers]
    rebuild: the outputs, and the inputs of calls that keep them.
 2. Its forward runs the layers as ever. Their calls arrive at the `Record`, which notes which values each took and gave.
    Values are told apart by identity: nothing may happen to them between two calls.
-3. Its backward goes through the record in reverse: a call's inverse rebuilds its inputs, `torch.func.vjp` of its
-   function gives the gradients of inputs, side inputs and parameters. Where both evaluate the same subnet at the same
-   values, the compiler sees one expression twice and evaluates it once (inductor does, aot_eager does not).
+3. Its backward goes through the record in reverse: a call's replay rebuilds its inputs and runs its function again, as
+   in the eager engine, so that both share one evaluation of a subnet. `torch.func.vjp` of each piece that it runs gives
+   the gradients of inputs, side inputs and parameters.
 4. The compiler may move whatever does not depend on a gradient into the forward, and merge it with what is computed
    there: of side inputs alone, or around a batch norm, it would save something for each layer. So backward begins with
    an opaque copy of what was saved that has to wait for a gradient.
@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ._torch import reparametrized
 from .chain import Through
@@ -88,18 +89,9 @@ class _Step:
     held: list[tuple[int, str, int]]  # root and name of parameters and buffers, and positions in what the record holds
     moved: list[tuple[int, str]]  # root and name of the buffers that it changes
     keeps: bool  # its inputs
+    weights: int  # how many of what the record holds get gradients: the first ones
 
-    def invert(self, held: Sequence[Tensor], outputs: Sequence[Tensor], side: dict[str, Tensor]) -> list[Tensor]:
-        """Rebuild the inputs, with these for parameters and buffers."""
-        inputs = self._with_held(held, lambda: self.operation.inverse(*outputs, **side, **self.constants))
-        return [x.to(dtype) for x, dtype in zip(tuple_of(inputs), self.dtypes, strict=True)]
-
-    def run(self, held: Sequence[Tensor], inputs: Sequence[Tensor], side: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        """Compute the outputs that have gradients, with these for parameters and buffers."""
-        outputs = tuple_of(self._with_held(held, lambda: self.operation.function(*inputs, **side, **self.constants)))
-        return tuple([outputs[j] for j in self.floats])
-
-    def _with_held(self, held: Sequence[Tensor], function: Callable[[], Any]) -> Any:
+    def with_held(self, held: Sequence[Tensor], function: Callable[[], Any]) -> Any:
         """Call a function while the modules have these parameters and buffers, and others that it may change."""
         roots = self.operation.roots
         tensors: list[dict[str, Tensor]] = [{} for _ in roots]
@@ -211,6 +203,7 @@ class Record:
                 [(*at, self._hold(t)) for at, t in zip(places, tensors, strict=True) if at not in moved],
                 moved,
                 keeps,
+                self.weights,
             )
         )
         return result
@@ -346,33 +339,17 @@ class _Replay:
     def undo(self, step: _Step) -> None:
         """Rebuild a call's inputs, and pass the gradients of its outputs on to them (rule 3)."""
         side = {name: self.side[name] for name in step.side}
-        if not step.keeps:
+        tape = _Tape(step, self.held, side)
+        if step.keeps:
+            inputs = [tape.input(j, self.values[i]) for j, i in enumerate(step.inputs)]
+            outputs = tape.run(step.operation.function, *inputs, **side, **step.constants)
+        else:
             known = [self.values[i] for i in step.outputs[: len(step.outputs) - step.operation.log_det]]
-            self.values.update(zip(step.inputs, step.invert(self.held, known, side), strict=True))
-        if not step.floats:
-            return
-        inputs = [self.values[i] for i in step.inputs]
-        moving = [j for j, x in enumerate(inputs) if _is_float(x)]
-        names = [name for name, s in side.items() if _is_float(s)]
-        weights = [*{k: None for _, _, k in step.held if k < self.record.weights}]
-        n, m = len(weights), len(weights) + len(moving)
-
-        def function(*tensors: Tensor) -> tuple[Tensor, ...]:
-            new = dict(zip(moving, tensors[n:m], strict=True))
-            xs = [new.get(j, x) for j, x in enumerate(inputs)]
-            now = dict(zip(weights, tensors[:n], strict=True))
-            held = [now.get(k, t) for k, t in enumerate(self.held)]
-            outputs = step.run(held, xs, {**side, **dict(zip(names, tensors[m:], strict=True))})
-            find_used(tensors, outputs)
-            return outputs
-
-        primals = [self.held[k] for k in weights] + [inputs[j] for j in moving] + [side[name] for name in names]
-        outputs, pull = torch.func.vjp(function, *primals)  # type: ignore[misc]
-        gradients = pull(tuple([self._gradient(step, j, y) for j, y in zip(step.floats, outputs, strict=True)]))
-        keys: list[tuple[str, Any]] = [("weight", k) for k in weights]
-        keys += [("value", step.inputs[j]) for j in moving] + [("side", name) for name in names]
-        for i in used_tensors():  # the others have none, where vjp returns zeros
-            self._add(keys[i], gradients[i])
+            outputs = step.with_held(self.held, lambda: tape.replay(known))
+            self.values.update(zip(step.inputs, tape.inputs, strict=True))
+        if step.floats:
+            results = tuple_of(outputs)
+            tape.pull({results[j]: self._gradient(step, j, results[j]) for j in step.floats}, self._add)
 
     def _gradient(self, step: _Step, j: int, output: Tensor) -> Tensor:
         """Take the gradient of a call's j-th output."""
@@ -398,6 +375,116 @@ class _Replay:
         for i in weights[-1:] or found:
             gradients[i] = verified(gradients[i], self.prints, now, record.allowed, record.number, record.name)
         return gradients
+
+
+class _Tape:
+    """What a replay writes on while the compiler traces it: each piece that it runs is a function with a gradient."""
+
+    def __init__(self, step: _Step, held: Sequence[Tensor], side: dict[str, Tensor]) -> None:
+        self.step, self.held, self.side = step, held, side
+        self.inputs: list[Any] = [None] * len(step.inputs)
+        self.keys: dict[Tensor, tuple[str, Any]] = {s: ("side", name) for name, s in side.items()}  # of gradients
+        self.weights = [*{k: None for _, _, k in step.held if k < step.weights}]
+        self.pieces: list[_Piece] = []
+
+    def replay(self, outputs: list[Tensor]) -> Any:
+        """Run the operation's replay, or its inverse and then its function; return the outputs."""
+        operation, side = self.step.operation, {**self.side, **self.step.constants}
+        if operation.in_pieces:
+            return operation.replay(self, *outputs, **side)
+        inputs = tuple_of(operation.inverse(*outputs, **side))
+        return self.run(operation.function, *[self.input(j, x) for j, x in enumerate(inputs)], **side)
+
+    def input(self, position: int, value: Any) -> Any:
+        """Take ``value`` as the input at ``position``, and return it as :meth:`run` must get it."""
+        step = self.step
+        value = value.to(step.dtypes[position])
+        if value in self.keys:  # what passes is told apart by what it is
+            value = value.view_as(value)
+        self.keys[value] = ("value", step.inputs[position])
+        self.inputs[position] = value
+        return value
+
+    def owns(self, output: Tensor) -> bool:
+        """Whether the memory of an output may take the input: the compiler sees to it."""
+        return False
+
+    def run(self, function: Callable[..., Any], *args: Any, **side: Any) -> Any:
+        """Evaluate a piece of the function."""
+        leaves, structure = tree_flatten((args, side))
+        at = [j for j, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and _is_float(leaf)]
+        n, parts = len(self.weights), _Parts()
+
+        def piece(*tensors: Tensor) -> tuple[Tensor, ...]:
+            now = dict(zip(self.weights, tensors[:n], strict=True))
+            held = [now.get(k, t) for k, t in enumerate(self.held)]
+            new = dict(zip(at, tensors[n:], strict=True))
+            args, side = tree_unflatten([new.get(j, leaf) for j, leaf in enumerate(leaves)], structure)
+            outputs = parts.split(self.step.with_held(held, lambda: function(*args, **side)))
+            find_used(tensors, outputs)
+            return outputs
+
+        primals = [self.held[k] for k in self.weights] + [leaves[j] for j in at]
+        outputs, pull = torch.func.vjp(piece, *primals)  # type: ignore[misc]
+        keys: list[Any] = [("weight", k) for k in self.weights] + [self.keys.get(leaves[j]) for j in at]
+        used = [(i, keys[i]) for i in used_tensors() if keys[i] is not None]
+        k = len(self.pieces)
+        self.pieces.append(_Piece(outputs, pull, used))
+        for j, output in enumerate(outputs):
+            self.keys[output] = ("piece", (k, j))
+        return parts.join(outputs)
+
+    run_until_saved = run
+
+    def pull(self, gradients: dict[Tensor, Tensor], add: Callable[[tuple[str, Any], Tensor], None]) -> None:
+        """Go back through the pieces with the gradients of the outputs; add those of all that they came from."""
+        inner: dict[Any, Tensor] = {}
+
+        def give(key: tuple[str, Any], gradient: Tensor) -> None:
+            kind, name = key
+            if kind != "piece":
+                add(key, gradient)
+            else:
+                inner[name] = inner[name] + gradient if name in inner else gradient
+
+        for output, gradient in gradients.items():
+            if output in self.keys:
+                give(self.keys[output], gradient)
+        for k in range(len(self.pieces) - 1, -1, -1):
+            piece = self.pieces[k]
+            given = [inner.get((k, j)) for j in range(len(piece.outputs))]
+            if all(g is None for g in given):
+                continue
+            filled = [torch.zeros_like(y) if g is None else g for y, g in zip(piece.outputs, given, strict=True)]
+            found = piece.pull(tuple(filled))
+            for i, key in piece.used:
+                give(key, found[i])
+
+
+@dataclass(slots=True)
+class _Piece:
+    """A part of a function, with its gradient."""
+
+    outputs: tuple[Tensor, ...]
+    pull: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]]
+    used: list[tuple[int, tuple[str, Any]]]  # positions of what has a gradient, and whose that is
+
+
+class _Parts:
+    """What a piece returns: the tensors that have gradients, and the rest."""
+
+    leaves: list[Any]
+    structure: Any
+    at: list[int]
+
+    def split(self, value: Any) -> tuple[Tensor, ...]:
+        self.leaves, self.structure = tree_flatten(value)
+        self.at = [j for j, leaf in enumerate(self.leaves) if isinstance(leaf, Tensor) and _is_float(leaf)]
+        return tuple([self.leaves[j] for j in self.at])
+
+    def join(self, tensors: tuple[Tensor, ...]) -> Any:
+        new = dict(zip(self.at, tensors, strict=True))
+        return tree_unflatten([new.get(j, leaf) for j, leaf in enumerate(self.leaves)], self.structure)
 
 
 def _is_float(tensor: Tensor) -> bool:

@@ -27,6 +27,8 @@ class Operation:
         takes_saved: whether ``inverse`` has the argument ``saved``, the set of input positions not to compute.
         log_det: whether the function returns a log-determinant behind its outputs, which ``inverse`` and ``replay`` do
             without, so that nobody holds it.
+        in_pieces: whether ``replay`` returns the outputs, and does no more than run pieces of the function and rebuild
+            inputs: then a compiler may trace it.
         foreign: whether it runs functions that somebody gave, besides the code of its roots.
     """
 
@@ -40,3 +42,4 @@ class Operation:
     takes_saved: bool = False
     log_det: bool = False
     foreign: bool = False
+    in_pieces: bool = False

@@ -1,7 +1,6 @@
 """What couplings have in common: one part of the input moves by a function of the other, so any function will do."""
 
 from collections.abc import Callable
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from ..log_dets import LogDets
 from ..module import Composite, modules_behind
 from ..protocol import Bijection, Like, Run
 from ._checks import check_callable, check_dim_given, check_returned, explain, given_dim, refuse
-from .maps import Map
+from .maps import Map, by_map
 from .split import Partition, SplitSpec, checkerboard, cut, join
 
 __all__ = ["Coupling", "Subnet", "zero_last"]
@@ -101,9 +100,8 @@ class Update(Bijection):
         self.coupling, self.name, self.net, self.moves = coupling, name, net, moves
         self.map, self.dim = coupling.map, coupling.dim
 
-    volume_preserving, widens, seen, move, undo, undo_at, move_, undo_, log_slope = (
-        property(attrgetter(f"map.{word}"))
-        for word in ("volume_preserving", "widens", "seen", "move", "undo", "undo_at", "move_", "undo_", "log_slope")
+    volume_preserving, widens, seen, move, undo, undo_at, move_, undo_, log_slope = by_map(
+        "volume_preserving", "widens", "seen", "move", "undo", "undo_at", "move_", "undo_", "log_slope"
     )
 
     def given(self, like: Like, other: Tensor, **side: Any) -> tuple[Any, ...]:
@@ -151,6 +149,7 @@ class Update(Bijection):
             self.coupling._policy,
             log_det=run.log_det,
             foreign=foreign,
+            in_pieces=run.in_pieces,
         )
 
     def _hint(self, which: Like, like: Like, other: Tensor, side: dict[str, Any]) -> str:

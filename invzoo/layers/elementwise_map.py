@@ -1,7 +1,6 @@
 """Layers that move each value by a map whose parameters are weights, or functions of a condition."""
 
 from abc import abstractmethod
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from ..dtypes import widen
 from ..protocol import Like
 from ._checks import check_dim_given, check_features, check_like, check_positive_int, given_dim, parameter_of, refuse
 from .conditioned import Conditioned, Conditioner
-from .maps import Map
+from .maps import Map, by_map
 
 __all__ = ["ElementwiseMap", "PerFeatureMap", "check_per_feature", "per_feature"]
 
@@ -64,8 +63,8 @@ class ElementwiseMap(Conditioned):
     def map_parameters(self, like: Like, context: Any = None) -> Tensor:
         """Return the parameters stacked along ``dim``; their other dims are those of ``like``, or broadcast to them."""
 
-    widens, seen, move, undo, undo_at, move_, undo_ = (
-        property(attrgetter(f"map.{word}")) for word in ("widens", "seen", "move", "undo", "undo_at", "move_", "undo_")
+    widens, seen, move, undo, undo_at, move_, undo_ = by_map(
+        "widens", "seen", "move", "undo", "undo_at", "move_", "undo_"
     )
 
     def given(self, like: Like, *, context: Any = None) -> tuple[Any, ...]:

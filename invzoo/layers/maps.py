@@ -7,7 +7,7 @@ is the layer's business.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -19,7 +19,13 @@ from ..protocol import BaseMap, Like
 from ._checks import check_choice, check_positive, check_tensor, refuse
 from .elementwise import check_real
 
-__all__ = ["Affine", "Map", "Shift"]
+__all__ = ["Affine", "Map", "Shift", "by_map"]
+
+
+def by_map(*words: str) -> Iterator[Any]:
+    """Yield properties by which what has a ``map`` says these words as that does."""
+    for word in words:
+        yield property(lambda self, word=word: getattr(self.map, word))
 
 
 class Map(BaseMap, ABC):
