@@ -196,8 +196,11 @@ class Run:
     needs_grad: tuple[bool, ...] = ()  # of what passed
 
     def check(self, values: tuple[Any, ...]) -> None:
+        argument = "y" if self.inverted else "x"
         x, passing, _ = self._moving(values, self.inverted)
-        self.bijection.check_argument("y" if self.inverted else "x", x, *passing)
+        if not isinstance(x, Tensor):
+            refuse(self.owner, argument, "be a Tensor", type(x).__name__, TypeError)
+        self.bijection.check_argument(argument, x, *passing)
 
     def function(self, *values: Any, **side: Any) -> Any:
         """Run the map, or the way back; return what comes out, and behind it the log-determinant if it is asked for."""

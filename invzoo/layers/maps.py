@@ -23,9 +23,15 @@ __all__ = ["Affine", "Map", "Shift", "by_map"]
 
 
 def by_map(*words: str) -> Iterator[Any]:
-    """Yield properties by which what has a ``map`` says these words as that does."""
-    for word in words:
-        yield property(lambda self, word=word: getattr(self.map, word))
+    """Make properties by which what has a ``map`` says these words as that does."""
+    return map(_by_map, words)
+
+
+def _by_map(word: str) -> Any:
+    def read(self: Any) -> Any:
+        return getattr(self.map, word)
+
+    return property(read)
 
 
 class Map(BaseMap, ABC):
