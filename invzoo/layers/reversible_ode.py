@@ -15,10 +15,9 @@ from .branch import BranchLayer
 __all__ = ["Leapfrog", "MomentumResidual"]
 
 
-def _check_streams(owner: BranchLayer, *streams: Any) -> None:
-    for name, stream in zip(("first stream", "second stream"), streams, strict=True):
-        check_floating(owner, name, stream)
-    first, second = streams
+def _check_streams(owner: BranchLayer, first: Any, second: Any) -> None:
+    check_floating(owner, "first stream", first)
+    check_floating(owner, "second stream", second)
     if first.shape != second.shape or first.dtype != second.dtype:
         got = f"{second.dtype} of shape {tuple(second.shape)}"
         refuse(owner, "second stream", f"be {first.dtype} of shape {tuple(first.shape)}, as the first", got)
@@ -62,8 +61,8 @@ class Leapfrog(BranchLayer):
         check_positive(self, "step_size", step_size)
         self.step_size = step_size
 
-    def check_argument(self, argument: str, x: Any, *others: Any) -> None:
-        _check_streams(self, x, *others)
+    def check_argument(self, argument: str, other: Any, x: Any) -> None:
+        _check_streams(self, other, x)
 
     def given(self, like: Like, x: Tensor, **side: Any) -> tuple[Tensor, Tensor]:
         return x, self.evaluate(x, side)
