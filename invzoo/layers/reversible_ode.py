@@ -61,20 +61,20 @@ class Leapfrog(BranchLayer):
         check_positive(self, "step_size", step_size)
         self.step_size = step_size
 
-    def check_argument(self, argument: str, other: Any, x: Any) -> None:
-        _check_streams(self, other, x)
+    def check_argument(self, argument: str, x: Any, *others: Any) -> None:
+        _check_streams(self, x, *others)
 
     def given(self, like: Like, x: Tensor, **side: Any) -> tuple[Tensor, Tensor]:
         return x, self.evaluate(x, side)
 
-    def move(self, x_prev: Tensor, x: Tensor, h: Tensor) -> Tensor:
-        """Mirror ``x_prev`` in ``x`` and add the force; autograd saves nothing of it."""
-        return torch.add(x + (x - x_prev), h, alpha=self.step_size**2)
+    def move(self, x_prev: Tensor, centre: Tensor, h: Tensor) -> Tensor:
+        """Mirror ``x_prev`` in ``centre`` and add the force; autograd saves nothing of it."""
+        return torch.add(centre + (centre - x_prev), h, alpha=self.step_size**2)
 
-    def move_(self, x_prev: Tensor, x: Tensor, h: Tensor) -> Tensor:
-        return x_prev.neg_().add_(x).add_(x).add_(h, alpha=self.step_size**2)
+    def move_(self, x_prev: Tensor, centre: Tensor, h: Tensor) -> Tensor:
+        return x_prev.neg_().add_(centre).add_(centre).add_(h, alpha=self.step_size**2)
 
-    undo, undo_ = move, move_
+    undo, undo_ = move, move_  # type: ignore[assignment]  # by their names of arguments alone
 
     def arrange(self, x_next: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         return x, x_next
@@ -130,8 +130,8 @@ class MomentumResidual(BranchLayer):
         if inverted:  # before `unarrange` subtracts one from the other
             _check_streams(self, *values)
 
-    def check_argument(self, argument: str, v: Any, x: Any) -> None:
-        _check_streams(self, x, v)
+    def check_argument(self, argument: str, x: Any, *others: Any) -> None:
+        _check_streams(self, *(*others, x))
 
     def given(self, like: Like, x: Tensor, **side: Any) -> Tensor:
         return self.evaluate(x, side)
