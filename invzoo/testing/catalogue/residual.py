@@ -1,6 +1,5 @@
 """Residual blocks."""
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -31,8 +30,8 @@ def _estimated(estimator: str, *shape: int, **options: Any) -> Case:
         ("assert_log_det", "assert_dtypes", "assert_batch_sizes", "assert_trainable"),
         "the log-determinant is an estimate, with noise",
     )
-    make = partial(iz.InvertibleResidual, log_det=estimator, terms=3, **options)
-    return Case(lambda: make(_Contraction(3)), shape, id=estimator, without=without)
+    make = lambda: iz.InvertibleResidual(_Contraction(3), log_det=estimator, terms=3, **options)  # noqa: E731
+    return Case(make, shape, id=estimator, without=without)
 
 
 RESIDUAL: tuple[Entry, ...] = (
