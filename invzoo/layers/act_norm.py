@@ -17,7 +17,7 @@ from .maps import Affine
 __all__ = ["ActNorm", "standardised"]
 
 
-def standardised(log_scale: Tensor, shift: Tensor, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
+def standardised(log_scale: Tensor | float, shift: Tensor | float, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
     """Return s and b such that ``e^s x + b`` standardises x, then scales and shifts it as given."""
     log_scale = log_scale - std.log()
     return log_scale, shift - mean * log_scale.exp()

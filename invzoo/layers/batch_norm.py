@@ -114,41 +114,43 @@ class InvertibleBatchNorm(HiddenStatistics):
         """The inverse by the running statistics, as in eval mode."""
         return Inverse(_ByRunningStatistics(self))
 
-    def given(self, like: Like) -> tuple[Tensor | None, Tensor | None]:
-        log_scale = None if self.log_scale is None else bounded(widen(self.log_scale), self.max_log_scale)
-        return log_scale, None if self.bias is None else widen(self.bias)
+    def check_argument(self, argument: str, x: Tensor) -> None:
+        check_real(self, "input", x)
+        check_features(self, "input", x, 1, self.features)
+        for tensor in (self.log_scale, self.running_mean):
+            if tensor is not None:
+                check_like(self, "input", x, tensor)
+        if argument == "x" and self._uses_batch and x.numel() == self.features:
+            refuse(self, "input", "have more than one value for each feature in training", f"shape {tuple(x.shape)}")
 
-    def seen(
-        self, x: Tensor, log_scale: Tensor | None, shift: Tensor | None, *statistics: Tensor
-    ) -> tuple[Tensor, ...]:
+    def given(self, like: Tensor | Like) -> tuple[Tensor | float, Tensor | float]:
+        if self.log_scale is None or self.bias is None:
+            return 0.0, 0.0
+        return bounded(widen(self.log_scale), self.max_log_scale), widen(self.bias)
+
+    def seen(self, x: Tensor, s: Any, b: Any, *statistics: Tensor) -> tuple[Tensor, ...]:
         return () if statistics or not self._uses_batch else self._statistics(x, track=True)
 
-    def move(self, x: Tensor, log_scale: Tensor | None, shift: Tensor | None, *statistics: Tensor) -> Tensor:
-        return _AFFINE.move(x, *self._affine(x, log_scale, shift, statistics))
+    def move(self, x: Tensor, s: Any, b: Any, *statistics: Tensor) -> Tensor:
+        return _AFFINE.move(x, *self._affine(x, s, b, *statistics))
 
-    def undo(
-        self, y: Tensor, log_scale: Tensor | None, shift: Tensor | None, *statistics: Tensor
-    ) -> tuple[Tensor, ...]:
+    def undo(self, y: Tensor, s: Any, b: Any, *statistics: Tensor) -> tuple[Tensor, ...]:
         if len(statistics) not in (0, 2):
             self._refuse_inverse(f"y and {len(statistics)} statistics")
         statistics = statistics or self.running_statistics()
-        return _AFFINE.undo(y, *self._affine(y, log_scale, shift, statistics)), *statistics
+        return _AFFINE.undo(y, *self._affine(y, s, b, *statistics)), *statistics
 
-    def log_slope(self, x: Tensor, log_scale: Tensor | None, shift: Tensor | None, *statistics: Tensor) -> Tensor:
-        return _AFFINE.log_slope(x, *self._affine(x, log_scale, shift, statistics[-2:]))
+    def log_slope(self, x: Tensor, s: Any, b: Any, *statistics: Tensor) -> Tensor:
+        return _AFFINE.log_slope(x, *self._affine(x, s, b, *statistics[-2:]))
 
     def log_det(self, x: Tensor) -> Tensor:
         self.check_argument("x", x)
         statistics = self._statistics(x, track=False) if self._uses_batch else ()
         return sum_per_sample(self, self.log_slope(x, *self.given(x), *statistics))
 
-    def _affine(
-        self, x: Tensor, log_scale: Tensor | None, shift: Tensor | None, statistics: tuple[Tensor, ...]
-    ) -> list[Tensor]:
+    def _affine(self, x: Tensor | Like, s: Any, b: Any, *statistics: Tensor) -> list[Tensor]:
         """Return the log-scale and the shift of the whole layer, broadcast to ``x``."""
-        mean, std = statistics or self.running_statistics()
-        zero = torch.zeros_like(mean)
-        both = standardised(*(zero if p is None else p for p in (log_scale, shift)), mean, std)
+        both = standardised(s, b, *(statistics or self.running_statistics()))
         return [per_feature(p, x, 1) for p in both]
 
     def running_statistics(self) -> tuple[Tensor, Tensor]:
@@ -183,15 +185,6 @@ class InvertibleBatchNorm(HiddenStatistics):
             share = self.num_batches_tracked.to(running.dtype).reciprocal() if self.momentum is None else self.momentum
             running.lerp_(new.to(running.dtype), share)
 
-    def check_argument(self, argument: str, x: Tensor) -> None:
-        check_real(self, "input", x)
-        check_features(self, "input", x, 1, self.features)
-        for tensor in (self.log_scale, self.running_mean):
-            if tensor is not None:
-                check_like(self, "input", x, tensor)
-        if argument == "x" and self._uses_batch and x.numel() == self.features:
-            refuse(self, "input", "have more than one value for each feature in training", f"shape {tuple(x.shape)}")
-
 
 class _ByRunningStatistics(InvertibleModule):
     """A batch norm as it is in eval mode, whatever mode it is in: what its inverse undoes."""
@@ -207,7 +200,7 @@ class _ByRunningStatistics(InvertibleModule):
         self._compiled = self.norm._compiled
 
     def given(self, like: Like) -> list[Tensor]:
-        return self.norm._affine(like, *self.norm.given(like), ())
+        return self.norm._affine(like, *self.norm.given(like))
 
     move, undo, log_slope = _AFFINE.move, _AFFINE.undo, _AFFINE.log_slope
 

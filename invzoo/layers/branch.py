@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..engine import SideNames
 from ..module import InvertibleModule
-from ._checks import check_callable, check_floating, check_returned, explain
+from ._checks import check_callable, check_returned, explain
 
 __all__ = ["BranchLayer"]
 
@@ -27,9 +27,6 @@ class BranchLayer(InvertibleModule):
 
     def evaluate(self, x: Tensor, side: dict[str, Any]) -> Tensor:
         """Return ``f(x, **side)``, in the dtype of ``x``."""
-        check_floating(self, "x", x)
-        if side:
-            self.side_names().check(self, side)
         try:
             h = self.f(x, **side)
         except Exception as error:

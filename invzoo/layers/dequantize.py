@@ -8,7 +8,6 @@ from torch import Tensor
 from torch.distributions import Distribution, Uniform, constraints
 
 from ..dtypes import widen
-from ..engine._torch import backward_id
 from ._checks import check_positive_int, refuse
 from .elementwise import check_real, readable
 from .surjection import Noise, Surjection, zero_and_one
@@ -75,24 +74,23 @@ class Dequantize(Surjection):
     def domain(self) -> constraints.Constraint:  # type: ignore[override]
         return constraints.integer_interval(0, self.levels - 1)
 
-    def lose(self, argument: str, x: Tensor) -> tuple[Tensor, Tensor]:
-        check_real(self, argument, x)
+    def check_argument(self, argument: str, x: Tensor) -> None:
+        if argument == "y":
+            check_real(self, argument, x)
+            return
+        if not isinstance(x, Tensor) or x.is_complex() or x.dtype is torch.bool:
+            kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            refuse(self, argument, "be a Tensor of integers, of any dtype", kind, TypeError)
+        if readable(x):
+            low, high = (value.item() for value in x.detach().aminmax())
+            if not 0 <= low <= high < self.levels or (x.is_floating_point() and not x.equal(x.round())):
+                got = f"values from {low:.8g} to {high:.8g}"
+                refuse(self, argument, f"have integers in [0, {self.levels - 1}]", got)
+
+    def lose(self, x: Tensor) -> tuple[Tensor, Tensor]:
         scaled = widen(x) * self.levels
         left = scaled.detach().floor().clamp(0, self.levels - 1)
         return left.to(self.dtype), scaled - left
-
-    def lost_shape(self, argument: str, left: Tensor) -> tuple[int, ...]:
-        if not isinstance(left, Tensor) or left.is_complex() or left.dtype is torch.bool:
-            got = left.dtype if isinstance(left, Tensor) else type(left).__name__
-            refuse(self, argument, "be a Tensor of integers, of any dtype", got, TypeError)
-        if readable(left) and backward_id() == -1:
-            self._check_levels(argument, left.detach())
-        return tuple(left.shape)
-
-    def _check_levels(self, argument: str, left: Tensor) -> None:
-        low, high = (value.item() for value in left.aminmax())
-        if not 0 <= low <= high < self.levels or (left.is_floating_point() and not left.equal(left.round())):
-            refuse(self, argument, f"have integers in [0, {self.levels - 1}]", f"values from {low:.8g} to {high:.8g}")
 
     def join(self, left: Tensor, lost: Tensor) -> Tensor:
         whole = widen(left if left.is_floating_point() else left.to(lost.dtype))

@@ -14,7 +14,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from ..engine import unrecorded
 
-__all__ = ["Limits", "differentiable", "fixed_point", "vjp"]
+__all__ = ["Limits", "Map", "differentiable", "fixed_point", "vjp"]
 
 Map = Callable[[Tensor], Tensor]
 

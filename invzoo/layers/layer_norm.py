@@ -24,8 +24,7 @@ class _TokenNorm(SampleNorm):
         super().__init__(shape, *args, **options)
         self.normalized_shape, self._dims = shape, tuple(range(-len(shape), 0))
 
-    def _check(self, x: Tensor) -> None:
-        self._check_like(x)
+    def _check_shape(self, x: Tensor) -> None:
         if x.shape[-len(self.normalized_shape) :] != self.normalized_shape:
             refuse(self, "input", f"end in shape {self.normalized_shape}", f"shape {tuple(x.shape)}")
 

@@ -85,7 +85,10 @@ class SampleNorm(HiddenStatistics):
         return None if self.log_scale is None else bounded(widen(self.log_scale), self.max_log_scale).exp()
 
     def check_argument(self, argument: str, x: Tensor) -> None:
-        self._check(x)
+        check_real(self, "input", x)
+        for parameter in self.parameters():
+            check_like(self, "input", x, parameter)
+        self._check_shape(x)
 
     def given(self, like: Like) -> tuple[Tensor | None, Tensor | None]:
         weight, bias = self.weight, None if self.bias is None else widen(self.bias)
@@ -108,8 +111,8 @@ class SampleNorm(HiddenStatistics):
         return self._restore(x if weight is None else x / weight, *statistics)
 
     @abstractmethod
-    def _check(self, x: Tensor) -> None:
-        """Raise if x does not fit."""
+    def _check_shape(self, x: Tensor) -> None:
+        """Raise if x does not have the layer's features."""
 
     @abstractmethod
     def _statistics(self, x: Tensor, eps: float) -> tuple[Tensor, ...]:
@@ -125,11 +128,6 @@ class SampleNorm(HiddenStatistics):
 
     def _aligned(self, parameter: Tensor, like: Like) -> Tensor:
         return parameter
-
-    def _check_like(self, x: Tensor) -> None:
-        check_real(self, "input", x)
-        for parameter in self.parameters():
-            check_like(self, "input", x, parameter)
 
 
 class InvertibleGroupNorm(SampleNorm):
@@ -186,8 +184,7 @@ class InvertibleGroupNorm(SampleNorm):
         super().__init__((channels,), eps, affine, affine, max_log_scale, factory, **options)
         self.groups, self.channels = groups, channels
 
-    def _check(self, x: Tensor) -> None:
-        self._check_like(x)
+    def _check_shape(self, x: Tensor) -> None:
         check_features(self, "input", x, 1, self.channels)
 
     def _statistics(self, x: Tensor, eps: float) -> tuple[Tensor, ...]:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,10 +11,11 @@ from torch import Tensor
 from ..dtypes import full_precision
 from ..engine import uncompiled
 from ..log_dets import log_det_dtype, sum_per_sample, zero_log_det
+from ..protocol import Like
 from ._checks import check_choice, check_positive, check_positive_int, refuse
 from .branch import BranchLayer
 from .elementwise import check_real
-from .fixed_point import Limits, differentiable, fixed_point, vjp
+from .fixed_point import Limits, Map, differentiable, fixed_point, vjp
 
 __all__ = ["InvertibleResidual"]
 
@@ -111,50 +113,49 @@ class InvertibleResidual(BranchLayer):
         self.tolerance, self.max_iterations = tolerance, max_iterations
         self.slow_inverse = not solve  # type: ignore[misc]
 
-    def function(self, x: Tensor, **side: Any) -> Tensor:
-        check_real(self, "x", x)
+    def check_argument(self, argument: str, x: Tensor) -> None:
+        check_real(self, argument, x)
+
+    def given(self, like: Like, **side: Any) -> Map:
+        return partial(self.evaluate, side=side)
+
+    def seen(self, x: Tensor, f: Map) -> tuple[Tensor, Tensor]:
+        """Return f(x), and where it was evaluated: at a view, since a derivative by x itself would call its hooks."""
+        point = x if torch.compiler.is_compiling() else x.view_as(x)
         with full_precision(x):
-            return x + self.evaluate(x, side)
+            return point, f(point)
+
+    def move(self, x: Tensor, f: Map, point: Tensor, h: Tensor) -> Tensor:
+        return x + h
 
     @uncompiled
-    def inverse(self, y: Tensor, **side: Any) -> Tensor:
-        return self._solution(y, None, side)
-
-    def inverse_at(self, inputs: tuple[Any, ...], /, *outputs: Any, **side: Any) -> Tensor:
-        (x,), (y,) = inputs, outputs
-        return self._solution(y, x, side)
-
-    def _solution(self, y: Tensor, x: Tensor | None, side: dict[str, Any]) -> Tensor:
-        """Solve for x, unless it is known; give it its derivatives."""
-
-        def step(x: Tensor) -> Tensor:
-            return y - self.evaluate(x, side)
-
-        check_real(self, "y", y)
-        limits = Limits(self._name(), self.tolerance_for(y.dtype), self.max_iterations)
+    def undo(self, y: Tensor, f: Map) -> Tensor:
         with full_precision(y):
-            x = fixed_point(step, y, limits) if x is None else x
-            return differentiable(step, x, limits) if torch.is_grad_enabled() else x
+            x = fixed_point(lambda x: y - f(x), y, self._limits(y))
+        return self.undo_at(x, y, f)
+
+    @uncompiled
+    def undo_at(self, x: Tensor, y: Tensor, f: Map) -> Tensor:
+        with full_precision(y):
+            return differentiable(lambda x: y - f(x), x, self._limits(y)) if torch.is_grad_enabled() else x
+
+    @uncompiled
+    def log_slope(self, x: Tensor, f: Map, point: Tensor, h: Tensor) -> Tensor:
+        recording = torch.is_grad_enabled()
+        with full_precision(x), torch.enable_grad():
+            if point is x or not point.requires_grad:  # nothing to differentiate by was recorded
+                point = x.view_as(x) if recording and x.requires_grad else x.detach().requires_grad_()
+                h = f(point)
+            log_det = self._log_det(point, h, create_graph=recording)
+        return log_det if recording else log_det.detach()
+
+    def _limits(self, y: Tensor) -> Limits:
+        return Limits(self._name(), self.tolerance_for(y.dtype), self.max_iterations)
 
     def tolerance_for(self, dtype: torch.dtype) -> float:
         """Return the relative change at which the inverse of a tensor of ``dtype`` stops."""
         eps = torch.finfo(dtype).eps
         return self.tolerance or (8 if eps < 1e-6 else 2) * eps
-
-    def log_det(self, x: Tensor, **side: Any) -> Tensor:
-        return self.function_and_log_det(x, **side)[1]
-
-    @uncompiled
-    def function_and_log_det(self, x: Tensor, **side: Any) -> tuple[Tensor, Tensor]:
-        check_real(self, "x", x)
-        recording = torch.is_grad_enabled()
-        with full_precision(x), torch.enable_grad():
-            # Of its own, so that the products below neither call hooks of x nor change it.
-            point = x.view_as(x) if recording and x.requires_grad else x.detach().requires_grad_()
-            h = self.evaluate(point, side)
-            log_det = self._log_det(point, h, create_graph=recording)
-            y = x + h
-        return (y, log_det) if recording else (y.detach(), log_det.detach())
 
     def _log_det(self, x: Tensor, h: Tensor, *, create_graph: bool) -> Tensor:
         def product(v: Tensor) -> Tensor:

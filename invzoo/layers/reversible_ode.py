@@ -7,18 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..engine import Tape
 from ..log_dets import zero_log_det
+from ..protocol import Like
 from ._checks import check_floating, check_positive, refuse
 from .branch import BranchLayer
 
 __all__ = ["Leapfrog", "MomentumResidual"]
 
 
-def _check_streams(owner: BranchLayer, *streams: Any) -> None:
-    for name, stream in zip(("first stream", "second stream"), streams, strict=True):
-        check_floating(owner, name, stream)
-    first, second = streams
+def _check_streams(owner: BranchLayer, first: Any, second: Any) -> None:
+    check_floating(owner, "first stream", first)
+    check_floating(owner, "second stream", second)
     if first.shape != second.shape or first.dtype != second.dtype:
         got = f"{second.dtype} of shape {tuple(second.shape)}"
         refuse(owner, "second stream", f"be {first.dtype} of shape {tuple(first.shape)}, as the first", got)
@@ -62,24 +61,25 @@ class Leapfrog(BranchLayer):
         check_positive(self, "step_size", step_size)
         self.step_size = step_size
 
-    def function(self, x_prev: Tensor, x: Tensor, **side: Any) -> tuple[Tensor, Tensor]:
-        return x, self._leap(x_prev, x, self._force(x_prev, x, side))
+    def check_argument(self, argument: str, x: Any, *others: Any) -> None:
+        _check_streams(self, x, *others)
 
-    def inverse(self, x: Tensor, x_next: Tensor, **side: Any) -> tuple[Tensor, Tensor]:
-        return self._leap(x_next, x, self._force(x_next, x, side)), x
+    def given(self, like: Like, x: Tensor, **side: Any) -> tuple[Tensor, Tensor]:
+        return x, self.evaluate(x, side)
 
-    def replay(self, tape: Tape, *outputs: Tensor, **side: Any) -> None:
-        x, x_next = outputs
-        h = tape.run(self.evaluate, tape.input(1, x), side)
-        tape.input(0, self._leap(x_next, x, h))
+    def move(self, x_prev: Tensor, centre: Tensor, h: Tensor) -> Tensor:
+        """Mirror ``x_prev`` in ``centre`` and add the force; autograd saves nothing of it."""
+        return torch.add(centre + (centre - x_prev), h, alpha=self.step_size**2)
 
-    def _force(self, other: Tensor, x: Tensor, side: dict[str, Any]) -> Tensor:
-        _check_streams(self, other, x)
-        return self.evaluate(x, side)
+    def move_(self, x_prev: Tensor, centre: Tensor, h: Tensor) -> Tensor:
+        return x_prev.neg_().add_(centre).add_(centre).add_(h, alpha=self.step_size**2)
 
-    def _leap(self, other: Tensor, x: Tensor, h: Tensor) -> Tensor:
-        """Mirror ``other`` in ``x`` and add the force; autograd saves nothing of it."""
-        return torch.add(x + (x - other), h, alpha=self.step_size**2)
+    undo, undo_ = move, move_  # type: ignore[assignment]  # by their names of arguments alone
+
+    def arrange(self, x_next: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x, x_next
+
+    unarrange = arrange
 
     def extra_repr(self) -> str:
         return f"step_size={self.step_size}"
@@ -115,6 +115,8 @@ class MomentumResidual(BranchLayer):
         True
     """
 
+    moves = 1
+
     gamma: float
 
     def __init__(self, f: Callable[..., Tensor], gamma: float = 0.9, **options: Any) -> None:
@@ -124,27 +126,34 @@ class MomentumResidual(BranchLayer):
             refuse(self, "gamma", "be below 1", gamma)
         self.gamma = gamma
 
-    def function(self, x: Tensor, v: Tensor, **side: Any) -> tuple[Tensor, Tensor]:
-        _check_streams(self, x, v)
-        v = torch.lerp(self.evaluate(x, side), v, self.gamma)  # of which autograd saves nothing
+    def prepare(self, values: tuple[Any, ...], *, inverted: bool) -> None:
+        if inverted:  # before `unarrange` subtracts one from the other
+            _check_streams(self, *values)
+
+    def check_argument(self, argument: str, x: Any, *others: Any) -> None:
+        _check_streams(self, *(*others, x))
+
+    def given(self, like: Like, x: Tensor, **side: Any) -> Tensor:
+        return self.evaluate(x, side)
+
+    def move(self, v: Tensor, h: Tensor) -> Tensor:
+        return torch.lerp(h, v, self.gamma)  # of which autograd saves nothing
+
+    def undo(self, v: Tensor, h: Tensor) -> Tensor:
+        return torch.sub(v, h, alpha=1 - self.gamma) / self.gamma
+
+    def undo_(self, v: Tensor, h: Tensor) -> Tensor:
+        return v.sub_(h, alpha=1 - self.gamma).div_(self.gamma)
+
+    def arrange(self, v: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         return x + v, v
 
-    def inverse(self, x: Tensor, v: Tensor, **side: Any) -> tuple[Tensor, Tensor]:
-        _check_streams(self, x, v)
-        x = x - v
-        return x, self._slow_down(v, self.evaluate(x, side))
+    def unarrange(self, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return v, x - v
 
-    def replay(self, tape: Tape, *outputs: Tensor, **side: Any) -> None:
-        x, v = outputs
-        h = tape.run(self.evaluate, tape.input(0, x - v), side)
-        tape.input(1, self._slow_down(v, h))
-
-    def log_det(self, x: Tensor, v: Tensor, **side: Any) -> Tensor:
-        values = x.shape[1:].numel() * (2 if x.is_complex() else 1)
-        return zero_log_det(self, (x, v)) + values * math.log(self.gamma)
-
-    def _slow_down(self, v: Tensor, h: Tensor) -> Tensor:
-        return torch.sub(v, h, alpha=1 - self.gamma) / self.gamma
+    def log_slope(self, v: Tensor, h: Tensor) -> Tensor:
+        values = v.shape[1:].numel() * (2 if v.is_complex() else 1)
+        return zero_log_det(self, (v,)) + values * math.log(self.gamma)
 
     def extra_repr(self) -> str:
         return f"gamma={self.gamma}"

@@ -15,6 +15,7 @@ from ..dtypes import widen
 from ..engine import SideNames
 from ..log_dets import sum_per_sample
 from ..module import InvertibleModule
+from ..protocol import Like
 from ._checks import check_dim_given, check_positive_int, given_dim, refuse
 from .elementwise import check_real
 
@@ -49,7 +50,7 @@ class Surjection(InvertibleModule):
     Draws are from torch's global generators, and a replay in backward draws the same again. Nothing rebuilds what is
     lost, so that mode ``invert`` keeps the input.
 
-    A subclass writes :meth:`lose`, :meth:`join`, :meth:`lost_shape` and, if it scales, :meth:`log_prob`.
+    A subclass writes :meth:`lose`, :meth:`join` and, if need be, :meth:`lost_shape` and :meth:`log_prob`.
 
     Args:
         distribution: a module or a function; it gets what is left, and the side inputs as keyword arguments, and
@@ -68,13 +69,13 @@ class Surjection(InvertibleModule):
             refuse(self, "distribution", expected, type(distribution).__name__, TypeError)
         self.distribution = distribution
 
-    def lose(self, argument: str, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what is left of ``x``, which errors call ``argument``, and what is lost."""
+    def lose(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what is left of ``x``, and what is lost."""
         raise NotImplementedError
 
-    def lost_shape(self, argument: str, left: Tensor) -> tuple[int, ...]:
-        """Return the shape of what was lost beside ``left``, if it can have been."""
-        raise NotImplementedError
+    def lost_shape(self, left: Tensor) -> tuple[int, ...]:
+        """Return the shape of what was lost beside ``left``."""
+        return tuple(left.shape)
 
     def join(self, left: Tensor, lost: Tensor) -> Tensor:
         """Undo :meth:`lose`."""
@@ -85,39 +86,33 @@ class Surjection(InvertibleModule):
         values = noise.log_prob(widen(lost)) if lost.numel() else lost  # Independent refuses an empty batch
         return sum_per_sample(self, values)
 
-    def function(self, x: Tensor, **side: Any) -> Tensor:
-        return self._draw("x", x, side)[0] if self.draws else self.lose("x", x)[0]
+    def given(self, like: Like, **side: Any) -> dict[str, Any]:
+        return side
 
-    def inverse(self, y: Tensor, **side: Any) -> Tensor:
-        return self.lose("y", y)[0] if self.draws else self._draw("y", y, side)[0]
+    def seen(self, x: Tensor, side: dict[str, Any]) -> tuple[Any, ...]:
+        """Return y, what is lost and, where that is drawn, the distribution."""
+        return self._draw(x, side) if self.draws else (*self.lose(x), None)
 
-    def log_det(self, x: Tensor, **side: Any) -> Tensor:
-        return self.function_and_log_det(x, **side)[1]
+    def move(self, x: Tensor, side: dict[str, Any], y: Tensor, *_: Any) -> Tensor:
+        return y
 
-    def function_and_log_det(self, x: Tensor, **side: Any) -> tuple[Tensor, Tensor]:
-        return self._draw_with_log_det("x", x, side) if self.draws else self._lose_with_log_det("x", x, side)
+    def undo(self, y: Tensor, side: dict[str, Any]) -> tuple[Any, ...]:
+        x, *lost = (*self.lose(y), None) if self.draws else self._draw(y, side)
+        return x, y, *lost
 
-    def inverse_with_log_det(self, y: Tensor, **side: Any) -> tuple[Tensor, Tensor]:
-        """Compute the inverse and minus the log-determinant there, both of the same draw."""
-        return self._lose_with_log_det("y", y, side) if self.draws else self._draw_with_log_det("y", y, side)
+    def log_slope(self, x: Tensor, side: dict[str, Any], y: Tensor, lost: Tensor, noise: Distribution | None) -> Tensor:
+        if noise is None:
+            noise = self._noise(x if self.draws else y, tuple(lost.shape), side)
+        log_prob = self.log_prob(noise, lost)
+        return -log_prob if self.draws else log_prob
 
-    def _lose_with_log_det(self, argument: str, x: Tensor, side: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        left, lost = self.lose(argument, x)
-        return left, self.log_prob(self._noise(left, tuple(lost.shape), side), lost)
-
-    def _draw_with_log_det(self, argument: str, left: Tensor, side: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        whole, noise, lost = self._draw(argument, left, side)
-        return whole, -self.log_prob(noise, lost)
-
-    def _draw(self, argument: str, left: Tensor, side: dict[str, Any]) -> tuple[Tensor, Distribution, Tensor]:
-        noise = self._noise(left, self.lost_shape(argument, left), side)
+    def _draw(self, left: Tensor, side: dict[str, Any]) -> tuple[Tensor, Tensor, Distribution]:
+        noise = self._noise(left, self.lost_shape(left), side)
         lost = noise.rsample() if noise.has_rsample else noise.sample()
-        return self.join(left, lost), noise, lost
+        return self.join(left, lost), lost, noise
 
     def _noise(self, left: Tensor, shape: tuple[int, ...], side: dict[str, Any]) -> Distribution:
         """Return the distribution of what is lost, in this shape."""
-        if side:
-            self.side_names().check(self, side)
         noise = self.distribution(left if left.is_floating_point() else left.to(torch.get_default_dtype()), **side)
         if not isinstance(noise, Distribution):
             refuse(self, "distribution", "return a Distribution", type(noise).__name__, TypeError)
@@ -145,25 +140,24 @@ class _Features(Surjection):
         check_positive_int(self, "features", features)
         self.features, self.dim = features, given_dim(self, dim)
 
-    def lose(self, argument: str, x: Tensor) -> tuple[Tensor, Tensor]:
-        self._check(argument, x, self.features)
+    def check_argument(self, argument: str, x: Tensor) -> None:
+        check_real(self, argument, x)
+        check_dim_given(self, x)
+        at_least = 0 if self.draws == (argument == "x") else self.features
+        if self.dim == 0 or not -x.ndim < self.dim < x.ndim or x.shape[self.dim] < at_least:
+            entries = f", with at least {at_least} entries" if at_least else ""
+            refuse(self, argument, f"have a dim {self.dim} behind the batch{entries}", f"shape {tuple(x.shape)}")
+
+    def lose(self, x: Tensor) -> tuple[Tensor, Tensor]:
         left, lost = x.split((x.shape[self.dim] - self.features, self.features), self.dim)
         return left, lost
 
-    def lost_shape(self, argument: str, left: Tensor) -> tuple[int, ...]:
-        self._check(argument, left, 0)
+    def lost_shape(self, left: Tensor) -> tuple[int, ...]:
         dim = self.dim % left.ndim
         return (*left.shape[:dim], self.features, *left.shape[dim + 1 :])
 
     def join(self, left: Tensor, lost: Tensor) -> Tensor:
         return torch.cat((left, lost.to(left.dtype)), self.dim)
-
-    def _check(self, argument: str, x: Tensor, at_least: int) -> None:
-        check_real(self, argument, x)
-        check_dim_given(self, x)
-        if self.dim == 0 or not -x.ndim < self.dim < x.ndim or x.shape[self.dim] < at_least:
-            entries = f", with at least {at_least} entries" if at_least else ""
-            refuse(self, argument, f"have a dim {self.dim} behind the batch{entries}", f"shape {tuple(x.shape)}")
 
     def extra_repr(self) -> str:
         return f"{self.features}, dim={self.dim}"
@@ -259,13 +253,11 @@ class Abs(Surjection):
     def __init__(self, *, distribution: Noise = fair_coin, **options: Any) -> None:
         super().__init__(distribution, **options)
 
-    def lose(self, argument: str, x: Tensor) -> tuple[Tensor, Tensor]:
+    def check_argument(self, argument: str, x: Tensor) -> None:
         check_real(self, argument, x)
-        return x.abs(), (x > 0).to(x.dtype)
 
-    def lost_shape(self, argument: str, left: Tensor) -> tuple[int, ...]:
-        check_real(self, argument, left)
-        return tuple(left.shape)
+    def lose(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x.abs(), (x > 0).to(x.dtype)
 
     def join(self, left: Tensor, lost: Tensor) -> Tensor:
         return left * (2 * lost - 1).to(left.dtype)

@@ -16,17 +16,16 @@ KINDS = [leapfrog, iz.MomentumResidual]
 
 
 class Net(nn.Module):
-    """A small net that may see a context and counts its evaluations."""
+    """A small net that counts its evaluations."""
 
     def __init__(self, features=3, dtype=torch.float64):
         super().__init__()
         self.inner, self.outer = nn.Linear(features, 5, dtype=dtype), nn.Linear(5, features, dtype=dtype)
         self.evaluations = 0
 
-    def forward(self, x, context=None):
+    def forward(self, x):
         self.evaluations += 1
-        h = self.inner(x)
-        return self.outer(torch.tanh(h if context is None else h + context))
+        return self.outer(torch.tanh(self.inner(x)))
 
 
 def streams(*shape, dtype=torch.float64, requires_grad=True):
@@ -42,24 +41,14 @@ def test_maps_are_the_documented_ones():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("way", ["forward", "inverse"])
+@pytest.mark.parametrize("inverted", [False, True])
 @pytest.mark.parametrize("mode", iz.Mode)
-def test_gradients_and_one_evaluation(kind, way, mode):
-    layer, inputs = kind(Net(), mode=mode), streams()
-    context = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
-
-    def outcome(m):
-        with iz.mode(layer, m):
-            call = layer.forward_and_log_det if way == "forward" else layer.inverse_and_log_det
-            (a, b), log_det = call(*inputs, context=context)
-            loss = a.square().sum() + b.exp().sum() + log_det.sum()
-            layer.f.evaluations = 0
-            return a, b, *torch.autograd.grad(loss, [*inputs, context, *layer.parameters()])
-
-    expected = outcome("store")
-    assert_close(outcome(mode), expected, rtol=1e-9, atol=1e-12)
-    if way == "forward":
-        assert layer.f.evaluations == (0 if mode == "store" else 1)
+def test_backward_evaluates_the_net_once(kind, inverted, mode):
+    layer = kind(Net(), mode=mode)
+    (a, b), log_det = (layer.inv if inverted else layer).forward_and_log_det(*streams())
+    assert layer.f.evaluations == 1
+    (a.square().sum() + b.exp().sum() + log_det.sum()).backward()
+    assert layer.f.evaluations == (1 if mode == "store" else 2)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -85,15 +74,6 @@ def test_round_trip_at_depth_16(kind):
     outputs = net(*inputs)
     largest = max(y.abs().max().item() for y in (*inputs, *outputs))  # at a constant speed, leapfrog goes far
     assert_close(net.inverse(*outputs), inputs, rtol=0, atol=5e-6 * largest)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision(kind, dtype):
-    layer, inputs = kind(Net(dtype=dtype)), streams(dtype=dtype)
-    outputs, log_det = layer.forward_and_log_det(*inputs)
-    assert [y.dtype for y in (*outputs, log_det)] == [dtype, dtype, torch.float32]
-    assert_close(layer.inverse(*outputs), inputs, rtol=0.05, atol=0.05)
 
 
 @pytest.mark.parametrize("kind", KINDS)

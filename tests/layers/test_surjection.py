@@ -1,8 +1,6 @@
 """Surjections: their terms against the densities by hand, and their bounds against likelihoods that are known."""
 
-import copy
 import math
-import pickle
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -183,16 +181,6 @@ def test_compiles(name: str) -> None:
     if name in ("slice", "augment", "abs"):
         f = torch.compile(lambda x: layer.inverse(layer.function(x)), backend="eager", fullgraph=True)
         assert f(x).shape == x.shape
-
-
-@every
-def test_copies_and_state(name: str) -> None:
-    layer, x = case(name)
-    layer.eval()
-    state = layer.state_dict()
-    assert all(key.startswith("distribution.net.") for key in state)
-    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
-        assert torch.equal(draw(lambda twin=twin: twin(x)), draw(lambda: layer(x)))
 
 
 @every

@@ -28,8 +28,13 @@ def per_feature(self, x, h, s):
     return self.bijection.log_slope(x, *h, *s).flatten()
 
 
-def at_the_output(self, y, **side):
-    return self.inverse(y, **side), -self.log_det(y, **side)
+def at_the_output(self, y, f, plain=iz.InvertibleResidual.undo):
+    with torch.enable_grad():
+        return plain(self, y, f), *self.seen(y.detach().requires_grad_(), f)
+
+
+def marked(self, x, f):
+    return x, f(x.requires_grad_() if x.is_leaf else x)
 
 
 def undo_in_place(self, y):
@@ -85,12 +90,12 @@ PLANTED = {
     ),
     "4a. FrEIA IResNetLayer: log-det of the inverse at z": (
         iz.InvertibleResidual,
-        {"inverse_with_log_det": at_the_output},
+        {"undo": at_the_output},
         "InvertibleResidual",
     ),
     "4b. FrEIA IResNetLayer: marks the caller's tensor": (
         iz.InvertibleResidual,
-        {"function": lambda self, x, **side: x + self.f(x.requires_grad_() if x.is_leaf else x, **side)},
+        {"seen": marked},
         "InvertibleResidual",
     ),
     "5. FrEIA OrthogonalTransform: transposed, though no longer orthogonal": (

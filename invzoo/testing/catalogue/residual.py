@@ -1,5 +1,7 @@
 """Residual blocks."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -23,21 +25,23 @@ class _Contraction(nn.Module):
         return 0.8 * torch.tanh(self.linear(h)) / (1 + self.linear.weight.square().sum())
 
 
+def _estimated(estimator: str, *shape: int, **options: Any) -> Case:
+    without = dict.fromkeys(
+        ("assert_log_det", "assert_dtypes", "assert_batch_sizes", "assert_trainable"),
+        "the log-determinant is an estimate, with noise",
+    )
+    make = lambda: iz.InvertibleResidual(_Contraction(3), log_det=estimator, terms=3, **options)  # noqa: E731
+    return Case(make, shape, id=estimator, without=without)
+
+
 RESIDUAL: tuple[Entry, ...] = (
     Entry(
         iz.InvertibleResidual,
         "y = x + f(x), f a contraction",
         "sum over k of -(-1)^k / k tr J^k, J = df / dx",
         Case(lambda: iz.InvertibleResidual(_Contraction(3)), (3,)),
-        Case(
-            lambda: iz.InvertibleResidual(_Contraction(3), log_det="series", terms=3),
-            (2, 3),
-            id="series",
-            without=dict.fromkeys(
-                ("assert_log_det", "assert_dtypes", "assert_batch_sizes", "assert_trainable"),
-                "the log-determinant is an estimate, with noise",
-            ),
-        ),
+        _estimated("series", 2, 3),
+        _estimated("roulette", 3, solve=True),
         Case(lambda: iz.InvertibleResidual(_Contraction(3), solve=True), (3,), id="solve"),
         Case(lambda: iz.InvertibleResidual(_Contraction(2, 3)), (2,), id="context", side={"context": (3,)}),
         cost="about 10 runs",

@@ -4,8 +4,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.distributions import Normal
+from torch import Tensor, nn
+from torch.distributions import Bernoulli, Normal
 
 import invzoo as iz
 
@@ -26,6 +26,13 @@ class _Gaussian(Conditioned):
     def forward(self, x: Tensor, context: Tensor) -> Any:
         mean, log_scale = super().forward(x, context).chunk(2, 1)
         return Normal(mean, log_scale.tanh().exp())
+
+
+class _Coin(nn.Linear):
+    """A distribution of signs that depends on the sizes."""
+
+    def forward(self, x: Tensor) -> Any:
+        return Bernoulli(logits=super().forward(x))
 
 
 def _surjection(
@@ -70,6 +77,7 @@ SURJECTIONS: tuple[Entry, ...] = (
         "abs(x), and back with signs drawn",
         "log p(sign | y)",
         _surjection(iz.Abs, (4,)),
+        _surjection(lambda: iz.Abs(distribution=_Coin(4, 4)), (4,), id="net"),
         keeps="its input",
     ),
     Entry(
