@@ -123,7 +123,7 @@ class InvertibleModule(Bijection, nn.Module):
             refuse(self, "layer", "be a bijection with a log-determinant", "one without", TypeError)
         return zero_log_det(self, inputs)
 
-    def replay(self, tape: Tape, *outputs: Any, **side: Any) -> None:
+    def replay(self, tape: Tape, /, *outputs: Any, **side: Any) -> None:
         """Rebuild the inputs and run the function once more on the tape: for a layer that words do not serve."""
         tape.run(self.function, *tape.invert(*outputs), **side)
 

@@ -48,16 +48,17 @@ class Like(Protocol):
 
     def __len__(self) -> int: ...
 
+    @property
+    def log_det(self) -> bool:
+        """Whether the log-determinant is asked for, too."""
+
 
 @dataclass(slots=True)
 class _Like:
     shape: torch.Size
     dtype: torch.dtype
     device: torch.device
-
-    @classmethod
-    def of(cls, x: Any) -> "_Like":
-        return cls(x.shape, x.dtype, x.device)
+    log_det: bool
 
     @property
     def ndim(self) -> int:
@@ -116,7 +117,7 @@ class Bijection(BaseMap):
         False  # whether `function` returns s behind y, for `undo`, which gets it behind h; `forward` hides it
     )
 
-    def given(self, like: Like, *passed: Any, **side: Any) -> Any:
+    def given(self, like: Like, /, *passed: Any, **side: Any) -> Any:
         """Compute ``h``, one value or a tuple of several; ``like`` has the shape, dtype and device of what moves."""
         return ()
 
@@ -197,17 +198,22 @@ class Run:
 
     def check(self, values: tuple[Any, ...]) -> None:
         argument = "y" if self.inverted else "x"
-        x, passing, _ = self._moving(values, self.inverted)
-        if not isinstance(x, Tensor):
-            refuse(self.owner, argument, "be a Tensor", type(x).__name__, TypeError)
-        self.bijection.check_argument(argument, x, *passing)
+        if not self.inverted or not self._arranges:  # else as they came: nothing is computed of what may not fit
+            moves = self.bijection.moves
+            if len(values) <= moves:
+                refuse(self.owner, "inputs", f"be at least {moves + 1}", len(values), TypeError)
+            values = values[:1] if self.inverted and self.bijection.keeps_seen else _pick(values, moves)
+        if not isinstance(values[0], Tensor):
+            refuse(self.owner, argument, "be a Tensor", type(values[0]).__name__, TypeError)
+        self.bijection.check_argument(argument, *values)
 
     def function(self, *values: Any, **side: Any) -> Any:
         """Run the map, or the way back; return what comes out, and behind it the log-determinant if it is asked for."""
         x, passing, kept = self._moving(values, self.inverted)
-        self.like = _Like.of(x)
-        if self.inverted and self._arranges:
-            self.needs_grad = tuple([p.requires_grad for p in passing])
+        if self.like is None:
+            self.like = _Like(x.shape, x.dtype, x.device, self.log_det)
+            if self.inverted and self._arranges:
+                self.needs_grad = tuple([p.requires_grad for p in passing])
         h = self._given(x, passing, side)
         return self._results(x, passing, (*h, *kept), None)
 
@@ -215,7 +221,7 @@ class Run:
         """Run the other direction."""
         return Run(self.bijection, self.owner, not self.inverted).function(*values, **side)
 
-    def replay(self, tape: Tape, *values: Any, **side: Any) -> Any:
+    def replay(self, tape: Tape, /, *values: Any, **side: Any) -> Any:
         """Rebuild the inputs from the outputs, and run the map again; ``given`` is evaluated once for both.
 
         Return what the map returns, if the tape runs so far.
@@ -291,7 +297,7 @@ class Run:
     def log_det_at(self, values: tuple[Any, ...], side: dict[str, Any]) -> Tensor:
         """Return the log-determinant of the map alone, at these inputs."""
         x, passing, _ = self._moving(values, outputs=False)
-        self.like = _Like.of(x)
+        self.like = _Like(x.shape, x.dtype, x.device, log_det=True)
         h = self._given(x, passing, side)
         return self._total(x, h, seen(self.bijection, x, *h))
 
@@ -326,7 +332,7 @@ class ByHand:
     def inverse(self, *values: Any, **side: Any) -> Any:
         return (self.layer.function if self.inverted else self.layer.inverse)(*values, **side)
 
-    def replay(self, tape: Tape, *values: Any, **side: Any) -> None:
+    def replay(self, tape: Tape, /, *values: Any, **side: Any) -> None:
         name = "replay" + "_inverse" * self.inverted + "_with_log_det" * self.log_det
         if name != "replay" and (old := getattr(self.layer, name, None)):
             old(tape, *values, **side)
@@ -334,7 +340,7 @@ class ByHand:
         if self.inverted and not self.log_det and (at := getattr(self.layer, "inverse_at", None)):
             tape.run(at, values, *tape.invert(*values), **side)
             return
-        if self.inverted or type(self.layer).replay is self.layer._no_replay:
+        if self.inverted or type(self.layer).replay is type(self.layer)._no_replay:
             tape.run(self.function, *tape.invert(*values), **side)
             return
         self.layer.replay(tape, *values, **side)

@@ -104,7 +104,7 @@ class Update(Bijection):
         "volume_preserving", "widens", "seen", "move", "undo", "undo_at", "move_", "undo_", "log_slope"
     )
 
-    def given(self, like: Like, other: Tensor, **side: Any) -> tuple[Any, ...]:
+    def given(self, like: Like, other: Tensor, /, **side: Any) -> tuple[Any, ...]:
         dtype = self.coupling.subnet_dtype
         try:
             h = self.net(other if dtype is None else other.to(dtype), **side)

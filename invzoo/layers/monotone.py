@@ -92,7 +92,7 @@ class Monotone(InvertibleModule):
         else:
             check_values(self, argument, x, *self.bounds)
 
-    def given(self, like: Like, **side: Any) -> Callable[..., Tensor]:
+    def given(self, like: Like, /, **side: Any) -> Callable[..., Tensor]:
         return partial(self.curve, **side) if side else self.curve
 
     def move(self, x: Tensor, curve: Callable[..., Tensor]) -> Tensor:

@@ -116,38 +116,41 @@ class InvertibleResidual(BranchLayer):
     def check_argument(self, argument: str, x: Tensor) -> None:
         check_real(self, argument, x)
 
-    def given(self, like: Like, **side: Any) -> Map:
-        return partial(self.evaluate, side=side)
+    def given(self, like: Like, /, **side: Any) -> tuple[Map, bool]:
+        return partial(self.evaluate, side=side), like.log_det
 
-    def seen(self, x: Tensor, f: Map) -> tuple[Tensor, Tensor]:
-        """Return f(x), and where it was evaluated: at a view, since a derivative by x itself would call its hooks."""
-        point = x if torch.compiler.is_compiling() else x.view_as(x)
+    def seen(self, x: Tensor, f: Map, log_det: bool) -> tuple[Tensor, Tensor]:
+        """Return f(x), and where it was evaluated; with a graph between them, if the log-determinant is asked for."""
         with full_precision(x):
+            return self._recorded(x, f) if log_det else (x, f(x))
+
+    @uncompiled
+    def _recorded(self, x: Tensor, f: Map) -> tuple[Tensor, Tensor]:
+        recording = torch.is_grad_enabled()
+        with torch.enable_grad():  # at a point of its own, since a derivative by x itself would call its hooks
+            point = x.view_as(x) if recording and x.requires_grad else x.detach().requires_grad_()
             return point, f(point)
 
-    def move(self, x: Tensor, f: Map, point: Tensor, h: Tensor) -> Tensor:
-        return x + h
+    def move(self, x: Tensor, f: Map, log_det: bool, point: Tensor, h: Tensor) -> Tensor:
+        return x + (h if torch.is_grad_enabled() else h.detach())
 
     @uncompiled
-    def undo(self, y: Tensor, f: Map) -> Tensor:
+    def undo(self, y: Tensor, f: Map, log_det: bool) -> Tensor:
         with full_precision(y):
             x = fixed_point(lambda x: y - f(x), y, self._limits(y))
-        return self.undo_at(x, y, f)
+        return self.undo_at(x, y, f, log_det)
 
     @uncompiled
-    def undo_at(self, x: Tensor, y: Tensor, f: Map) -> Tensor:
+    def undo_at(self, x: Tensor, y: Tensor, f: Map, log_det: bool) -> Tensor:
         with full_precision(y):
             return differentiable(lambda x: y - f(x), x, self._limits(y)) if torch.is_grad_enabled() else x
 
     @uncompiled
-    def log_slope(self, x: Tensor, f: Map, point: Tensor, h: Tensor) -> Tensor:
+    def log_slope(self, x: Tensor, f: Map, log_det: bool, point: Tensor, h: Tensor) -> Tensor:
         recording = torch.is_grad_enabled()
         with full_precision(x), torch.enable_grad():
-            if point is x or not point.requires_grad:  # nothing to differentiate by was recorded
-                point = x.view_as(x) if recording and x.requires_grad else x.detach().requires_grad_()
-                h = f(point)
-            log_det = self._log_det(point, h, create_graph=recording)
-        return log_det if recording else log_det.detach()
+            value = self._log_det(point, h, create_graph=recording)
+        return value if recording else value.detach()
 
     def _limits(self, y: Tensor) -> Limits:
         return Limits(self._name(), self.tolerance_for(y.dtype), self.max_iterations)

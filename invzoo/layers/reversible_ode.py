@@ -64,7 +64,7 @@ class Leapfrog(BranchLayer):
     def check_argument(self, argument: str, x: Any, *others: Any) -> None:
         _check_streams(self, x, *others)
 
-    def given(self, like: Like, x: Tensor, **side: Any) -> tuple[Tensor, Tensor]:
+    def given(self, like: Like, x: Tensor, /, **side: Any) -> tuple[Tensor, Tensor]:
         return x, self.evaluate(x, side)
 
     def move(self, x_prev: Tensor, centre: Tensor, h: Tensor) -> Tensor:
@@ -126,14 +126,10 @@ class MomentumResidual(BranchLayer):
             refuse(self, "gamma", "be below 1", gamma)
         self.gamma = gamma
 
-    def prepare(self, values: tuple[Any, ...], *, inverted: bool) -> None:
-        if inverted:  # before `unarrange` subtracts one from the other
-            _check_streams(self, *values)
-
     def check_argument(self, argument: str, x: Any, *others: Any) -> None:
-        _check_streams(self, *(*others, x))
+        _check_streams(self, *((x, *others) if argument == "y" else (*others, x)))
 
-    def given(self, like: Like, x: Tensor, **side: Any) -> Tensor:
+    def given(self, like: Like, x: Tensor, /, **side: Any) -> Tensor:
         return self.evaluate(x, side)
 
     def move(self, v: Tensor, h: Tensor) -> Tensor:

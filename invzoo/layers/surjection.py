@@ -86,7 +86,7 @@ class Surjection(InvertibleModule):
         values = noise.log_prob(widen(lost)) if lost.numel() else lost  # Independent refuses an empty batch
         return sum_per_sample(self, values)
 
-    def given(self, like: Like, **side: Any) -> dict[str, Any]:
+    def given(self, like: Like, /, **side: Any) -> dict[str, Any]:
         return side
 
     def seen(self, x: Tensor, side: dict[str, Any]) -> tuple[Any, ...]:
