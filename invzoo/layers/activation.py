@@ -11,7 +11,7 @@ from torch.distributions import constraints
 from ..dtypes import widen
 from ..module import InvertibleModule
 from ._checks import check_positive, refuse
-from .elementwise import Elementwise, check_real, check_values
+from .elementwise import Elementwise
 
 __all__ = [
     "Identity",
@@ -78,16 +78,20 @@ class InvertibleLeakyReLU(Elementwise):
         check_positive(self, "negative_slope", negative_slope)
         self.negative_slope = negative_slope
 
-    def function(self, x: Tensor) -> Tensor:
-        check_real(self, "x", x)
+    def move(self, x: Tensor) -> Tensor:
         return F.leaky_relu(x, self.negative_slope)
 
-    def inverse(self, y: Tensor) -> Tensor:
-        check_real(self, "y", y)
+    def undo(self, y: Tensor) -> Tensor:
         return F.leaky_relu(y, 1 / self.negative_slope)
 
+    def move_(self, x: Tensor) -> Tensor:
+        return F.leaky_relu(x, self.negative_slope, inplace=True)
+
+    def undo_(self, y: Tensor) -> Tensor:
+        return F.leaky_relu(y, 1 / self.negative_slope, inplace=True)
+
     def log_slope(self, x: Tensor) -> Tensor:
-        return torch.zeros_like(x).masked_fill(x <= 0, math.log(self.negative_slope))
+        return torch.zeros_like(widen(x)).masked_fill(x <= 0, math.log(self.negative_slope))
 
     def extra_repr(self) -> str:
         return f"negative_slope={self.negative_slope}"
@@ -118,6 +122,8 @@ class SneakyReLU(Elementwise):
         True
     """
 
+    widens = True
+
     negative_slope: float
 
     def __init__(self, negative_slope: float = 0.1, **options: Any) -> None:
@@ -128,13 +134,17 @@ class SneakyReLU(Elementwise):
         self.negative_slope = negative_slope
         self._a = (1 - negative_slope) / (1 + negative_slope)
 
-    def function(self, x: Tensor) -> Tensor:
-        check_real(self, "x", x)
-        return _sneak(widen(x), self._a).to(x.dtype)
+    def move(self, x: Tensor) -> Tensor:
+        a, near = self._a, _near(x)
+        return x * ((1 + a * (near / (1 + _hypot(near, 1)))) / (1 + a))
 
-    def inverse(self, y: Tensor) -> Tensor:
-        check_real(self, "y", y)
-        return _unsneak(widen(y), self._a).to(y.dtype)
+    def undo(self, y: Tensor) -> Tensor:
+        a, z = self._a, (1 + self._a) * y + self._a
+        near = _near(z)
+        root = a * _hypot(near, math.sqrt(1 - a * a))
+        # The same root twice. Where z > 0, its numerator in the second form would cancel; elsewhere nothing does.
+        positive = y * ((1 + a) * (near + a) / (near.abs() + root))
+        return torch.where(z > 0, positive, (near - root) / (1 - a * a) + (z - near) / (1 - a))
 
     def log_slope(self, x: Tensor) -> Tensor:
         x = _near(x)
@@ -151,20 +161,6 @@ def _near(x: Tensor) -> Tensor:
 
 def _hypot(x: Tensor, side: float) -> Tensor:
     return torch.hypot(x, torch.full_like(x, side))
-
-
-def _sneak(x: Tensor, a: float) -> Tensor:
-    near = _near(x)
-    return x * ((1 + a * (near / (1 + _hypot(near, 1)))) / (1 + a))
-
-
-def _unsneak(y: Tensor, a: float) -> Tensor:
-    z = (1 + a) * y + a
-    near = _near(z)
-    root = a * _hypot(near, math.sqrt(1 - a * a))
-    # The same root twice. Where z > 0, its numerator in the second form would cancel; elsewhere nothing does.
-    positive = y * ((1 + a) * (near + a) / (near.abs() + root))
-    return torch.where(z > 0, positive, (near - root) / (1 - a * a) + (z - near) / (1 - a))
 
 
 class InvertibleELU(Elementwise):
@@ -204,17 +200,15 @@ class InvertibleELU(Elementwise):
         self.alpha = alpha
         self.codomain = constraints.greater_than_eq(-alpha)  # type: ignore[misc]
 
-    def function(self, x: Tensor) -> Tensor:
-        check_real(self, "x", x)
+    def move(self, x: Tensor) -> Tensor:
         return F.elu(x, self.alpha)
 
-    def inverse(self, y: Tensor) -> Tensor:
-        check_values(self, "y", y, -self.alpha, math.inf)
+    def undo(self, y: Tensor) -> Tensor:
         negative = torch.where(y > 0, 0, y)
         return torch.where(y > 0, y, torch.log1p(negative / self.alpha))
 
     def log_slope(self, x: Tensor) -> Tensor:
-        return torch.where(x > 0, 0, x + math.log(self.alpha))
+        return torch.where(x > 0, 0, widen(x) + math.log(self.alpha))
 
     def extra_repr(self) -> str:
         return f"alpha={self.alpha}"

@@ -1,4 +1,4 @@
-"""What functions of each value alone have in common: their log-determinant, and checks of values."""
+"""What functions of each value alone have in common: checks of values, and maths."""
 
 import math
 from typing import Any
@@ -6,10 +6,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributions import constraints
 
-from ..dtypes import widen
-from ..engine._torch import backward_id, functorch_active, tracing
-from ..log_dets import sum_per_sample
+from ..engine._torch import functorch_active, tracing
 from ..module import InvertibleModule
 from ._checks import check_tensor, refuse
 
@@ -26,7 +25,7 @@ def check_real(owner: object, argument: str, x: Any) -> None:
 def check_values(owner: object, argument: str, x: Tensor, least: float, most: float) -> None:
     """Values lie in [least, most], or are NaN: those pass on, as in PyTorch."""
     check_real(owner, argument, x)
-    if not readable(x) or backward_id() != -1:  # a replay in backward sees values that forward looked at
+    if not readable(x):
         return
     low, high = torch.stack(x.detach().aminmax()).tolist()  # one synchronisation, not two
     if low < least or high > most:
@@ -59,12 +58,11 @@ def log_cosh(x: Tensor) -> Tensor:
 
 
 class Elementwise(InvertibleModule):
-    """A function of each value alone, so that the log-determinant is a sum of log-slopes. Abstract."""
+    """A function of each value alone. Abstract."""
 
-    def log_slope(self, *inputs: Any, **side: Any) -> Tensor:
-        """Compute log abs dy/dx at each value of the input, which comes in at least float32."""
-        raise NotImplementedError
-
-    def log_det(self, x: Tensor, **side: Any) -> Tensor:
-        check_real(self, "x", x)
-        return sum_per_sample(self, self.log_slope(widen(x), **side))
+    def check_argument(self, argument: str, x: Tensor) -> None:
+        domain: Any = self.domain if argument == "x" else self.codomain
+        if domain is constraints.real:
+            check_real(self, argument, x)
+        else:
+            check_values(self, argument, x, domain.lower_bound, getattr(domain, "upper_bound", math.inf))

@@ -9,7 +9,7 @@ from .. import engine
 from ..engine import Operation
 from ..module import Composite
 from ._checks import refuse
-from .permutation import AlongDim, dim_of
+from .permutation import AlongDim
 from .split import Partition
 
 __all__ = ["Deinterleave", "Interleave", "Swap"]
@@ -19,7 +19,7 @@ __all__ = ["Deinterleave", "Interleave", "Swap"]
 
 def _interleave(x: Tensor, dim: int) -> Tensor:
     """[a0 a1 a2 | b0 b1] -> [a0 b0 a1 b1 a2]."""
-    half, odd = divmod(x.shape[dim], 2)
+    dim, (half, odd) = dim % x.ndim, divmod(x.shape[dim], 2)
     a, *last, b = x.split([half, odd, half] if odd else half, dim)
     pairs = torch.stack((a, b), dim + 1).flatten(dim, dim + 1)
     return torch.cat((pairs, *last), dim) if odd else pairs
@@ -27,7 +27,7 @@ def _interleave(x: Tensor, dim: int) -> Tensor:
 
 def _deinterleave(x: Tensor, dim: int) -> Tensor:
     """[a0 b0 a1 b1 a2] -> [a0 a1 a2 | b0 b1]."""
-    half, odd = divmod(x.shape[dim], 2)
+    dim, (half, odd) = dim % x.ndim, divmod(x.shape[dim], 2)
     pairs, *last = x.split([2 * half, odd], dim) if odd else (x,)
     a, b = pairs.unflatten(dim, (half, 2)).unbind(dim + 1)
     return torch.cat((a, *last, b), dim)
@@ -56,6 +56,8 @@ class Swap(AlongDim, Composite):
         (tensor([1., 1.]), tensor([0.]))
     """
 
+    at_least = 2
+
     def __init__(self, dim: int | None = None, **options: Any) -> None:
         super().__init__(dim, **options)
         self.streams = Partition("half", self.dim)
@@ -69,7 +71,7 @@ class Swap(AlongDim, Composite):
             refuse(self, "y" if inverted else "x", "be one Tensor or two", got or "none", TypeError)
         if len(values) == 2:  # exchanged as they are, and one tensor in a call of its own
             return values[1], values[0]
-        dim_of(self, "y" if inverted else "x", values[0], self.dim, at_least=2)
+        self.check_argument("y" if inverted else "x", values[0])
         there, back = (self._back, self._there) if inverted else (self._there, self._back)
         return engine.call(Operation(self._name(), there, back, None, (), self._policy), values, side)
 
@@ -101,11 +103,13 @@ class Interleave(AlongDim):
         tensor([[ 1, 10,  2, 20,  3]])
     """
 
-    def function(self, x: Tensor) -> Tensor:
-        return _interleave(x, dim_of(self, "x", x, self.dim, at_least=2))
+    at_least = 2
 
-    def inverse(self, y: Tensor) -> Tensor:
-        return _deinterleave(y, dim_of(self, "y", y, self.dim, at_least=2))
+    def move(self, x: Tensor) -> Tensor:
+        return _interleave(x, self.dim)
+
+    def undo(self, y: Tensor) -> Tensor:
+        return _deinterleave(y, self.dim)
 
 
 class Deinterleave(AlongDim):
@@ -125,8 +129,10 @@ class Deinterleave(AlongDim):
         tensor([[ 1,  2,  3, 10, 20]])
     """
 
-    def function(self, x: Tensor) -> Tensor:
-        return _deinterleave(x, dim_of(self, "x", x, self.dim, at_least=2))
+    at_least = 2
 
-    def inverse(self, y: Tensor) -> Tensor:
-        return _interleave(y, dim_of(self, "y", y, self.dim, at_least=2))
+    def move(self, x: Tensor) -> Tensor:
+        return _deinterleave(x, self.dim)
+
+    def undo(self, y: Tensor) -> Tensor:
+        return _interleave(y, self.dim)

@@ -5,48 +5,64 @@ have no digits left.
 """
 
 import math
-from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..dtypes import widen
+from ._checks import refuse
 from .elementwise import log_cosh, softplus
 
-__all__ = ["Exp", "Logistic", "Softplus", "Squash", "Tanh"]
+__all__ = ["EXP", "SOFTPLUS", "TANH", "Logistic", "Way"]
 
 
-class Squash(ABC):
-    """A map of the real line onto an interval, ``x -> y``, and the way back. Abstract."""
+class Way(NamedTuple):
+    """One of the two, and its log-slope, both at the value that it takes."""
 
-    ends: tuple[float, float]
+    map: Callable[[Tensor], Tensor]
+    log_slope: Callable[[Tensor], Tensor]
 
-    @abstractmethod
-    def squash(self, x: Tensor) -> Tensor: ...
 
-    @abstractmethod
-    def stretch(self, y: Tensor) -> Tensor: ...
+# The gradient of torch.atanh has 1 - y ** 2, which has no digits left near 1; the terms here have opposite signs.
+TANH = (
+    Way(torch.tanh, lambda x: -2 * log_cosh(x)),
+    Way(lambda y: (torch.log1p(y) - torch.log1p(-y)) / 2, lambda y: -torch.log1p(y) - torch.log1p(-y)),
+)
 
-    @abstractmethod
-    def squash_log_slope(self, x: Tensor) -> Tensor:
-        """Compute log dy/dx at x."""
+SOFTPLUS = (
+    Way(softplus, lambda x: -softplus(-x)),
+    Way(lambda y: y + torch.log(-torch.expm1(-y)), lambda y: -torch.log(-torch.expm1(-y))),
+)
 
-    @abstractmethod
-    def stretch_log_slope(self, y: Tensor) -> Tensor:
-        """Compute log dx/dy at y."""
+EXP = Way(torch.exp, lambda x: x), Way(torch.log, lambda y: -y.log())
 
 
 @dataclass(frozen=True)
-class Logistic(Squash):
+class Logistic:
     """``x -> (sigmoid(x) - eps) / (1 - 2 eps)``, whose ends are below 0 and above 1."""
 
     eps: float = 0.0
 
+    @classmethod
+    def of(cls, owner: object, eps: float) -> "Logistic":
+        """Make one of a layer's option."""
+        if not isinstance(eps, int | float) or isinstance(eps, bool):
+            refuse(owner, "eps", "be a number", repr(eps), TypeError)
+        if not 0 <= eps < 0.5:
+            refuse(owner, "eps", "be in [0, 0.5)", eps)
+        return cls(eps)
+
     @property
-    def ends(self) -> tuple[float, float]:  # type: ignore[override]
+    def ends(self) -> tuple[float, float]:
         margin = self.eps / (1 - 2 * self.eps)
         return 0 - margin, 1 + margin
+
+    @property
+    def ways(self) -> tuple[Way, Way]:
+        return Way(self.squash, self.squash_log_slope), Way(self.stretch, self.stretch_log_slope)
 
     def squash(self, x: Tensor) -> Tensor:
         y = torch.sigmoid(x)
@@ -74,62 +90,3 @@ class Logistic(Squash):
         inside, y = (y >= low) & (y <= high), widen(y)
         p, q = (self.eps + (1 - 2 * self.eps) * share for share in (y, 1 - y))  # near 1, the digits are those of 1 - y
         return p.clamp(min=0).where(inside, torch.nan), q.clamp(min=0)
-
-
-@dataclass(frozen=True)
-class Tanh(Squash):
-    """``x -> tanh(x)``."""
-
-    ends = (-1.0, 1.0)
-
-    def squash(self, x: Tensor) -> Tensor:
-        return torch.tanh(x)
-
-    def stretch(self, y: Tensor) -> Tensor:
-        # The gradient of torch.atanh has 1 - y ** 2, which has no digits left near 1; the terms here have opposite
-        # signs.
-        return (torch.log1p(y) - torch.log1p(-y)) / 2
-
-    def squash_log_slope(self, x: Tensor) -> Tensor:
-        return -2 * log_cosh(x)
-
-    def stretch_log_slope(self, y: Tensor) -> Tensor:
-        return -torch.log1p(y) - torch.log1p(-y)
-
-
-@dataclass(frozen=True)
-class Softplus(Squash):
-    """``x -> log(1 + exp(x))``."""
-
-    ends = (0.0, math.inf)
-
-    def squash(self, x: Tensor) -> Tensor:
-        return softplus(x)
-
-    def stretch(self, y: Tensor) -> Tensor:
-        return y + torch.log(-torch.expm1(-y))
-
-    def squash_log_slope(self, x: Tensor) -> Tensor:
-        return -softplus(-x)
-
-    def stretch_log_slope(self, y: Tensor) -> Tensor:
-        return -torch.log(-torch.expm1(-y))
-
-
-@dataclass(frozen=True)
-class Exp(Squash):
-    """``x -> exp(x)``."""
-
-    ends = (0.0, math.inf)
-
-    def squash(self, x: Tensor) -> Tensor:
-        return x.exp()
-
-    def stretch(self, y: Tensor) -> Tensor:
-        return y.log()
-
-    def squash_log_slope(self, x: Tensor) -> Tensor:
-        return x
-
-    def stretch_log_slope(self, y: Tensor) -> Tensor:
-        return -y.log()

@@ -3,29 +3,18 @@
 import operator
 import reprlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from ..engine import Tape
 from ..module import InvertibleModule
+from ..protocol import Like
 from ._checks import check_dim_given, check_features, check_positive_int, check_tensor, given_dim, refuse
 
-__all__ = ["AlongDim", "Permute", "Reverse", "Shuffle", "dim_of"]
+__all__ = ["AlongDim", "Permute", "Reverse", "Shuffle"]
 
 Device = torch.device | str | None
-
-
-def dim_of(owner: object, argument: str, x: Any, dim: int, at_least: int = 0) -> int:
-    """Return `dim` counted from the front, where `x` has it."""
-    check_tensor(owner, argument, x)
-    check_dim_given(owner, x)
-    if not -x.ndim <= dim < x.ndim:
-        refuse(owner, argument, f"have a dim {dim}", f"shape {tuple(x.shape)}")
-    if x.shape[dim] < at_least:
-        refuse(owner, argument, f"have at least {at_least} entries in dim {dim}", f"shape {tuple(x.shape)}")
-    return dim % x.ndim
 
 
 class AlongDim(InvertibleModule):
@@ -34,10 +23,20 @@ class AlongDim(InvertibleModule):
     volume_preserving = True
     rearranges = True
     exact = True
+    at_least: ClassVar[int] = 0  # how many entries
 
     def __init__(self, dim: int | None = None, **options: Any) -> None:
         super().__init__(**options)
         self.dim = given_dim(self, dim)
+
+    def check_argument(self, argument: str, x: Tensor) -> None:
+        check_tensor(self, argument, x)
+        check_dim_given(self, x)
+        if not -x.ndim <= self.dim < x.ndim:
+            refuse(self, argument, f"have a dim {self.dim}", f"shape {tuple(x.shape)}")
+        if x.shape[self.dim] < self.at_least:
+            entries = f"have at least {self.at_least} entries in dim {self.dim}"
+            refuse(self, argument, entries, f"shape {tuple(x.shape)}")
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}"
@@ -55,22 +54,19 @@ class _Reindexing(AlongDim):
         super().__init__(dim, **options)
         self.register_buffer("permutation", torch.empty(size, dtype=torch.long, device=device), persistent)
 
-    def function(self, x: Tensor) -> Tensor:
-        self._check("x", x)
-        return x.index_select(self.dim, self.permutation)
-
-    def inverse(self, y: Tensor) -> Tensor:
-        self._check("y", y)
-        return y.index_select(self.dim, self.permutation.argsort())
-
-    def replay(self, tape: Tape, *outputs: Any, **side: Any) -> None:
-        x = tape.input(0, self.inverse(*outputs))
-        # Autograd saves the index alone, and does so for an empty input too: no second copy.
-        tape.run(lambda: x.unsqueeze(-1)[..., :0].index_select(self.dim % x.ndim, self.permutation))
-
-    def _check(self, argument: str, x: Tensor) -> None:
-        dim_of(self, argument, x, self.dim)
+    def check_argument(self, argument: str, x: Tensor) -> None:
+        super().check_argument(argument, x)
         check_features(self, argument, x, self.dim, len(self.permutation))
+
+    def given(self, like: Like) -> Tensor:
+        return self.permutation
+
+    def move(self, x: Tensor, order: Tensor) -> Tensor:
+        # Autograd saves the order before it copies anything, so a replay, which stops there, copies nothing.
+        return x.index_select(self.dim, order)
+
+    def undo(self, y: Tensor, order: Tensor) -> Tensor:
+        return y.index_select(self.dim, order.argsort())
 
 
 class Permute(_Reindexing):
@@ -189,8 +185,8 @@ class Reverse(AlongDim):
         tensor([[3, 2, 1]])
     """
 
-    def function(self, x: Tensor) -> Tensor:
-        return torch.flip(x, (dim_of(self, "x", x, self.dim),))
+    def move(self, x: Tensor) -> Tensor:
+        return torch.flip(x, (self.dim,))
 
-    def inverse(self, y: Tensor) -> Tensor:
-        return torch.flip(y, (dim_of(self, "y", y, self.dim),))
+    def undo(self, y: Tensor) -> Tensor:
+        return torch.flip(y, (self.dim,))

@@ -10,6 +10,7 @@ from einops.parsing import ParsedExpression
 from torch import Tensor
 
 from ..module import InvertibleModule
+from ..protocol import Like
 from ._checks import check_dim_given, check_positive_int, check_tensor, given_dims, refuse
 
 __all__ = ["Flatten", "Pad", "Rearrange", "Reshape"]
@@ -37,17 +38,17 @@ class _Reshaping(InvertibleModule):
         if math.prod(self.output_shape) != size or any(n < 1 for n in self.output_shape):
             refuse(self, "output_shape", f"have the {size} entries of {self.input_shape}", tuple(output_shape))
 
-    def function(self, x: Tensor) -> Tensor:
-        return self._reshape("x", x, self.input_shape, self.output_shape)
-
-    def inverse(self, y: Tensor) -> Tensor:
-        return self._reshape("y", y, self.output_shape, self.input_shape)
-
-    def _reshape(self, argument: str, x: Any, shape: tuple[int, ...], other: tuple[int, ...]) -> Tensor:
+    def check_argument(self, argument: str, x: Tensor) -> None:
         check_tensor(self, argument, x)
+        shape = self.input_shape if argument == "x" else self.output_shape
         if x.ndim == 0 or x.shape[1:] != shape:
             refuse(self, argument, f"have shape (batch{''.join(f', {n}' for n in shape)})", f"shape {tuple(x.shape)}")
-        return x.reshape(len(x), *other)
+
+    def move(self, x: Tensor) -> Tensor:
+        return x.reshape(len(x), *self.output_shape)
+
+    def undo(self, y: Tensor) -> Tensor:
+        return y.reshape(len(y), *self.input_shape)
 
 
 class Reshape(_Reshaping):
@@ -158,14 +159,16 @@ class Rearrange(InvertibleModule):
                 refuse(self, "sizes", expected, f"none of {', '.join(missing)}")
         return source.strip(), target.strip()
 
-    def function(self, x: Tensor) -> Tensor:
+    def check_argument(self, argument: str, x: Tensor) -> None:
+        check_tensor(self, argument, x)
+
+    def move(self, x: Tensor) -> Tensor:
         return self._rearrange("x", x, *self.sides)
 
-    def inverse(self, y: Tensor) -> Tensor:
+    def undo(self, y: Tensor) -> Tensor:
         return self._rearrange("y", y, *self.sides[::-1])
 
-    def _rearrange(self, argument: str, x: Any, source: str, target: str) -> Tensor:
-        check_tensor(self, argument, x)
+    def _rearrange(self, argument: str, x: Tensor, source: str, target: str) -> Tensor:
         try:
             return rearrange(x, f"{source} -> {target}", **self.sizes)
         except EinopsError:
@@ -213,25 +216,26 @@ class Pad(InvertibleModule):
             refuse(self, "padding", "be (before, after), both at least 0", padding)
         self.dim = given_dims(self, dim)
 
-    def function(self, x: Tensor) -> Tensor:
-        dims = self._dims("x", x, 0)
-        pairs = [self.padding if dim in dims else (0, 0) for dim in reversed(range(x.ndim))]
-        return F.pad(x, [n for pair in pairs for n in pair])
-
-    def inverse(self, y: Tensor) -> Tensor:
-        before, after = self.padding
-        for dim in self._dims("y", y, before + after):
-            y = y.narrow(dim, before, y.shape[dim] - before - after)
-        return y
-
-    def _dims(self, argument: str, x: Any, at_least: int) -> list[int]:
+    def check_argument(self, argument: str, x: Tensor) -> None:
         check_tensor(self, argument, x)
         check_dim_given(self, x)
+        at_least = sum(self.padding) if argument == "y" else 0
         for dim in self.dim:
             if not -x.ndim <= dim < x.ndim or x.shape[dim] < at_least:
                 entries = f" with at least {at_least} entries" if at_least else ""
                 refuse(self, argument, f"have a dim {dim}{entries}", f"shape {tuple(x.shape)}")
-        return sorted({dim % x.ndim for dim in self.dim})
+
+    def given(self, like: Like) -> set[int]:
+        return {dim % like.ndim for dim in self.dim}
+
+    def move(self, x: Tensor, dims: set[int]) -> Tensor:
+        pairs = [self.padding if dim in dims else (0, 0) for dim in reversed(range(x.ndim))]
+        return F.pad(x, [n for pair in pairs for n in pair])
+
+    def undo(self, y: Tensor, dims: set[int]) -> Tensor:
+        for dim in dims:
+            y = y.narrow(dim, self.padding[0], y.shape[dim] - sum(self.padding))
+        return y
 
     def extra_repr(self) -> str:
         return f"{self.padding}, dim={self.dim[0] if len(self.dim) == 1 else self.dim}"

@@ -105,7 +105,22 @@ def join(partition: Partition, streams: tuple[Tensor, Tensor], owner: Invertible
     return engine.call(merging(owner, partition.join, partition.part), streams, {})
 
 
-class Split(InvertibleModule):
+class _Partitioned(InvertibleModule):
+    """One tensor and its two streams: several values move at once, so both directions are written. Abstract."""
+
+    volume_preserving = True
+    rearranges = True
+    exact = True
+
+    def __init__(self, dim: int | None = None, split: SplitSpec = "half", **options: Any) -> None:
+        super().__init__(**options)
+        self.partition = Partition(split, given_dim(self, dim))
+
+    def extra_repr(self) -> str:
+        return f"dim={self.partition.dim}, split={self.partition.split!r}"
+
+
+class Split(_Partitioned):
     r"""Split a tensor into two streams, ``x -> (x1, x2)``.
 
     Shapes: ``(..., n, ...) -> (..., n1, ...), (..., n2, ...)`` with ``n1 + n2 = n``.
@@ -123,14 +138,6 @@ class Split(InvertibleModule):
         (tensor([[0., 1., 2.]]), tensor([[3., 4.]]))
     """
 
-    volume_preserving = True
-    rearranges = True
-    exact = True
-
-    def __init__(self, dim: int | None = None, split: SplitSpec = "half", **options: Any) -> None:
-        super().__init__(**options)
-        self.partition = Partition(split, given_dim(self, dim))
-
     def function(self, x: Tensor) -> tuple[Tensor, Tensor]:
         check_dim_given(self, x)
         return self.partition.cut(x)
@@ -139,11 +146,8 @@ class Split(InvertibleModule):
         check_dim_given(self, x1)
         return self.partition.join(x1, x2)
 
-    def extra_repr(self) -> str:
-        return f"dim={self.partition.dim}, split={self.partition.split!r}"
 
-
-class Merge(InvertibleModule):
+class Merge(_Partitioned):
     """Merge two streams into a tensor, ``(x1, x2) -> x``: the inverse of :class:`Split`.
 
     Shapes: ``(..., n1, ...), (..., n2, ...) -> (..., n1 + n2, ...)``.
@@ -159,14 +163,6 @@ class Merge(InvertibleModule):
         tensor([[0., 1., 0., 1.]])
     """
 
-    volume_preserving = True
-    rearranges = True
-    exact = True
-
-    def __init__(self, dim: int | None = None, split: SplitSpec = "half", **options: Any) -> None:
-        super().__init__(**options)
-        self.partition = Partition(split, given_dim(self, dim))
-
     def function(self, x1: Tensor, x2: Tensor) -> Tensor:
         check_dim_given(self, x1)
         sizes = x1.shape[self.partition.dim], x2.shape[self.partition.dim]
@@ -177,5 +173,3 @@ class Merge(InvertibleModule):
     def inverse(self, x: Tensor) -> tuple[Tensor, Tensor]:
         check_dim_given(self, x)
         return self.partition.cut(x)
-
-    extra_repr = Split.extra_repr

@@ -9,10 +9,8 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from ..dtypes import widen
-from ..log_dets import sum_per_sample
-from ._checks import refuse
-from .elementwise import Elementwise, check_real, check_values
-from .intervals import Exp, Logistic, Softplus, Squash, Tanh
+from .elementwise import Elementwise
+from .intervals import EXP, SOFTPLUS, TANH, Logistic, Way
 
 __all__ = [
     "InvertibleAtanh",
@@ -27,57 +25,25 @@ __all__ = [
 _SYMMETRIC = constraints.interval(-1.0, 1.0)
 
 
-class _Squashing(Elementwise):
-    """A layer that squashes. Abstract."""
+class _Squash(Elementwise):
+    """A map of the line onto an interval, or the way back: a subclass says which of the two is there. Abstract."""
 
     saturating = True
-    curve: Squash
+    there: Way
+    back: Way
 
-    def function(self, x: Tensor) -> Tensor:
-        check_real(self, "x", x)
-        return self.curve.squash(x)
+    def move(self, x: Tensor) -> Tensor:
+        return self.there.map(x)
 
-    def inverse(self, y: Tensor) -> Tensor:
-        check_values(self, "y", y, *self.curve.ends)
-        return self.curve.stretch(y)
+    def undo(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        return self.back.map(y), y
 
-    def log_slope(self, x: Tensor) -> Tensor:
-        return self.curve.squash_log_slope(x)
-
-    def inverse_with_log_det(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        return self.inverse(y), sum_per_sample(self, self.curve.stretch_log_slope(widen(y)))
+    def log_slope(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """Compute it at the side that was given: the other may have no digits left."""
+        return self.there.log_slope(widen(x)) if y is None else -self.back.log_slope(widen(y))
 
 
-class _Stretching(Elementwise):
-    """A layer that stretches, the inverse of one that squashes. Abstract."""
-
-    saturating = True
-    curve: Squash
-
-    def function(self, x: Tensor) -> Tensor:
-        check_values(self, "x", x, *self.curve.ends)
-        return self.curve.stretch(x)
-
-    def inverse(self, y: Tensor) -> Tensor:
-        check_real(self, "y", y)
-        return self.curve.squash(y)
-
-    def log_slope(self, x: Tensor) -> Tensor:
-        return self.curve.stretch_log_slope(x)
-
-    def inverse_with_log_det(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        return self.inverse(y), sum_per_sample(self, self.curve.squash_log_slope(widen(y)))
-
-
-def _logistic(owner: object, eps: float) -> Logistic:
-    if not isinstance(eps, int | float) or isinstance(eps, bool):
-        refuse(owner, "eps", "be a number", repr(eps), TypeError)
-    if not 0 <= eps < 0.5:
-        refuse(owner, "eps", "be in [0, 0.5)", eps)
-    return Logistic(eps)
-
-
-class InvertibleSigmoid(_Squashing):
+class InvertibleSigmoid(_Squash):
     """Squash to the unit interval: ``x -> s = 1 / (1 + exp(-x))``, ``y -> log(y) - log(1 - y)``.
 
     It saturates: in float32 no ``x`` above 17 comes back. So mode ``invert`` keeps the input and never inverts. The
@@ -107,11 +73,11 @@ class InvertibleSigmoid(_Squashing):
     """
 
     codomain = constraints.unit_interval
-    curve: Logistic
 
     def __init__(self, eps: float = 0.0, **options: Any) -> None:
         super().__init__(**options)
-        self.curve = _logistic(self, eps)
+        self.curve = Logistic.of(self, eps)
+        self.there, self.back = self.curve.ways
         if eps:
             self.codomain = constraints.interval(*self.curve.ends)  # type: ignore[misc]
 
@@ -119,7 +85,7 @@ class InvertibleSigmoid(_Squashing):
         return f"eps={self.curve.eps}" if self.curve.eps else ""
 
 
-class InvertibleLogit(_Stretching):
+class InvertibleLogit(_Squash):
     """Stretch the unit interval to the real line: ``x -> log(x) - log(1 - x)``, ``y -> s = 1 / (1 + exp(-y))``.
 
     The inverse saturates, so mode ``invert`` keeps the input. 0 and 1 are in the domain and go to -inf and inf.
@@ -155,19 +121,18 @@ class InvertibleLogit(_Stretching):
     """
 
     domain = constraints.unit_interval
-    curve: Logistic
 
     def __init__(self, eps: float = 0.0, **options: Any) -> None:
         super().__init__(**options)
-        self.curve = _logistic(self, eps)
+        self.curve = Logistic.of(self, eps)
+        self.back, self.there = self.curve.ways
         if eps:
             self.domain = constraints.interval(*self.curve.ends)  # type: ignore[misc]
 
-    def extra_repr(self) -> str:
-        return f"eps={self.curve.eps}" if self.curve.eps else ""
+    extra_repr = InvertibleSigmoid.extra_repr
 
 
-class InvertibleTanh(_Squashing):
+class InvertibleTanh(_Squash):
     """Squash to (-1, 1): ``x -> tanh(x)``, ``y -> (log(1 + y) - log(1 - y)) / 2``.
 
     It saturates: in float32 no ``|x|`` above 9.1 comes back. So mode ``invert`` keeps the input and never inverts. The
@@ -187,10 +152,10 @@ class InvertibleTanh(_Squashing):
     """
 
     codomain = _SYMMETRIC
-    curve = Tanh()
+    there, back = TANH
 
 
-class InvertibleAtanh(_Stretching):
+class InvertibleAtanh(_Squash):
     """Stretch (-1, 1) to the real line: ``x -> (log(1 + x) - log(1 - x)) / 2``, ``y -> tanh(y)``.
 
     The inverse saturates, so mode ``invert`` keeps the input. -1 and 1 are in the domain and go to -inf and inf.
@@ -209,10 +174,10 @@ class InvertibleAtanh(_Stretching):
     """
 
     domain = _SYMMETRIC
-    curve = Tanh()
+    back, there = TANH
 
 
-class InvertibleSoftplus(_Squashing):
+class InvertibleSoftplus(_Squash):
     """Squash to the positive numbers: ``x -> log(1 + exp(x))``, ``y -> log(exp(y) - 1) = y + log(1 - exp(-y))``.
 
     Below -87 float32 makes it 0, whose inverse is -inf, and small outputs that later layers rebuild have few digits
@@ -232,10 +197,10 @@ class InvertibleSoftplus(_Squashing):
     """
 
     codomain = constraints.positive
-    curve = Softplus()
+    there, back = SOFTPLUS
 
 
-class InvertibleExp(_Squashing):
+class InvertibleExp(_Squash):
     """Squash to the positive numbers: ``x -> exp(x)``, ``y -> log(y)``.
 
     Outside (-87, 88) float32 makes it 0 and inf. Mode ``invert`` keeps the input. The log-slope is x.
@@ -253,10 +218,10 @@ class InvertibleExp(_Squashing):
     """
 
     codomain = constraints.positive
-    curve = Exp()
+    there, back = EXP
 
 
-class InvertibleLog(_Stretching):
+class InvertibleLog(_Squash):
     """Stretch the positive numbers to the real line: ``x -> log(x)``, ``y -> exp(y)``.
 
     The inverse saturates, so mode ``invert`` keeps the input. 0 goes to -inf. The log-slope is -log(x).
@@ -274,4 +239,4 @@ class InvertibleLog(_Stretching):
     """
 
     domain = constraints.positive
-    curve = Exp()
+    back, there = EXP

@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from einops import rearrange
 from torch import Tensor
 
 from ..module import InvertibleModule
+from ..protocol import Like
 from ._checks import check_choice, check_positive_int, check_tensor, refuse
 
 __all__ = ["ORDERS", "Squeeze", "Unsqueeze", "cells", "check_pixels", "positions"]
@@ -44,12 +45,16 @@ def check_pixels(
     if x.ndim - 2 not in dims:
         number = "one to three dims" if isinstance(factor, int) else f"{len(factor)} dims"
         refuse(owner, argument, f"have dims (batch, channels, ...) with {number} of pixels", f"shape {tuple(x.shape)}")
-    factors = (factor,) * (x.ndim - 2) if isinstance(factor, int) else tuple(factor)
+    factors = _factors(factor, x.ndim - 2)
     if deep and x.shape[1] % math.prod(factors):
         refuse(owner, argument, f"have a multiple of {math.prod(factors)} channels", f"shape {tuple(x.shape)}")
     if not deep and any(n % f for n, f in zip(x.shape[2:], factors, strict=True)):
         refuse(owner, argument, f"have sizes that are multiples of {factors} in dims 2, ...", f"shape {tuple(x.shape)}")
     return factors
+
+
+def _factors(factor: tuple[int, ...] | int, dims: int) -> tuple[int, ...]:
+    return (factor,) * dims if isinstance(factor, int) else factor
 
 
 class _Cells(InvertibleModule):
@@ -59,6 +64,7 @@ class _Cells(InvertibleModule):
     rearranges = True
     exact = True
 
+    pixels_in: ClassVar[str]  # x or y; the other has them as channels
     factor: int | tuple[int, ...]
     order: str
 
@@ -72,15 +78,21 @@ class _Cells(InvertibleModule):
         check_choice(self, "order", order, ORDERS)
         self.factor, self.order = factor if isinstance(factor, int) else factors, order
 
-    def _squeeze(self, argument: str, x: Tensor) -> Tensor:
-        factors = check_pixels(self, argument, x, self.factor, deep=False)
-        image, _, deep = cells(len(factors), self.order)
-        return rearrange(x, f"{image} -> {deep}", **positions(factors))
+    def check_argument(self, argument: str, x: Tensor) -> None:
+        check_pixels(self, argument, x, self.factor, deep=argument != self.pixels_in)
 
-    def _unsqueeze(self, argument: str, y: Tensor) -> Tensor:
-        factors = check_pixels(self, argument, y, self.factor, deep=True)
+    def given(self, like: Like) -> tuple[str, str, dict[str, int]]:
+        """Return the patterns of x and y, and the sizes of a cell."""
+        factors = _factors(self.factor, like.ndim - 2)
         image, _, deep = cells(len(factors), self.order)
-        return rearrange(y, f"{deep} -> {image}", **positions(factors))
+        sides = (image, deep) if self.pixels_in == "x" else (deep, image)
+        return *sides, positions(factors)
+
+    def move(self, x: Tensor, source: str, target: str, sizes: dict[str, int]) -> Tensor:
+        return rearrange(x, f"{source} -> {target}", **sizes)
+
+    def undo(self, y: Tensor, source: str, target: str, sizes: dict[str, int]) -> Tensor:
+        return rearrange(y, f"{target} -> {source}", **sizes)
 
     def extra_repr(self) -> str:
         return f"{self.factor}, order={self.order!r}"
@@ -114,11 +126,7 @@ class Squeeze(_Cells):
         tensor([1, 5, 2, 6, 3, 7, 4, 8])
     """
 
-    def function(self, x: Tensor) -> Tensor:
-        return self._squeeze("x", x)
-
-    def inverse(self, y: Tensor) -> Tensor:
-        return self._unsqueeze("y", y)
+    pixels_in = "x"
 
 
 class Unsqueeze(_Cells):
@@ -139,8 +147,4 @@ class Unsqueeze(_Cells):
                   [2, 3]]]])
     """
 
-    def function(self, x: Tensor) -> Tensor:
-        return self._unsqueeze("x", x)
-
-    def inverse(self, y: Tensor) -> Tensor:
-        return self._squeeze("y", y)
+    pixels_in = "y"

@@ -16,14 +16,14 @@ REARRANGEMENTS: tuple[Entry, ...] = (
         Case(lambda: iz.Permute([1, 0], dim=-1), (3, 2), id="last"),
         Case(lambda: iz.Permute([2, 0, 1]), (3, 1, 2), id="images"),
     ),
-    Entry(iz.Shuffle, "the same with a random order", "0", Case(lambda: iz.Shuffle(5, dim=1), (5, 2))),
-    Entry(iz.Reverse, "y[i] = x[n - 1 - i]", "0", Case(lambda: iz.Reverse(dim=1), (3, 2))),
+    Entry(iz.Shuffle, "the same with a random order", "0", Case(lambda: iz.Shuffle(5, dim=1), (5, 2, 2))),
+    Entry(iz.Reverse, "y[i] = x[n - 1 - i]", "0", Case(lambda: iz.Reverse(dim=1), (3, 2, 2))),
     Entry(
         iz.Swap,
         "(x1, x2) -> (x2, x1)",
         "0",
         Case(iz.Swap, (4,)),
-        Case(lambda: iz.Swap(dim=1), (5, 2), id="odd"),
+        Case(lambda: iz.Swap(dim=1), (5, 2, 2), id="odd"),
         Case(iz.Swap, (3,), (2,), id="streams"),
     ),
     Entry(
@@ -31,14 +31,14 @@ REARRANGEMENTS: tuple[Entry, ...] = (
         "[a0 a1 b0 b1] -> [a0 b0 a1 b1]",
         "0",
         Case(iz.Interleave, (4,)),
-        Case(lambda: iz.Interleave(dim=1), (5, 2), id="odd"),
+        Case(lambda: iz.Interleave(dim=1), (5, 2, 2), id="odd"),
     ),
     Entry(
         iz.Deinterleave,
         "[a0 b0 a1 b1] -> [a0 a1 b0 b1]",
         "0",
         Case(iz.Deinterleave, (4,)),
-        Case(lambda: iz.Deinterleave(dim=1), (5, 2), id="odd"),
+        Case(lambda: iz.Deinterleave(dim=1), (5, 2, 2), id="odd"),
     ),
     Entry(
         iz.Split,
@@ -64,6 +64,8 @@ REARRANGEMENTS: tuple[Entry, ...] = (
         "0",
         Case(iz.Squeeze, (1, 2, 4)),
         Case(lambda: iz.Squeeze((3,), order="positions_first"), (2, 6), id="positions"),
+        Case(lambda: iz.Squeeze((1, 3)), (2, 2, 3), id="factors"),
+        Case(iz.Squeeze, (1, 2, 4, 2), id="volumes"),
     ),
     Entry(
         iz.Unsqueeze,
@@ -79,6 +81,7 @@ REARRANGEMENTS: tuple[Entry, ...] = (
         "what an einops pattern says",
         "0",
         Case(lambda: iz.Rearrange("b (h p) c -> b h (c p)", {"p": 2, "c": 3}), (4, 3)),
+        Case(lambda: iz.Rearrange("b c ... -> b ... c"), (2, 3, 2), id="dots"),
     ),
     Entry(
         iz.Pad,
