@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .errors import refuse
 
-__all__ = ["LogDets", "log_det_dtype", "sum_per_sample", "zero_log_det"]
+__all__ = ["LogDets", "for_each_sample", "log_det_dtype", "sum_per_sample", "zero_log_det"]
 
 
 def log_det_dtype(x: Tensor) -> torch.dtype:
@@ -43,6 +43,11 @@ def zero_log_det(owner: object, inputs: tuple[Any, ...]) -> Tensor:
         got = "a scalar" if isinstance(x, Tensor) else type(x).__name__
         refuse(owner, "input", "be a Tensor with a batch dim, for a log-determinant", got)
     return x.new_zeros(len(x), dtype=log_det_dtype(x))
+
+
+def for_each_sample(x: Tensor, log_det: Tensor) -> Tensor:
+    """Return a log-determinant, one per sample of ``x`` or the same for all of them, in its shape (B,) and dtype."""
+    return log_det.to(log_det_dtype(x)).expand(len(x)).contiguous()
 
 
 class LogDets:

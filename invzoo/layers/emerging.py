@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from ..dtypes import full_precision, widen
+from ..dtypes import widen
+from ..log_dets import for_each_sample
+from ..protocol import Like
 from ._checks import check_choice, refuse
 from .conv import mix_channels
 from .kernel_conv import KernelConv
@@ -206,27 +208,20 @@ class EmergingConv(KernelConv):
         self._offsets, self._times = offsets(self.kernel_size), times(self.kernel_size)
         self._make_parameters(2, taps=(len(self._offsets),), bias=bias, device=device, dtype=dtype)
 
-    def function(self, x: Tensor) -> Tensor:
-        self._check("x", x)
-        with full_precision(x):
-            y = self._widened(x)
-            for kernel in self._kernels():
-                y = correlate(y, kernel, self._offsets).flip(self._reversed)
-            return self._narrowed(y + self._shift, like=x)
+    def log_slope(self, x: Tensor, *h: Tensor) -> Tensor:
+        return for_each_sample(x, self._log_scales.sum() * math.prod(x.shape[2:]))
 
-    def inverse(self, y: Tensor) -> Tensor:
-        self._check("y", y)
-        with full_precision(y):
-            x = self._widened(y) - self._shift
-            for kernel in self._kernels().flip(0):
-                x = back_substitute(x.flip(self._reversed), kernel, self._offsets, self._times)
-            return self._narrowed(x, like=y)
+    def _convolve(self, x: Tensor, matrices: Tensor) -> Tensor:
+        for kernel in matrices:
+            x = correlate(x, kernel, self._offsets).flip(self._reversed)
+        return x
 
-    def log_det(self, x: Tensor) -> Tensor:
-        self._check("x", x)
-        return self._per_sample(x, self._log_scales.sum() * math.prod(x.shape[2:]))
+    def _solve(self, y: Tensor, matrices: Tensor) -> Tensor:
+        for kernel in matrices.flip(0):
+            y = back_substitute(y.flip(self._reversed), kernel, self._offsets, self._times)
+        return y
 
-    def _kernels(self) -> Tensor:
+    def _matrices(self, like: Like) -> Tensor:
         """e^s (1 + N) of both maps: (2, channels, channels, taps), the centre last, with channels before it only."""
         *before, centre = widen(self.weight).unbind(-1)
         return self._kernel(torch.stack([*before, centre.tril(-1)], -1), len(before))

@@ -1,16 +1,26 @@
 """What convolutions with larger kernels share: a kernel e^s (1 + N) whose N is a contraction, and their checks."""
 
 import math
+from abc import abstractmethod
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..dtypes import bounded, widen
-from ..log_dets import log_det_dtype
+from ..dtypes import bounded, computed, full_precision, widen
 from ..module import InvertibleModule
-from ._checks import check_dims, check_features, check_floating, check_like, check_positive, check_positive_int, refuse
+from ..protocol import Like
+from ._checks import (
+    check_dims,
+    check_features,
+    check_floating,
+    check_like,
+    check_positive,
+    check_positive_int,
+    parameter_of,
+    refuse,
+)
 from .orthogonal import identity
 
 __all__ = ["KernelConv", "contraction"]
@@ -88,14 +98,37 @@ class KernelConv(InvertibleModule):
         for parameter in self.parameters():
             nn.init.zeros_(parameter)
 
+    @abstractmethod
+    def _matrices(self, like: Like) -> Tensor:
+        """Return what the maps do to values of this shape, as matrices of channels."""
+
+    @abstractmethod
+    def _convolve(self, x: Tensor, matrices: Tensor) -> Tensor:
+        """Return what the maps make of x."""
+
+    @abstractmethod
+    def _solve(self, y: Tensor, matrices: Tensor) -> Tensor:
+        """Undo :meth:`_convolve`."""
+
+    def given(self, like: Like) -> tuple[Tensor, Tensor]:
+        with full_precision(like):
+            matrices = self._matrices(like)
+        bias = matrices.real.new_zeros(self.channels) if self.bias is None else widen(self.bias)
+        return matrices, bias.view(-1, *[1] * len(self.kernel_size))
+
+    def move(self, x: Tensor, matrices: Tensor, shift: Tensor) -> Tensor:
+        return computed(lambda x: self._convolve(x, matrices) + shift, x, self._parameter)
+
+    def undo(self, y: Tensor, matrices: Tensor, shift: Tensor) -> Tensor:
+        return computed(lambda y: self._solve(y - shift, matrices), y, self._parameter)
+
+    @property
+    def _parameter(self) -> Tensor:
+        return parameter_of(self, "weight")
+
     @property
     def _log_scales(self) -> Tensor:
         return bounded(widen(self.log_scale), self.max_log_scale)
-
-    @property
-    def _shift(self) -> Tensor:
-        bias = self.weight.new_zeros(self.channels) if self.bias is None else self.bias
-        return widen(bias).view(-1, *[1] * len(self.kernel_size))
 
     def _kernel(self, weight: Tensor, centre: int) -> Tensor:
         """e^s (1 + N) of shape (..., channels, channels, taps), where N is a contraction that ``weight`` gives."""
@@ -104,27 +137,16 @@ class KernelConv(InvertibleModule):
         one = F.pad(identity(weight[..., 0], self.channels).unsqueeze(-1), (centre, taps - 1 - centre))
         return self._log_scales.exp()[..., None, None] * (one + n)
 
-    def _check(self, argument: str, x: Tensor) -> None:
+    def check_argument(self, argument: str, x: Tensor) -> None:
         if isinstance(x, Tensor) and not x.is_floating_point():
             refuse(self, argument, "be real floating point", x.dtype, TypeError)
         check_floating(self, argument, x)
-        check_like(self, argument, x, self.weight)
+        check_like(self, argument, x, self._parameter)
         spatial = len(self.kernel_size)
         check_dims(self, argument, x, (spatial + 2,), _LAYOUTS[spatial])
         check_features(self, argument, x, 1, self.channels)
         if 0 in x.shape[2:]:
             refuse(self, argument, "have at least one pixel", f"shape {tuple(x.shape)}")
-
-    def _widened(self, x: Tensor) -> Tensor:
-        return x.to(torch.promote_types(x.dtype, widen(self.weight[:0]).dtype))
-
-    def _narrowed(self, y: Tensor, like: Tensor) -> Tensor:
-        return y.to(torch.promote_types(like.dtype, self.weight.dtype))
-
-    @staticmethod
-    def _per_sample(x: Tensor, log_det: Tensor) -> Tensor:
-        """The same log-determinant for every sample of ``x``."""
-        return log_det.to(log_det_dtype(x)).repeat(len(x))
 
     def extra_repr(self) -> str:
         return f"{self.channels}, kernel_size={self.kernel_size}" + (", bias=False" if self.bias is None else "")

@@ -1,15 +1,26 @@
 """A diagonal matrix plus one of low rank, multiplied, inverted and measured at the cost of the low rank."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..dtypes import bounded, full_precision, widen
-from ..log_dets import log_det_dtype
+from ..dtypes import bounded, computed, full_precision, widen
+from ..log_dets import for_each_sample
 from ..module import InvertibleModule
-from ._checks import check_features, check_floating, check_like, check_positive, check_positive_int, given_dim, refuse
+from ..protocol import Like
+from ._checks import (
+    check_features,
+    check_floating,
+    check_like,
+    check_positive,
+    check_positive_int,
+    given_dim,
+    parameter_of,
+    refuse,
+)
 from .orthogonal import identity
 
 __all__ = ["WoodburyLinear"]
@@ -131,49 +142,39 @@ class WoodburyLinear(InvertibleModule):
             s, a, b = self._factors()
             return multiply(identity(a, self.features), (s / 2).exp(), a, b).mT
 
-    def function(self, x: Tensor) -> Tensor:
-        self._check("x", x)
-        with full_precision(x):
+    def given(self, like: Like) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        with full_precision(like):
             s, a, b = self._factors()
-            y = multiply(self._features_last(x), (s / 2).exp(), a, b) + self._shift
-        return self._like(x, y)
+        return s, a, b, a.new_zeros(self.features) if self.bias is None else widen(self.bias)
 
-    def inverse(self, y: Tensor) -> Tensor:
-        self._check("y", y)
-        with full_precision(y):
-            s, a, b = self._factors()
+    def move(self, x: Tensor, s: Tensor, a: Tensor, b: Tensor, shift: Tensor) -> Tensor:
+        return self._along(lambda x: multiply(x, (s / 2).exp(), a, b) + shift, x)
+
+    def undo(self, y: Tensor, s: Tensor, a: Tensor, b: Tensor, shift: Tensor) -> Tensor:
+        def back(y: Tensor) -> Tensor:
             solved = torch.linalg.solve(capacitance(a, b), b.mH).mH
-            x = multiply(self._features_last(y) - self._shift, (-s / 2).exp(), -a, solved)
-        return self._like(y, x)
+            return multiply(y - shift, (-s / 2).exp(), -a, solved)
 
-    def log_det(self, x: Tensor) -> Tensor:
-        self._check("x", x)
+        return self._along(back, y)
+
+    def log_slope(self, x: Tensor, s: Tensor, a: Tensor, b: Tensor, shift: Tensor) -> Tensor:
         if x.ndim < 2 or self.dim % x.ndim == 0:
             refuse(self, "x", f"have a batch dim before dim {self.dim}, for a log-determinant", tuple(x.shape))
         positions = math.prod(x.shape[1:]) // self.features * (2 if x.is_complex() else 1)
         with full_precision(x):
-            s, a, b = self._factors()
-            log_det = positions * (s.sum() + torch.linalg.slogdet(capacitance(a, b)).logabsdet)
-        return log_det.to(log_det_dtype(x)).expand(len(x)).contiguous()
+            return for_each_sample(x, positions * (s.sum() + torch.linalg.slogdet(capacitance(a, b)).logabsdet))
+
+    def check_argument(self, argument: str, x: Tensor) -> None:
+        check_floating(self, argument, x)
+        check_like(self, argument, x, parameter_of(self, "left"))
+        check_features(self, argument, x, self.dim, self.features)
 
     def _factors(self) -> tuple[Tensor, Tensor, Tensor]:
         a, b = (squash(widen(p), math.sqrt(self.max_norm)) for p in (self.left, self.right))
         return bounded(widen(self.log_scale), self.max_log_scale), a, b
 
-    @property
-    def _shift(self) -> Tensor:
-        return widen(self.left.new_zeros(self.features) if self.bias is None else self.bias)
-
-    def _features_last(self, x: Tensor) -> Tensor:
-        return x.movedim(self.dim, -1).to(torch.promote_types(x.dtype, widen(self.left).dtype))
-
-    def _like(self, x: Tensor, y: Tensor) -> Tensor:
-        return y.movedim(-1, self.dim).to(torch.promote_types(x.dtype, self.left.dtype))
-
-    def _check(self, argument: str, x: Tensor) -> None:
-        check_floating(self, argument, x)
-        check_like(self, argument, x, self.left)
-        check_features(self, argument, x, self.dim, self.features)
+    def _along(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        return computed(function, x.movedim(self.dim, -1), parameter_of(self, "left")).movedim(-1, self.dim)
 
     def extra_repr(self) -> str:
         return f"features={self.features}, rank={self.rank}, dim={self.dim}, bias={self.bias is not None}"

@@ -16,9 +16,9 @@ __all__ = ["MATRICES", "Matrix", "cayley", "householder"]
 class Matrix(nn.Module):
     """A learned matrix W of shape (rows, columns), rows >= columns, and its left inverse. Abstract.
 
-    Called as a module, so that hooks on it fire, it does what W and its inverse share; both take what it returns.
-    ``factors`` and ``log_det`` take parameters in the order of ``names``, in at least float32 and with leading batch
-    dims if they have any; the first has the matrix's dtype.
+    Called as a module, so that hooks on it fire, it makes the factors that W, its inverse and its log-determinant take.
+    ``factors`` takes parameters in the order of ``names``, in at least float32 and with leading batch dims if they have
+    any; the first has the matrix's dtype.
     """
 
     names: ClassVar[tuple[str, ...]]
@@ -38,23 +38,24 @@ class Matrix(nn.Module):
         """The matrix's own parameters."""
         return tuple(getattr(self, name) for name in self.names)
 
-    def forward(self, *offsets: Tensor, log_det: bool = False) -> tuple[tuple[Tensor, ...], Tensor | None]:
-        """What W and its inverse are made of, with ``offsets`` added to its parameters; and log abs det W, if asked."""
+    def forward(self, *offsets: Tensor) -> tuple[Tensor, ...]:
+        """What W and its inverse are made of, with ``offsets`` added to its parameters."""
         parameters = [widen(p) for p in self.own()]
         if offsets:
             parameters = [p + widen(h) for p, h in zip(parameters, offsets, strict=True)]
-        return self.factors(*parameters), self.log_det(*parameters) if log_det else None
+        return self.factors(*parameters)
 
     def factors(self, *parameters: Tensor) -> tuple[Tensor, ...]:
-        raise NotImplementedError
-
-    def log_det(self, *parameters: Tensor) -> Tensor:
         raise NotImplementedError
 
     def weight(self, *factors: Tensor) -> Tensor:
         raise NotImplementedError
 
     def inverse(self, *factors: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def log_det(self, *factors: Tensor) -> Tensor:
+        """Log abs det W, if W is square and does not keep volumes."""
         raise NotImplementedError
 
     def extra_repr(self) -> str:
@@ -65,9 +66,6 @@ class Orthonormal(Matrix):
     """W^H W = I, so that W^H is the left inverse. Abstract."""
 
     volume_preserving = True
-
-    def log_det(self, *parameters: Tensor) -> Tensor:
-        return parameters[0].real.new_zeros(parameters[0].shape[:-2])
 
     def weight(self, *factors: Tensor) -> Tensor:
         return factors[0]
@@ -167,9 +165,6 @@ class Scaled(Matrix):
         u, v = (householder(vectors, self.columns) for vectors in (left, right))
         return u, bounded(log_scale, self.max_log_scale).unsqueeze(-2), v
 
-    def log_det(self, *parameters: Tensor) -> Tensor:
-        return bounded(parameters[2], self.max_log_scale).sum(-1)
-
     def weight(self, *factors: Tensor) -> Tensor:
         u, s, v = factors
         return u * s.exp() @ v.mH
@@ -177,6 +172,9 @@ class Scaled(Matrix):
     def inverse(self, *factors: Tensor) -> Tensor:
         u, s, v = factors
         return v * (-s).exp() @ u.mH
+
+    def log_det(self, *factors: Tensor) -> Tensor:
+        return factors[1].sum((-2, -1))
 
 
 class PLU(Matrix):
@@ -208,30 +206,26 @@ class PLU(Matrix):
         self.permutation.copy_(torch.randperm(self.rows, device=self.permutation.device))
         self.sigma.copy_(torch.randint_like(self.permutation, 2) * 2 - 1)
 
-    def log_scales(self, packed: Tensor) -> Tensor:
-        """s; of a complex one the phase is free."""
-        log_scale = packed.diagonal(dim1=-2, dim2=-1)
-        return log_scale - log_scale.real + bounded(log_scale.real, self.max_log_scale)
-
     def factors(self, *parameters: Tensor) -> tuple[Tensor, ...]:
-        """L and U + diag(sigma e^s)."""
+        """L, U + diag(sigma e^s), and s; of a complex one the phase is free."""
         (packed,) = parameters
-        units = packed * self.rows**-0.5
-        diagonal = self.sigma * self.log_scales(packed).exp()
-        return units.tril(-1) + identity(packed, self.rows), units.triu(1) + diagonal.diag_embed()
-
-    def log_det(self, *parameters: Tensor) -> Tensor:
-        return self.log_scales(parameters[0]).real.sum(-1)
+        units, s = packed * self.rows**-0.5, packed.diagonal(dim1=-2, dim2=-1)
+        s = s - s.real + bounded(s.real, self.max_log_scale)
+        upper = units.triu(1) + (self.sigma * s.exp()).diag_embed()
+        return units.tril(-1) + identity(packed, self.rows), upper, s
 
     def weight(self, *factors: Tensor) -> Tensor:
-        lower, upper = factors
+        lower, upper, _ = factors
         return (lower @ upper)[..., self.permutation, :]
 
     def inverse(self, *factors: Tensor) -> Tensor:
-        lower, upper = factors
+        lower, upper, _ = factors
         p = identity(lower, self.rows)[self.permutation]
         z = torch.linalg.solve_triangular(lower, p.mT, upper=False, unitriangular=True)
         return torch.linalg.solve_triangular(upper, z, upper=True)
+
+    def log_det(self, *factors: Tensor) -> Tensor:
+        return factors[2].real.sum(-1)
 
 
 class Free(Matrix):
@@ -252,13 +246,8 @@ class Free(Matrix):
         self.entries.copy_(householder(widen(self.entries.normal_()), self.rows))
 
     def factors(self, *parameters: Tensor) -> tuple[Tensor, ...]:
-        (entries,) = parameters
-        return (
-            entries.clone() if self._forward_hooks else entries,
-        )  # behind the call, FSDP2 frees a parameter's memory
-
-    def log_det(self, *parameters: Tensor) -> Tensor:
-        return torch.linalg.slogdet(parameters[0]).logabsdet
+        (entries,) = parameters  # whose memory FSDP2 frees behind the call, by a hook
+        return (entries.clone() if self._forward_hooks else entries,)
 
     def weight(self, *factors: Tensor) -> Tensor:
         return factors[0]
@@ -268,6 +257,9 @@ class Free(Matrix):
         if not (torch.compiler.is_compiling() or inverse.is_meta):
             self._check_condition(factors[0].detach(), inverse.detach(), info)
         return inverse
+
+    def log_det(self, *factors: Tensor) -> Tensor:
+        return torch.linalg.slogdet(factors[0]).logabsdet
 
     def _check_condition(self, weight: Tensor, inverse: Tensor, info: Tensor) -> None:
         condition = torch.linalg.matrix_norm(weight, 1) * torch.linalg.matrix_norm(inverse, 1)

@@ -2,15 +2,15 @@
 
 import math
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ..dtypes import full_precision, widen
-from ..engine import Tape
-from ..log_dets import log_det_dtype
+from ..dtypes import computed, full_precision, widen
+from ..log_dets import for_each_sample
+from ..protocol import Like
 from ._checks import (
     check_choice,
     check_dims,
@@ -25,8 +25,6 @@ from .conditioned import Conditioned, Conditioner
 from .matrix import MATRICES, Matrix
 
 __all__ = ["MatrixLayer"]
-
-Product = Callable[..., Tensor]
 
 
 def times(matrix: Tensor, vector: Tensor) -> Tensor:
@@ -101,7 +99,7 @@ class MatrixLayer(Conditioned):
     def weight(self) -> Tensor:
         """W, of shape (rows, columns), in at least float32."""
         with full_precision(self._parameter):
-            return self.matrix.weight(*self.matrix()[0])
+            return self.matrix.weight(*self.matrix())
 
     @property
     def num_parameters(self) -> int:
@@ -111,50 +109,52 @@ class MatrixLayer(Conditioned):
         """
         return sum(p.numel() for p in self._own())
 
-    def function(self, x: Tensor, *, context: Any = None) -> Tensor:
-        self._check("x", x, self.matrix.columns)
-        factors, _ = self._build(x, context)
-        return self._apply_weight(x, *factors)
+    def given(self, like: Like, *, context: Any = None) -> tuple[Tensor, ...]:
+        """Return b, and behind it the factors of W and its inverse."""
+        offsets, shift = self.evaluate_conditioner(context), self._shift
+        with full_precision(like):
+            if offsets is None:
+                return shift, *self.matrix()
+            if offsets.shape != (shape := (len(like), self.num_parameters)):
+                refuse(self, "conditioner", f"return shape {shape}, (batch, num_parameters)", tuple(offsets.shape))
+            pieces, count = per_sample(self._own(), offsets), len(self.matrix.names)
+            return shift if self.bias is None else shift + widen(pieces[count]), *self.matrix(*pieces[:count])
 
-    def inverse(self, y: Tensor, *, context: Any = None) -> Tensor:
-        self._check("y", y, self.matrix.rows)
-        factors, _ = self._build(y, context)
-        return self._apply_inverse(y, *factors)
+    def move(self, x: Tensor, shift: Tensor, *factors: Tensor) -> Tensor:
+        return computed(lambda x: self._map(x, self.matrix.weight(*factors), shift), x, self._parameter)
 
-    def log_det(self, x: Tensor, *, context: Any = None) -> Tensor:
-        self._check("x", x, self.matrix.columns)
-        _, log_det = self._build(x, context, log_det=True)
-        return self._log_det(x, log_det)
+    def undo(self, y: Tensor, shift: Tensor, *factors: Tensor) -> Tensor:
+        def back(y: Tensor) -> Tensor:
+            inverse = self.matrix.inverse(*factors)
+            return self._map(y, inverse, -times(inverse, shift))
 
-    def function_and_log_det(self, x: Tensor, *, context: Any = None) -> tuple[Tensor, Tensor]:
-        self._check("x", x, self.matrix.columns)
-        factors, log_det = self._build(x, context, log_det=True)
-        return self._apply_weight(x, *factors), self._log_det(x, log_det)
+        return computed(back, y, self._parameter)
 
-    def inverse_with_log_det(self, y: Tensor, *, context: Any = None) -> tuple[Tensor, Tensor]:
-        self._check("y", y, self.matrix.rows)
-        factors, log_det = self._build(y, context, log_det=True)
-        x = self._apply_inverse(y, *factors)
-        return x, -self._log_det(x, log_det)
+    def through_engine(
+        self, values: tuple[Any, ...], side: dict[str, Any], *, inverted: bool = False, log_det: bool = False
+    ) -> Any:
+        if log_det:
+            self._check_batch(values[0])
+        return super().through_engine(values, side, inverted=inverted, log_det=log_det)
 
-    def replay(self, tape: Tape, *outputs: Tensor, **side: Any) -> None:
-        self._replay(self._apply_inverse, self._apply_weight, tape, *outputs, **side)
+    def log_det(self, x: Tensor, **side: Any) -> Tensor:
+        self._check_batch(x)
+        return super().log_det(x, **side)
 
-    def replay_with_log_det(self, tape: Tape, *outputs: Tensor, **side: Any) -> None:
-        self._replay(self._apply_inverse, self._apply_weight, tape, *outputs, log_det=True, **side)
+    def log_slope(self, x: Tensor, shift: Tensor, *factors: Tensor) -> Tensor:
+        if self.matrix.rows != self.matrix.columns:
+            refuse(self, "layer", "be a bijection with a log-determinant", "one without", TypeError)
+        positions = math.prod(x.shape[1:]) // self.matrix.columns * (2 if x.is_complex() else 1)
+        with full_precision(x):
+            return for_each_sample(x, positions * self.matrix.log_det(*factors))
 
-    def replay_inverse(self, tape: Tape, *inputs: Tensor, **side: Any) -> None:
-        self._replay(self._apply_weight, self._apply_inverse, tape, *inputs, **side)
-
-    def replay_inverse_with_log_det(self, tape: Tape, *inputs: Tensor, **side: Any) -> None:
-        self._replay(self._apply_weight, self._apply_inverse, tape, *inputs, log_det=True, **side)
-
-    def _replay(
-        self, back: Product, there: Product, tape: Tape, value: Tensor, context: Any = None, *, log_det: bool = False
-    ) -> None:
-        """Run the conditioner, and build the factors, once for both directions."""
-        factors, _ = tape.run(self._build, value, context, log_det=log_det)  # of log_det nothing more is saved
-        tape.run(there, tape.input(0, back(value, *factors)), *factors)
+    def check_argument(self, argument: str, x: Tensor) -> None:
+        check_floating(self, argument, x)
+        check_like(self, argument, x, self._parameter)
+        check_dims(self, argument, x, self.dims, self.layout)
+        check_features(self, argument, x, self.dim, self.matrix.columns if argument == "x" else self.matrix.rows)
+        if self.conditioner is not None:
+            check_dims(self, "input", x, range(2, sys.maxsize), "(batch, ...), with a conditioner")
 
     @staticmethod
     def affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -172,51 +172,9 @@ class MatrixLayer(Conditioned):
     def _own(self) -> tuple[Tensor, ...]:
         return self.matrix.own() if self.bias is None else (*self.matrix.own(), self.bias)
 
-    def _check(self, argument: str, x: Tensor, size: int) -> None:
-        check_floating(self, argument, x)
-        check_like(self, argument, x, self._parameter)
-        check_dims(self, argument, x, self.dims, self.layout)
-        check_features(self, argument, x, self.dim, size)
-
-    def _build(self, x: Tensor, context: Any, *, log_det: bool = False) -> tuple[tuple[Tensor, ...], Tensor | None]:
-        """Return b, and behind it what W and its inverse share; and log abs det W, if asked for."""
-        if self.conditioner is not None:
-            check_dims(self, "input", x, range(2, sys.maxsize), "(batch, ...), with a conditioner")
-        offsets, shift = self.evaluate_conditioner(context), self._shift
-        with full_precision(x):
-            if offsets is None:
-                factors, volume = self.matrix(log_det=log_det)
-            else:
-                self._check_offsets(offsets, (len(x), self.num_parameters))
-                pieces, count = per_sample(self._own(), offsets), len(self.matrix.names)
-                factors, volume = self.matrix(*pieces[:count], log_det=log_det)
-                shift = shift if self.bias is None else shift + widen(pieces[count])
-        return (shift, *factors), volume
-
-    def _check_offsets(self, offsets: Tensor, shape: tuple[int, int]) -> None:
-        if offsets.shape != shape:
-            refuse(self, "conditioner", f"return shape {shape}, (batch, num_parameters)", tuple(offsets.shape))
-
-    def _apply_weight(self, x: Tensor, shift: Tensor, *factors: Tensor) -> Tensor:
-        with full_precision(x):
-            return self._map(x, self.matrix.weight(*factors), shift)
-
-    def _apply_inverse(self, y: Tensor, shift: Tensor, *factors: Tensor) -> Tensor:
-        with full_precision(y):
-            inverse = self.matrix.inverse(*factors)
-            return self._map(y, inverse, -times(inverse, shift))
-
-    def _log_det(self, x: Tensor, volume: Tensor | None) -> Tensor:
-        if self.matrix.rows != self.matrix.columns or volume is None:
-            return super().log_det(x)
-        if x.ndim < 2:
+    def _check_batch(self, x: Any) -> None:  # an orthonormal W has no log_slope that could
+        if getattr(x, "ndim", 0) == 1:
             refuse(self, "x", "have a batch dim, for a log-determinant", f"shape {tuple(x.shape)}")
-        positions = math.prod(x.shape[1:]) // self.matrix.columns * (2 if x.is_complex() else 1)
-        with full_precision(x):
-            log_det = positions * volume.to(log_det_dtype(x))
-        return log_det.expand(len(x)).contiguous()
 
     def _map(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        dtype = torch.promote_types(x.dtype, weight.dtype)
-        y = self.affine(x.to(dtype), weight.to(dtype), bias.to(dtype))
-        return y.to(torch.promote_types(x.dtype, self._parameter.dtype))
+        return self.affine(x, weight.to(x.dtype), bias.to(x.dtype))

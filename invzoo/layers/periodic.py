@@ -10,6 +10,8 @@ from einops import rearrange
 from torch import Tensor
 
 from ..dtypes import full_precision, widen
+from ..log_dets import for_each_sample
+from ..protocol import Like
 from .kernel_conv import KernelConv
 
 __all__ = ["PeriodicConv", "frequency_response", "map_frequencies", "multiplicity"]
@@ -120,35 +122,15 @@ class PeriodicConv(KernelConv):
             index = index * size + (size - 1) // 2
         return index
 
-    def function(self, x: Tensor) -> Tensor:
-        self._check("x", x)
-        return self._convolve(x, self._matrices(x))
+    def log_slope(self, x: Tensor, matrices: Tensor, shift: Tensor) -> Tensor:
+        per_frequency = torch.linalg.slogdet(matrices).logabsdet * multiplicity(tuple(x.shape[2:]), x.device)
+        return for_each_sample(x, per_frequency.sum())
 
-    def inverse(self, y: Tensor) -> Tensor:
-        self._check("y", y)
-        matrices = self._matrices(y)
-        with full_precision(y):
-            u = self._widened(y) - self._shift
-            return self._narrowed(map_frequencies(u, lambda z: torch.linalg.solve_ex(matrices, z).result), like=y)
-
-    def log_det(self, x: Tensor) -> Tensor:
-        self._check("x", x)
-        return self._log_det(x, self._matrices(x))
-
-    def function_and_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        self._check("x", x)
-        matrices = self._matrices(x)
-        return self._convolve(x, matrices), self._log_det(x, matrices)
-
-    def _matrices(self, x: Tensor) -> Tensor:
-        with full_precision(x):
-            return frequency_response(self.kernel, tuple(x.shape[2:]))
+    def _matrices(self, like: Like) -> Tensor:
+        return frequency_response(self.kernel, tuple(like.shape[2:]))
 
     def _convolve(self, x: Tensor, matrices: Tensor) -> Tensor:
-        with full_precision(x):
-            y = map_frequencies(self._widened(x), lambda z: matrices @ z)
-            return self._narrowed(y + self._shift, like=x)
+        return map_frequencies(x, lambda z: matrices @ z)
 
-    def _log_det(self, x: Tensor, matrices: Tensor) -> Tensor:
-        per_frequency = torch.linalg.slogdet(matrices).logabsdet * multiplicity(tuple(x.shape[2:]), x.device)
-        return self._per_sample(x, per_frequency.sum())
+    def _solve(self, y: Tensor, matrices: Tensor) -> Tensor:
+        return map_frequencies(y, lambda z: torch.linalg.solve_ex(matrices, z).result)

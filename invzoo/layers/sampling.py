@@ -3,14 +3,15 @@
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
-from ..dtypes import full_precision, widen
+from ..dtypes import computed, full_precision, widen
 from ..module import InvertibleModule
+from ..protocol import Like
 from ._checks import check_choice, check_features, check_floating, check_like, check_positive_int, refuse
 from .matrix import Cayley, Householder, Orthonormal
 from .orthogonal import polish
@@ -78,6 +79,7 @@ class _OrthogonalSampling(InvertibleModule):
     """
 
     volume_preserving = True
+    deep: ClassVar[str]  # which of x and y has the pixels of cells as channels
 
     channels: int
     stride: tuple[int, ...]
@@ -124,23 +126,19 @@ class _OrthogonalSampling(InvertibleModule):
         """The orthogonal matrix of each channel, (channels, prod(stride), prod(stride)), in at least float32."""
         with full_precision(self.basis):
             # The basis may have been in half precision, or come from there: two steps make it orthogonal again.
-            return polish(polish(widen(self.basis))) @ self.matrix.weight(*self.matrix()[0])
+            return polish(polish(widen(self.basis))) @ self.matrix.weight(*self.matrix())
 
-    def _down(self, argument: str, x: Tensor) -> Tensor:
-        self._check(argument, x, deep=False)
-        with full_precision(x):
-            weight = self.weight
-            z = to_channels(x, self.stride).to(torch.promote_types(x.dtype, weight.dtype))
-            return mix_groups(z, weight).to(torch.promote_types(x.dtype, self.basis.dtype))
+    def given(self, like: Like) -> Tensor:
+        return self.weight
 
-    def _up(self, argument: str, y: Tensor) -> Tensor:
-        self._check(argument, y, deep=True)
-        with full_precision(y):
-            inverse = self.weight.mH
-            z = mix_groups(y.to(torch.promote_types(y.dtype, inverse.dtype)), inverse)
-            return to_pixels(z, self.stride).to(torch.promote_types(y.dtype, self.basis.dtype))
+    def _down(self, x: Tensor, weight: Tensor) -> Tensor:
+        return computed(lambda x: mix_groups(to_channels(x, self.stride), weight), x, self.basis)
 
-    def _check(self, argument: str, x: Tensor, *, deep: bool) -> None:
+    def _up(self, y: Tensor, weight: Tensor) -> Tensor:
+        return computed(lambda y: to_pixels(mix_groups(y, weight.mH), self.stride), y, self.basis)
+
+    def check_argument(self, argument: str, x: Tensor) -> None:
+        deep = argument == self.deep
         check_floating(self, argument, x)
         check_like(self, argument, x, self.basis)
         check_pixels(self, argument, x, self.stride, deep=deep)
@@ -183,6 +181,8 @@ class OrthogonalDownsample(_OrthogonalSampling):
         (torch.Size([1, 12, 2, 3]), True)
     """
 
+    deep = "y"
+
     def __init__(
         self,
         channels: int,
@@ -199,11 +199,7 @@ class OrthogonalDownsample(_OrthogonalSampling):
         factory = {"device": device, "dtype": dtype}
         super().__init__(channels, stride, channels, kind, init, reflections, factory, **options)
 
-    def function(self, x: Tensor) -> Tensor:
-        return self._down("x", x)
-
-    def inverse(self, y: Tensor) -> Tensor:
-        return self._up("y", y)
+    move, undo = _OrthogonalSampling._down, _OrthogonalSampling._up
 
 
 class OrthogonalUpsample(_OrthogonalSampling):
@@ -235,6 +231,8 @@ class OrthogonalUpsample(_OrthogonalSampling):
         (torch.Size([1, 1, 2, 4, 6]), True)
     """
 
+    deep = "x"
+
     def __init__(
         self,
         channels: int,
@@ -254,8 +252,4 @@ class OrthogonalUpsample(_OrthogonalSampling):
         factory = {"device": device, "dtype": dtype}
         super().__init__(channels, stride, channels // cell, kind, init, reflections, factory, **options)
 
-    def function(self, x: Tensor) -> Tensor:
-        return self._up("x", x)
-
-    def inverse(self, y: Tensor) -> Tensor:
-        return self._down("y", y)
+    move, undo = _OrthogonalSampling._up, _OrthogonalSampling._down

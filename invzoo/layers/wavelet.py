@@ -6,7 +6,7 @@ cosine transform saves one row of factors. All compute in at least float32.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -91,6 +91,8 @@ class _Haar(InvertibleModule):
     """A wavelet transform into channels, and back. Abstract: a subclass says which of the two is the function."""
 
     volume_preserving = True
+    widens = True
+    deep: ClassVar[str]  # which of x and y has the pixels of cells as channels
 
     def __init__(self, wavelet: str = "haar", *, order: str = "channels_first", **options: Any) -> None:
         super().__init__(**options)
@@ -98,21 +100,24 @@ class _Haar(InvertibleModule):
         check_choice(self, "order", order, ORDERS)
         self.wavelet, self.order = wavelet, order
 
-    def _down(self, argument: str, x: Tensor) -> Tensor:
-        return self._step(argument, x, deep=False)
-
-    def _up(self, argument: str, y: Tensor) -> Tensor:
-        return self._step(argument, y, deep=True)
-
-    def _step(self, argument: str, x: Tensor, *, deep: bool) -> Tensor:
+    def check_argument(self, argument: str, x: Tensor) -> None:
         check_floating(self, argument, x)
-        factors = check_pixels(self, argument, x, 2, deep=deep)
-        image, split, channels = cells(len(factors), self.order)
+        check_pixels(self, argument, x, 2, deep=argument == self.deep)
+
+    def _down(self, x: Tensor) -> Tensor:
+        return self._step(x, deep=False)
+
+    def _up(self, y: Tensor) -> Tensor:
+        return self._step(y, deep=True)
+
+    def _step(self, x: Tensor, *, deep: bool) -> Tensor:
+        dims = x.ndim - 2
+        image, split, channels = cells(dims, self.order)
         source, target = (channels, image) if deep else (image, channels)
-        z = rearrange(widen(x), f"{source} -> {split}", **positions(factors))
+        z = rearrange(x, f"{source} -> {split}", **positions([2] * dims))
         for dim in range(2, z.ndim, 2):
             z = mix(z, polyphase(WAVELETS[self.wavelet], transposed=deep), -1 if deep else 1, dim)
-        return rearrange(z * 2 ** (-len(factors) / 2), f"{split} -> {target}").to(x.dtype)
+        return rearrange(z * 2 ** (-dims / 2), f"{split} -> {target}")
 
     def extra_repr(self) -> str:
         return f"{self.wavelet!r}, order={self.order!r}"
@@ -146,11 +151,8 @@ class HaarDownsample(_Haar):
         tensor([ 6., -2., -3.,  1.])
     """
 
-    def function(self, x: Tensor) -> Tensor:
-        return self._down("x", x)
-
-    def inverse(self, y: Tensor) -> Tensor:
-        return self._up("y", y)
+    deep = "y"
+    move, undo = _Haar._down, _Haar._up
 
 
 class HaarUpsample(_Haar):
@@ -171,11 +173,8 @@ class HaarUpsample(_Haar):
         tensor([1., 2., 3., 6.])
     """
 
-    def function(self, x: Tensor) -> Tensor:
-        return self._up("x", x)
-
-    def inverse(self, y: Tensor) -> Tensor:
-        return self._down("y", y)
+    deep = "x"
+    move, undo = _Haar._up, _Haar._down
 
 
 class _Transform(InvertibleModule):
@@ -187,13 +186,15 @@ class _Transform(InvertibleModule):
         super().__init__(**options)
         self.dim = given_dims(self, dim)
 
-    def _along(self, transform: Callable[[Tensor], Tensor], argument: str, x: Tensor) -> Tensor:
+    def check_argument(self, argument: str, x: Tensor) -> None:
         check_floating(self, argument, x)
         check_dim_given(self, x)
         for dim in self.dim:
             if not -x.ndim < dim < x.ndim or dim == 0:
                 refuse(self, argument, f"have a dim {dim} behind the batch", f"shape {tuple(x.shape)}")
             self._check_size(argument, x, dim)
+
+    def _along(self, transform: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         z = widen(x)
         for dim in sorted({dim % x.ndim for dim in self.dim}):
             z = transform(z.movedim(dim, -1)).movedim(-1, dim)
@@ -232,11 +233,15 @@ class DCT(_Transform):
     def __init__(self, dim: int | Sequence[int] = -1, **options: Any) -> None:
         super().__init__(dim, **options)
 
+    # By hand, since the one replay of all layers would take the transform once more.
+
     def function(self, x: Tensor) -> Tensor:
-        return self._along(dct, "x", x)
+        self.check_argument("x", x)
+        return self._along(dct, x)
 
     def inverse(self, y: Tensor) -> Tensor:
-        return self._along(idct, "y", y)
+        self.check_argument("y", y)
+        return self._along(idct, y)
 
     def replay(self, tape: Tape, *outputs: Tensor, **side: Any) -> None:
         x = tape.input(0, self.inverse(*outputs))
@@ -277,11 +282,10 @@ class Hadamard(_Transform):
     def __init__(self, dim: int | Sequence[int] | None = None, **options: Any) -> None:
         super().__init__(dim, **options)
 
-    def function(self, x: Tensor) -> Tensor:
-        return self._along(walsh_hadamard, "x", x)
+    def move(self, x: Tensor) -> Tensor:
+        return self._along(walsh_hadamard, x)
 
-    def inverse(self, y: Tensor) -> Tensor:
-        return self._along(walsh_hadamard, "y", y)
+    undo = move
 
     def _check_size(self, argument: str, x: Tensor, dim: int) -> None:
         if x.shape[dim].bit_count() != 1:
