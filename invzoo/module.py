@@ -127,8 +127,6 @@ class InvertibleModule(Bijection, nn.Module):
         """Rebuild the inputs and run the function once more on the tape: for a layer that words do not serve."""
         tape.run(self.function, *tape.invert(*outputs), **side)
 
-    _no_replay = replay
-
     def prepare(self, values: tuple[Any, ...], *, inverted: bool) -> None:
         """Look at what a call is about to get: before each, in either direction, and before no replay."""
 

@@ -28,11 +28,11 @@ from .engine import SideNames, Tape, tuple_of
 from .errors import refuse
 from .log_dets import sum_per_sample, zero_log_det
 
-__all__ = ["BaseMap", "Bijection", "ByHand", "Like", "Run", "defines", "has_words", "run_of", "side_names_of"]
+__all__ = ["BaseMap", "Bijection", "ByHand", "Like", "Moving", "Run", "defines", "has_words", "run_of", "side_names_of"]
 
 
 class Like(Protocol):
-    """All that ``given`` may know of the value that moves: never its numbers, which each direction has others of."""
+    """What maths may know of a value beside its numbers; a tensor will do."""
 
     @property
     def shape(self) -> torch.Size: ...
@@ -48,13 +48,17 @@ class Like(Protocol):
 
     def __len__(self) -> int: ...
 
+
+class Moving(Like, Protocol):
+    """All that ``given`` may know of the value that moves: never its numbers, which each direction has others of."""
+
     @property
     def log_det(self) -> bool:
         """Whether the log-determinant is asked for, too."""
 
 
 @dataclass(slots=True)
-class _Like:
+class _Moving:
     shape: torch.Size
     dtype: torch.dtype
     device: torch.device
@@ -117,7 +121,7 @@ class Bijection(BaseMap):
         False  # whether `function` returns s behind y, for `undo`, which gets it behind h; `forward` hides it
     )
 
-    def given(self, like: Like, /, *passed: Any, **side: Any) -> Any:
+    def given(self, like: Moving, /, *passed: Any, **side: Any) -> Any:
         """Compute ``h``, one value or a tuple of several; ``like`` has the shape, dtype and device of what moves."""
         return ()
 
@@ -193,7 +197,7 @@ class Run:
     owner: Any  # the layer, for errors
     inverted: bool = False
     log_det: bool = False
-    like: Like | None = None
+    like: Moving | None = None
     needs_grad: tuple[bool, ...] = ()  # of what passed
 
     def check(self, values: tuple[Any, ...]) -> None:
@@ -211,7 +215,7 @@ class Run:
         """Run the map, or the way back; return what comes out, and behind it the log-determinant if it is asked for."""
         x, passing, kept = self._moving(values, self.inverted)
         if self.like is None:
-            self.like = _Like(x.shape, x.dtype, x.device, self.log_det)
+            self.like = _Moving(x.shape, x.dtype, x.device, self.log_det)
             if self.inverted and self._arranges:
                 self.needs_grad = tuple([p.requires_grad for p in passing])
         h = self._given(x, passing, side)
@@ -297,7 +301,7 @@ class Run:
     def log_det_at(self, values: tuple[Any, ...], side: dict[str, Any]) -> Tensor:
         """Return the log-determinant of the map alone, at these inputs."""
         x, passing, _ = self._moving(values, outputs=False)
-        self.like = _Like(x.shape, x.dtype, x.device, log_det=True)
+        self.like = _Moving(x.shape, x.dtype, x.device, log_det=True)
         h = self._given(x, passing, side)
         return self._total(x, h, seen(self.bijection, x, *h))
 
@@ -317,11 +321,6 @@ class ByHand:
 
     def function(self, *values: Any, **side: Any) -> Any:
         layer, inverted = self.layer, self.inverted
-        if self.log_det and (
-            both := getattr(layer, "inverse_with_log_det" if inverted else "function_and_log_det", None)
-        ):
-            results, log_det = both(*values, **side)
-            return *tuple_of(results), log_det
         results = (layer.inverse if inverted else layer.function)(*values, **side)
         if not self.log_det:
             return results
@@ -333,14 +332,7 @@ class ByHand:
         return (self.layer.function if self.inverted else self.layer.inverse)(*values, **side)
 
     def replay(self, tape: Tape, /, *values: Any, **side: Any) -> None:
-        name = "replay" + "_inverse" * self.inverted + "_with_log_det" * self.log_det
-        if name != "replay" and (old := getattr(self.layer, name, None)):
-            old(tape, *values, **side)
-            return
-        if self.inverted and not self.log_det and (at := getattr(self.layer, "inverse_at", None)):
-            tape.run(at, values, *tape.invert(*values), **side)
-            return
-        if self.inverted or type(self.layer).replay is type(self.layer)._no_replay:
+        if self.inverted:
             tape.run(self.function, *tape.invert(*values), **side)
             return
         self.layer.replay(tape, *values, **side)

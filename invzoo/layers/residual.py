@@ -11,7 +11,7 @@ from torch import Tensor
 from ..dtypes import full_precision
 from ..engine import uncompiled
 from ..log_dets import log_det_dtype, sum_per_sample, zero_log_det
-from ..protocol import Like
+from ..protocol import Moving
 from ._checks import check_choice, check_positive, check_positive_int, refuse
 from .branch import BranchLayer
 from .elementwise import check_real
@@ -116,7 +116,7 @@ class InvertibleResidual(BranchLayer):
     def check_argument(self, argument: str, x: Tensor) -> None:
         check_real(self, argument, x)
 
-    def given(self, like: Like, /, **side: Any) -> tuple[Map, bool]:
+    def given(self, like: Moving, /, **side: Any) -> tuple[Map, bool]:
         return partial(self.evaluate, side=side), like.log_det
 
     def seen(self, x: Tensor, f: Map, log_det: bool) -> tuple[Tensor, Tensor]:

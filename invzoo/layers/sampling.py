@@ -252,4 +252,4 @@ class OrthogonalUpsample(_OrthogonalSampling):
         factory = {"device": device, "dtype": dtype}
         super().__init__(channels, stride, channels // cell, kind, init, reflections, factory, **options)
 
-    move, undo = _OrthogonalSampling._up, _OrthogonalSampling._down
+    move, undo = _OrthogonalSampling._up, _OrthogonalSampling._down  # type: ignore[assignment]  # words take any arguments

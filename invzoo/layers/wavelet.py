@@ -174,7 +174,7 @@ class HaarUpsample(_Haar):
     """
 
     deep = "x"
-    move, undo = _Haar._up, _Haar._down
+    move, undo = _Haar._up, _Haar._down  # type: ignore[assignment]  # words take any arguments
 
 
 class _Transform(InvertibleModule):
@@ -285,7 +285,7 @@ class Hadamard(_Transform):
     def move(self, x: Tensor) -> Tensor:
         return self._along(walsh_hadamard, x)
 
-    undo = move
+    undo = move  # type: ignore[assignment]  # words take any arguments
 
     def _check_size(self, argument: str, x: Tensor, dim: int) -> None:
         if x.shape[dim].bit_count() != 1:
