@@ -1,5 +1,6 @@
 """Scales and shifts of each feature, learned or given by a condition."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -124,7 +125,7 @@ class ConditionalAffine(ElementwiseMap):
         conditioner: Conditioner,
         *,
         dim: int | None = None,
-        scale: str = "tanh",
+        scale: str | Callable[[Tensor], Tensor] = "tanh",
         max_log_scale: float = 2.0,
         **options: Any,
     ) -> None:

@@ -1,6 +1,9 @@
 """Couplings that shift, or scale and shift."""
 
+from collections.abc import Callable
 from typing import Any
+
+from torch import Tensor
 
 from ._checks import refuse
 from .coupling import Coupling, Subnet, zero_last
@@ -72,7 +75,7 @@ class AffineCoupling(Coupling):
         dim, split, swap: as for :class:`AdditiveCoupling`.
         scale: how ``s`` follows from ``h``, with ``a = max_log_scale``. ``'tanh'``: ``a tanh(0.1 h / a)``;
             ``'softclip'``: ``(2 a / pi) arctan(h / a)``; ``'sigmoid'``: ``exp(s) = 0.1 + 0.9 sigmoid(h + 2)``;
-            ``'unit'``: ``exp(s) = (1 + sigmoid(h)) / 2``; ``'exp'``: ``s = h``.
+            ``'unit'``: ``exp(s) = (1 + sigmoid(h)) / 2``; ``'exp'``: ``s = h``; a function: ``s = scale(h)``.
         max_log_scale: the bound ``a`` of ``'tanh'`` and ``'softclip'``.
         zero_init: set the last weighted module of each subnet to zero, so that the layer starts close to the identity.
         options: ``subnet_dtype`` of :class:`Coupling`, and those of :class:`InvertibleModule`.
@@ -100,7 +103,7 @@ class AffineCoupling(Coupling):
         dim: int | None = None,
         split: SplitSpec = "half",
         swap: bool = False,
-        scale: str = "tanh",
+        scale: str | Callable[[Tensor], Tensor] = "tanh",
         max_log_scale: float = 2.0,
         zero_init: bool = False,
         **options: Any,
@@ -143,7 +146,7 @@ class GINCoupling(Coupling):
         dim: int | None = None,
         split: SplitSpec = "half",
         swap: bool = False,
-        scale: str = "tanh",
+        scale: str | Callable[[Tensor], Tensor] = "tanh",
         max_log_scale: float = 2.0,
         zero_init: bool = False,
         **options: Any,

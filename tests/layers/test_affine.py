@@ -52,7 +52,7 @@ def test_elementwise_affine_starts_as_the_identity_and_stays_bounded():
     assert_close(layer(x), x, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("scale", ["tanh", "softclip", "sigmoid", "unit", "exp"])
+@pytest.mark.parametrize("scale", ["tanh", "softclip", "sigmoid", "unit", "exp", torch.sin])
 def test_conditional_affine_is_the_map_of_the_couplings(scale):
     x, context = randn(2, 3, 4), randn(2, 5)
     layer = trained(iz.ConditionalAffine(nn.Linear(5, 6), dim=1, scale=scale, max_log_scale=1.5))
@@ -216,3 +216,12 @@ def test_autocast_leaves_scales_in_single_precision():
 def test_errors(call, error, match):
     with pytest.raises(error, match=match):
         call()
+
+
+def test_a_coupling_takes_a_scale_of_ones_own():
+    layer, x = trained(iz.AffineCoupling(nn.Linear(2, 4), scale=torch.sin)), randn(3, 4)
+    h, shift = layer.f(x[:, 2:]).chunk(2, 1)
+    y, log_det = layer.forward_and_log_det(x)
+    assert_close(y[:, :2], x[:, :2] * h.sin().exp() + shift)
+    assert_close(log_det, h.sin().sum(1))
+    iz.testing.assert_invertible(layer, x)
