@@ -17,10 +17,10 @@ TINY = ["demo", "--depth", "4", "--epochs", "1", "--batch-size", "512"]
 
 
 class WrongShift(Shift):
-    def inverse(self, y, h, dim):
+    def undo(self, y, h):
         return y - 1.5 * h
 
-    def inverse_(self, y, h, dim):
+    def undo_(self, y, h):
         return y.sub_(1.5 * h)
 
 

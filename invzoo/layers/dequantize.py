@@ -78,9 +78,8 @@ class Dequantize(Surjection):
         if argument == "y":
             check_real(self, argument, x)
             return
-        if not isinstance(x, Tensor) or x.is_complex() or x.dtype is torch.bool:
-            kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
-            refuse(self, argument, "be a Tensor of integers, of any dtype", kind, TypeError)
+        if x.is_complex() or x.dtype is torch.bool:
+            refuse(self, argument, "be a Tensor of integers, of any dtype", x.dtype, TypeError)
         if readable(x):
             low, high = (value.item() for value in x.detach().aminmax())
             if not 0 <= low <= high < self.levels or (x.is_floating_point() and not x.equal(x.round())):
