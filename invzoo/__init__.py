@@ -10,33 +10,9 @@ from .containers import InvertibleSequential, MultiScale, Parallel, Repeat
 from .contract import requires_grad
 from .engine import Mode, checkpoint
 from .flows import as_transform
-from .layers.act_norm import ActNorm
-from .layers.activation import Identity, InvertibleELU, InvertibleLeakyReLU, SneakyReLU
-from .layers.adaptive import InvertiblePReLU, SinhArcsinh, Snake
-from .layers.affine import ConditionalAffine, ElementwiseAffine
-from .layers.autoregressive import MaskedAutoregressive
-from .layers.batch_norm import InvertibleBatchNorm
-from .layers.conv import InvertibleConv1x1
-from .layers.couplings import AdditiveCoupling, AffineCoupling, GINCoupling
-from .layers.dequantize import Dequantize
-from .layers.emerging import EmergingConv
-from .layers.halves import Deinterleave, Interleave, Swap
-from .layers.layer_norm import InvertibleLayerNorm, InvertibleRMSNorm
-from .layers.linear import InvertibleLinear
-from .layers.lipschitz import lipschitz
-from .layers.lowrank import WoodburyLinear
-from .layers.mixture import MixtureLogisticCoupling
-from .layers.monotone import BernsteinPolynomial, Monotone, SumOfSquares, UnconstrainedMonotonic
-from .layers.norm import InvertibleGroupNorm
-from .layers.periodic import PeriodicConv
-from .layers.permutation import Permute, Reverse, Shuffle
-from .layers.reshape import Flatten, Pad, Rearrange, Reshape
-from .layers.residual import InvertibleResidual
-from .layers.reversible_ode import Leapfrog, MomentumResidual
-from .layers.sampling import OrthogonalDownsample, OrthogonalUpsample
-from .layers.spline_layers import RationalQuadraticCoupling, RationalQuadraticSpline
-from .layers.split import Merge, Split
-from .layers.squash import (
+from .layers.activations.activation import Identity, InvertibleELU, InvertibleLeakyReLU, SneakyReLU
+from .layers.activations.adaptive import InvertiblePReLU, SinhArcsinh, Snake
+from .layers.activations.squash import (
     InvertibleAtanh,
     InvertibleExp,
     InvertibleLog,
@@ -45,9 +21,34 @@ from .layers.squash import (
     InvertibleSoftplus,
     InvertibleTanh,
 )
-from .layers.squeeze import Squeeze, Unsqueeze
-from .layers.surjection import Abs, Augment, Slice
-from .layers.wavelet import DCT, HaarDownsample, HaarUpsample, Hadamard
+from .layers.couplings.autoregressive import MaskedAutoregressive
+from .layers.couplings.couplings import AdditiveCoupling, AffineCoupling, GINCoupling
+from .layers.couplings.mixture import MixtureLogisticCoupling
+from .layers.couplings.spline import RationalQuadraticCoupling
+from .layers.linear.conv import InvertibleConv1x1
+from .layers.linear.emerging import EmergingConv
+from .layers.linear.linear import InvertibleLinear
+from .layers.linear.lowrank import WoodburyLinear
+from .layers.linear.periodic import PeriodicConv
+from .layers.linear.sampling import OrthogonalDownsample, OrthogonalUpsample
+from .layers.monotone.monotone import BernsteinPolynomial, Monotone, SumOfSquares, UnconstrainedMonotonic
+from .layers.monotone.spline import RationalQuadraticSpline
+from .layers.normalisation.act_norm import ActNorm
+from .layers.normalisation.affine import ConditionalAffine, ElementwiseAffine
+from .layers.normalisation.batch_norm import InvertibleBatchNorm
+from .layers.normalisation.layer_norm import InvertibleLayerNorm, InvertibleRMSNorm
+from .layers.normalisation.norm import InvertibleGroupNorm
+from .layers.rearrangements.halves import Deinterleave, Interleave, Swap
+from .layers.rearrangements.permutation import Permute, Reverse, Shuffle
+from .layers.rearrangements.reshape import Flatten, Pad, Rearrange, Reshape
+from .layers.rearrangements.split import Merge, Split
+from .layers.rearrangements.squeeze import Squeeze, Unsqueeze
+from .layers.rearrangements.wavelet import DCT, HaarDownsample, HaarUpsample, Hadamard
+from .layers.residual.lipschitz import lipschitz
+from .layers.residual.residual import InvertibleResidual
+from .layers.residual.reversible_ode import Leapfrog, MomentumResidual
+from .layers.surjections.dequantize import Dequantize
+from .layers.surjections.surjection import Abs, Augment, Slice
 from .log_dets import sum_per_sample
 from .module import Inverse, InvertibleModule, mode
 

@@ -10,15 +10,15 @@ from torch import Tensor
 from .containers import Chain, Parallel, set_options
 from .errors import refuse
 from .layers._checks import check_positive_int
-from .layers.act_norm import ActNorm
-from .layers.activation import Identity
+from .layers.activations.activation import Identity
 from .layers.conditioned import Conditioner
-from .layers.conv import InvertibleConv1x1
-from .layers.couplings import AffineCoupling
-from .layers.linear import InvertibleLinear
-from .layers.sampling import sizes_of
-from .layers.split import Partition
-from .layers.squeeze import Squeeze
+from .layers.couplings.couplings import AffineCoupling
+from .layers.linear.conv import InvertibleConv1x1
+from .layers.linear.linear import InvertibleLinear
+from .layers.linear.sampling import sizes_of
+from .layers.normalisation.act_norm import ActNorm
+from .layers.rearrangements.split import Partition
+from .layers.rearrangements.squeeze import Squeeze
 from .module import InvertibleModule
 
 __all__ = ["GlowStep", "HINTCoupling", "InvertiblePatchConv"]

@@ -15,7 +15,7 @@ from .domains import Domain, end_of, of_parts, uniform
 from .engine import CompiledMethods, Policy, SideNames
 from .errors import refuse
 from .layers._checks import check_dim_given, given_dim
-from .layers.split import Partition, SplitSpec, cut, join, merging, splitting
+from .layers.rearrangements.split import Partition, SplitSpec, cut, join, merging, splitting
 from .log_dets import LogDets
 from .module import Composite, InvertibleModule
 from .shapes import output_shapes

@@ -11,7 +11,7 @@ from torch import nn
 import invzoo as iz
 from invzoo import demo
 from invzoo.cli import main
-from invzoo.layers.maps import Shift
+from invzoo.layers.maps.affine import Shift
 
 TINY = ["demo", "--depth", "4", "--epochs", "1", "--batch-size", "512"]
 

@@ -1,5 +1,6 @@
 """The engine: frees what backward needs after forward, and rebuilds it. It knows callables and tensors, no layers."""
 
+from ._torch import functorch_active, is_fake, tracing, version_of
 from .call import call
 from .callables import SideNames, modules_of, unregistered
 from .chain import Through, chain, uncompiled
@@ -26,16 +27,20 @@ __all__ = [
     "check_of",
     "checkpoint",
     "freeing",
+    "functorch_active",
     "inside_container",
+    "is_fake",
     "map_tensors",
     "mode_of",
     "modules_of",
     "place",
     "steps_aside",
     "tolerance",
+    "tracing",
     "transformed",
     "tuple_of",
     "uncompiled",
     "unrecorded",
     "unregistered",
+    "version_of",
 ]

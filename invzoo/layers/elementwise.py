@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributions import constraints
 
-from ..engine._torch import functorch_active, tracing
+from ..engine import functorch_active, tracing
 from ..module import InvertibleModule
 from ._checks import check_tensor, refuse
 

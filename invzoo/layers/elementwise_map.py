@@ -10,7 +10,7 @@ from ..dtypes import widen
 from ..protocol import Like
 from ._checks import check_dim_given, check_features, check_like, check_positive_int, given_dim, parameter_of, refuse
 from .conditioned import Conditioned, Conditioner
-from .maps import Map, by_map
+from .maps.base import Map, by_map
 
 __all__ = ["ElementwiseMap", "PerFeatureMap", "check_per_feature", "per_feature"]
 

@@ -96,8 +96,8 @@ NAMES = {
     ("shapes.py", "meta"): "shapes alone are asked for",
     ("shapes.py", "cuda"): "fork_rng asks for some kind of device, of which it then forks none",
     ("layers/__init__.py", "meta"): "there einops learns what a tensor is",
-    ("layers/made.py", "cpu"): "indices from Python go through it, so that meta buffers can be filled",
-    ("layers/permutation.py", "cpu"): "likewise, and a generator draws where it is",
+    ("layers/couplings/made.py", "cpu"): "indices from Python go through it, so that meta buffers can be filled",
+    ("layers/rearrangements/permutation.py", "cpu"): "likewise, and a generator draws where it is",
 }
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import invzoo as iz
-from invzoo.layers import act_norm
+from invzoo.layers.normalisation import act_norm
 
 MODES = ("store", "recompute", "invert")
 

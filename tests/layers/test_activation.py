@@ -14,8 +14,8 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.distributions import constraints
 from torch.testing import assert_close
 
-from invzoo.layers.activation import Identity, InvertibleELU, InvertibleLeakyReLU, SneakyReLU
-from invzoo.layers.squash import (
+from invzoo.layers.activations.activation import Identity, InvertibleELU, InvertibleLeakyReLU, SneakyReLU
+from invzoo.layers.activations.squash import (
     InvertibleAtanh,
     InvertibleExp,
     InvertibleLog,

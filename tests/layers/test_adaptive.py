@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from invzoo.containers import InvertibleSequential
-from invzoo.layers.adaptive import InvertiblePReLU, SinhArcsinh, Snake
+from invzoo.layers.activations.adaptive import InvertiblePReLU, SinhArcsinh, Snake
 from invzoo.layers.elementwise_map import PerFeatureMap
-from invzoo.layers.monotone import BernsteinPolynomial, SumOfSquares, UnconstrainedMonotonic
+from invzoo.layers.monotone.monotone import BernsteinPolynomial, SumOfSquares, UnconstrainedMonotonic
 from tests.layers.helpers import perturbed
 
 LAYERS: dict[str, Callable[..., PerFeatureMap]] = {

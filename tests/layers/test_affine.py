@@ -8,7 +8,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import invzoo as iz
-from invzoo.layers.maps import Affine
+from invzoo.layers.maps.affine import Affine
 from tests.layers.helpers import perturbed, there
 
 MODES = ("store", "recompute", "invert")

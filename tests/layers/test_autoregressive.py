@@ -15,9 +15,9 @@ from torch.nn.utils import prune
 from torch.testing import assert_close
 
 import invzoo as iz
-from invzoo.layers.made import MADE, spread
-from invzoo.layers.maps import Affine
-from invzoo.layers.mixture import MixtureOfLogistics
+from invzoo.layers.couplings.made import MADE, spread
+from invzoo.layers.maps.affine import Affine
+from invzoo.layers.maps.mixture import MixtureOfLogistics
 from tests.layers.helpers import back
 
 MAPS = ["affine", "shift", "spline", Affine("softclip", 1.0), MixtureOfLogistics(2)]

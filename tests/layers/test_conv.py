@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch.autograd import gradcheck, gradgradcheck
 from torch.testing import assert_close
 
-from invzoo.layers.conv import InvertibleConv1x1
-from invzoo.layers.linear import InvertibleLinear
+from invzoo.layers.linear.conv import InvertibleConv1x1
+from invzoo.layers.linear.linear import InvertibleLinear
 from tests.layers.helpers import inputs
 
 KINDS = ["householder", "cayley", "scaled", "plu", "free"]

@@ -26,7 +26,7 @@ class Net(nn.Module):
 
 
 def coupling(kind, split="half", n=7, two_sided=True, swap=False, **options):
-    sizes = (n, n) if split == "checkerboard" else iz.layers.split.Partition(split).sizes(n)
+    sizes = (n, n) if split == "checkerboard" else iz.layers.rearrangements.split.Partition(split).sizes(n)
     first, second = sizes[::-1] if swap else sizes
     factor = 1 if kind is iz.AdditiveCoupling else 2
     g = Net(first, second * factor) if two_sided else None
@@ -70,7 +70,7 @@ def test_scales(scale):
     x = torch.randn(5, 7, dtype=torch.float64)
     assert_close(layer.inverse(layer(x)), x)
     h = torch.linspace(-1e4, 1e4, 101, dtype=torch.float64)
-    log_scale = iz.layers.maps._LOG_SCALES[scale](h, 2.0)
+    log_scale = iz.layers.maps.base._LOG_SCALES[scale](h, 2.0)
     bounds = {"tanh": (-2, 2), "softclip": (-2, 2), "sigmoid": (-2.31, 0), "unit": (-0.694, 0), "exp": (-1e4, 1e4)}
     assert bounds[scale][0] <= log_scale.min() <= log_scale.max() <= bounds[scale][1]
 

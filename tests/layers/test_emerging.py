@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 import invzoo as iz
-from invzoo.layers.emerging import back_substitute, corner_offsets, corner_times, raster_offsets, raster_times
-from invzoo.layers.kernel_conv import contraction
+from invzoo.layers.linear.emerging import back_substitute, corner_offsets, corner_times, raster_offsets, raster_times
+from invzoo.layers.linear.kernel_conv import contraction
 from tests.layers.helpers import inputs, jacobian, perturbed, there_and_back
 
 MASKS = ["raster", "corner"]

@@ -10,10 +10,10 @@ from torch.distributions.constraints import Constraint
 from torch.testing import assert_close
 
 import invzoo as iz
-from invzoo.layers.curves import SnakeCurve
 from invzoo.layers.elementwise import Elementwise
 from invzoo.layers.elementwise_map import PerFeatureMap
 from invzoo.layers.maps import Map
+from invzoo.layers.maps.curves import SnakeCurve
 from invzoo.testing.catalogue import cases
 from invzoo.testing.inputs import bounds
 from tests.layers.helpers import perturbed

@@ -13,8 +13,8 @@ from torch.testing import assert_close
 
 from invzoo.dtypes import bounded
 from invzoo.layers._checks import check_choice, check_positive
-from invzoo.layers.linear import InvertibleLinear
-from invzoo.layers.matrix import cayley, householder
+from invzoo.layers.linear.linear import InvertibleLinear
+from invzoo.layers.linear.matrix import cayley, householder
 from tests.layers.helpers import inputs, perturbed, there_and_back
 
 KINDS = ["householder", "cayley", "scaled", "plu", "free"]

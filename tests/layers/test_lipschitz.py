@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 import invzoo as iz
-from invzoo.layers.lipschitz import conv_norm_bound, norm_bound
+from invzoo.layers.residual.lipschitz import conv_norm_bound, norm_bound
 
 DTYPES = [torch.float64, torch.float32]
 

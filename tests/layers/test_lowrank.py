@@ -12,7 +12,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.testing import assert_close
 
 import invzoo as iz
-from invzoo.layers.lowrank import squash
+from invzoo.layers.linear.lowrank import squash
 from tests.layers.helpers import inputs, perturbed, there_and_back
 
 real_and_complex = pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])

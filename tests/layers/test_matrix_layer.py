@@ -12,8 +12,8 @@ from torch.nn.utils import prune
 from torch.testing import assert_close
 
 import invzoo as iz
-from invzoo.layers.matrix import MATRICES
-from invzoo.layers.matrix_layer import MatrixLayer
+from invzoo.layers.linear.matrix import MATRICES
+from invzoo.layers.linear.matrix_layer import MatrixLayer
 from tests.layers.helpers import perturbed
 
 KINDS = ["householder", "cayley", "scaled", "plu", "free"]

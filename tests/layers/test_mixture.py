@@ -8,7 +8,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import invzoo as iz
-from invzoo.layers.mixture import MixtureOfLogistics
+from invzoo.layers.maps.mixture import MixtureOfLogistics
 from tests.layers.helpers import back, there
 
 

@@ -15,12 +15,14 @@ from torch.testing import assert_close
 import invzoo as iz
 from invzoo.engine import tuple_of
 from invzoo.engine.call import Call
-from invzoo.layers import curves, mixture, monotone, residual
 from invzoo.layers.elementwise_map import PerFeatureMap
-from invzoo.layers.integrals import clenshaw_curtis
-from invzoo.layers.mixture import MixtureOfLogistics
-from invzoo.layers.monotone import BernsteinPolynomial, Monotone, SumOfSquares, UnconstrainedMonotonic
-from invzoo.layers.roots import bracket, newton, with_gradients
+from invzoo.layers.maps import curves, mixture
+from invzoo.layers.maps.integrals import clenshaw_curtis
+from invzoo.layers.maps.mixture import MixtureOfLogistics
+from invzoo.layers.maps.roots import bracket, newton, with_gradients
+from invzoo.layers.monotone import monotone
+from invzoo.layers.monotone.monotone import BernsteinPolynomial, Monotone, SumOfSquares, UnconstrainedMonotonic
+from invzoo.layers.residual import residual
 from invzoo.module import InvertibleModule
 from tests.layers.helpers import inputs
 

@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 
 import invzoo as iz
-from invzoo.layers.periodic import frequency_response, multiplicity
+from invzoo.layers.linear.periodic import frequency_response, multiplicity
 from tests.layers.helpers import inputs, jacobian, perturbed, there_and_back
 
 CASES = [

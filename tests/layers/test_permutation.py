@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from invzoo.containers import InvertibleSequential
-from invzoo.layers.halves import Deinterleave, Interleave, Swap
-from invzoo.layers.permutation import Permute, Reverse, Shuffle
-from invzoo.layers.split import Merge, Split
+from invzoo.layers.rearrangements.halves import Deinterleave, Interleave, Swap
+from invzoo.layers.rearrangements.permutation import Permute, Reverse, Shuffle
+from invzoo.layers.rearrangements.split import Merge, Split
 from invzoo.module import InvertibleModule
 
 

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from invzoo.containers import InvertibleSequential
-from invzoo.layers.permutation import Permute
-from invzoo.layers.reshape import Flatten, Pad, Rearrange, Reshape
-from invzoo.layers.squeeze import Squeeze, Unsqueeze
+from invzoo.layers.rearrangements.permutation import Permute
+from invzoo.layers.rearrangements.reshape import Flatten, Pad, Rearrange, Reshape
+from invzoo.layers.rearrangements.squeeze import Squeeze, Unsqueeze
 from invzoo.module import InvertibleModule
 from invzoo.testing import CATALOGUE
 from tests.layers.helpers import refused

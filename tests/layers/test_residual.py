@@ -10,7 +10,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 from torch.testing import assert_close
 
 import invzoo as iz
-from invzoo.layers.residual import exact_log_det, power_series, series_coefficients
+from invzoo.layers.residual.residual import exact_log_det, power_series, series_coefficients
 from tests.layers.helpers import jacobian
 
 ESTIMATORS = ["exact", "series", "roulette"]

@@ -15,7 +15,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.testing import assert_close
 
 import invzoo as iz
-from invzoo.layers.sampling import dct_matrix, haar_matrix
+from invzoo.layers.linear.sampling import dct_matrix, haar_matrix
 from tests.layers.helpers import perturbed, there_and_back
 
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 import invzoo as iz
 from invzoo.engine import tuple_of
-from invzoo.layers.spline import RationalQuadratic, _Bin
+from invzoo.layers.maps.spline import RationalQuadratic, _Bin
 from invzoo.protocol import moved
 from tests.layers.helpers import back, there
 

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.distributions import Bernoulli, Beta, Distribution, Independent, MultivariateNormal, Normal
 
 from invzoo.containers import InvertibleSequential
-from invzoo.layers.couplings import AffineCoupling
-from invzoo.layers.dequantize import Dequantize
-from invzoo.layers.linear import InvertibleLinear
-from invzoo.layers.surjection import Abs, Augment, Slice, Surjection
+from invzoo.layers.couplings.couplings import AffineCoupling
+from invzoo.layers.linear.linear import InvertibleLinear
+from invzoo.layers.surjections.dequantize import Dequantize
+from invzoo.layers.surjections.surjection import Abs, Augment, Slice, Surjection
 from invzoo.module import Inverse, InvertibleModule, mode
 from tests.layers.helpers import close, refused
 

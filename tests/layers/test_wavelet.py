@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from invzoo.containers import InvertibleSequential
-from invzoo.layers.permutation import Permute
-from invzoo.layers.squeeze import Squeeze
-from invzoo.layers.wavelet import DCT, WAVELETS, HaarDownsample, HaarUpsample, Hadamard
+from invzoo.layers.rearrangements.permutation import Permute
+from invzoo.layers.rearrangements.squeeze import Squeeze
+from invzoo.layers.rearrangements.wavelet import DCT, WAVELETS, HaarDownsample, HaarUpsample, Hadamard
 from invzoo.module import InvertibleModule
 from tests.layers.helpers import close, refused
 

@@ -8,8 +8,8 @@ from torch import nn
 
 import invzoo as iz
 from invzoo.engine.surroundings import Surroundings
-from invzoo.layers.maps import Shift
-from invzoo.layers.matrix import Free, Householder
+from invzoo.layers.linear.matrix import Free, Householder
+from invzoo.layers.maps.affine import Shift
 from invzoo.protocol import Run
 
 CASES = {case.name: case for case in iz.testing.cases()}
@@ -138,7 +138,7 @@ PLANTED = {
         "InvertibleResidual",
     ),
     "11. iunets InvertibleUpsampling1D: a kernel of two dims": (
-        "invzoo.layers.sampling.sizes_of",
+        "invzoo.layers.linear.sampling.sizes_of",
         two_dims,
         "OrthogonalDownsample[random]",
     ),

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import invzoo as iz
 from invzoo.engine import tuple_of
-from invzoo.layers import mixture, roots
+from invzoo.layers.maps import mixture, roots
 from invzoo.testing import Case
 
 __all__ = ["DIRECTIONS", "FAMILIES", "FORWARD", "INVERSE", "REFUSED", "Together", "given", "take_few_steps", "together"]

@@ -2,8 +2,8 @@
 
 import invzoo as iz
 
-from ...layers.mixture import MixtureOfLogistics
-from ...layers.spline import RationalQuadratic
+from ...layers.maps.mixture import MixtureOfLogistics
+from ...layers.maps.spline import RationalQuadratic
 from ..entries import Case, Entry
 from .nets import Conditioned, convolutions, subnet
 

@@ -1,0 +1,1 @@
+"""Couplings and autoregressive layers."""

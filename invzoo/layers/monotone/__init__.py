@@ -1,0 +1,1 @@
+"""Increasing functions of each value, with many parameters."""

@@ -1,0 +1,209 @@
+"""Normalisation by statistics of x that its inverse needs, so that backward keeps them."""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from ...dtypes import bounded, widen
+from ...module import InvertibleModule
+from ...protocol import Like
+from .._checks import check_features, check_like, check_positive, check_positive_int, refuse
+from ..elementwise import check_real
+from ..elementwise_map import per_feature
+
+__all__ = ["HiddenStatistics", "InvertibleGroupNorm", "SampleNorm", "mean_and_rstd", "moments"]
+
+
+class HiddenStatistics(InvertibleModule):
+    """A layer whose function returns statistics of x behind y, for its inverse; callers get y alone. Abstract.
+
+    The function does not undo an inverse that was given other statistics, since it takes its own.
+    """
+
+    two_way = False
+    keeps_seen = True
+
+
+def moments(x: Tensor, dims: tuple[int, ...], *, keepdim: bool) -> tuple[Tensor, Tensor]:
+    """Return the mean and the variance over ``dims``: zeros for an empty tensor, where torch would warn of NaN."""
+    if x.numel() == 0:
+        zero = x.sum(dims, keepdim)
+        return zero, zero
+    var, mean = torch.var_mean(x, dims, correction=0, keepdim=keepdim)
+    return mean, var
+
+
+def mean_and_rstd(x: Tensor, dims: tuple[int, ...], eps: float) -> tuple[Tensor, Tensor]:
+    """Return the mean and ``rstd = 1 / sqrt(var + eps)`` over ``dims``."""
+    mean, var = moments(x, dims, keepdim=True)
+    return mean, (var + eps).rsqrt()
+
+
+class SampleNorm(HiddenStatistics):
+    """Standardise over some dims of each sample, then scale by ``e^s`` and shift. Abstract.
+
+    Everything is computed in at least float32, and the statistics stay in it.
+    """
+
+    widens = True
+    statistics: ClassVar[tuple[str, ...]] = ("mean", "rstd")
+
+    eps: float | None
+    max_log_scale: float
+    log_scale: nn.Parameter | None
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        eps: float | None,
+        scale: bool,
+        bias: bool,
+        max_log_scale: float,
+        factory: dict[str, Any],
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        if eps is not None:
+            check_positive(self, "eps", eps)
+        check_positive(self, "max_log_scale", max_log_scale)
+        self.eps, self.max_log_scale = eps, max_log_scale
+        for name, wanted in (("log_scale", scale), ("bias", bias)):
+            self.register_parameter(name, nn.Parameter(torch.zeros(*shape, **factory)) if wanted else None)
+
+    def reset_parameters(self) -> None:
+        for parameter in self.parameters():
+            nn.init.zeros_(parameter)
+
+    @property
+    def weight(self) -> Tensor | None:
+        """``e^s``, in at least float32."""
+        return None if self.log_scale is None else bounded(widen(self.log_scale), self.max_log_scale).exp()
+
+    def check_argument(self, argument: str, x: Tensor) -> None:
+        check_real(self, "input", x)
+        for parameter in self.parameters():
+            check_like(self, "input", x, parameter)
+        self._check_shape(x)
+
+    def given(self, like: Like) -> tuple[Tensor | None, Tensor | None]:
+        weight, bias = self.weight, None if self.bias is None else widen(self.bias)
+        return tuple(None if p is None else self._aligned(p, like) for p in (weight, bias))  # type: ignore[return-value]
+
+    def seen(self, x: Tensor, *h: Any) -> tuple[Tensor, ...]:
+        return self._statistics(x, torch.finfo(x.dtype).eps if self.eps is None else self.eps)
+
+    def move(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, *statistics: Tensor) -> Tensor:
+        y = self._standardise(x, *statistics)
+        if weight is not None:
+            y = y * weight
+        return y if bias is None else y + bias
+
+    def undo(self, y: Tensor, weight: Tensor | None, bias: Tensor | None, *statistics: Tensor) -> Tensor:
+        if len(statistics) != len(self.statistics):
+            expected = f"be given y, {', '.join(self.statistics)}, as function returns them"
+            refuse(self, "inverse", expected, f"y and {len(statistics)} statistics", TypeError)
+        x = y if bias is None else y - bias
+        return self._restore(x if weight is None else x / weight, *statistics)
+
+    @abstractmethod
+    def _check_shape(self, x: Tensor) -> None:
+        """Raise if x does not have the layer's features."""
+
+    @abstractmethod
+    def _statistics(self, x: Tensor, eps: float) -> tuple[Tensor, ...]:
+        """Return what x is standardised by."""
+
+    @abstractmethod
+    def _standardise(self, x: Tensor, *statistics: Tensor) -> Tensor:
+        """Return x standardised."""
+
+    @abstractmethod
+    def _restore(self, x: Tensor, *statistics: Tensor) -> Tensor:
+        """Undo :meth:`_standardise`."""
+
+    def _aligned(self, parameter: Tensor, like: Like) -> Tensor:
+        return parameter
+
+
+class InvertibleGroupNorm(SampleNorm):
+    r"""Standardise each group of channels of each sample, then scale and shift: ``y = e^s (x - mean) rstd + b``.
+
+    As :class:`InvertibleLayerNorm`, with one mean and rstd for each group, and s and b for each channel. As many groups
+    as channels make an instance norm.
+
+    Shapes: ``(B, channels, ...) -> (B, channels, ...)``; mean and rstd ``(B, groups, 1, ...)``.
+
+    Args:
+        groups: into which the channels are divided evenly.
+        channels: size of dim 1.
+        eps: added to the variance.
+        affine: whether ``s`` and ``b`` are learned; 0 otherwise.
+        max_log_scale, device, dtype: as for :class:`InvertibleLayerNorm`.
+        options: those of :class:`InvertibleModule`.
+
+    Raises:
+        ValueError: if sizes, shapes or devices do not fit.
+        TypeError: for values that are not real floating point, an inverse without statistics, or a log-determinant.
+
+    References:
+        "Group Normalization", Wu and He, 2018.
+        "Instance Normalization: The Missing Ingredient for Fast Stylization", Ulyanov, Vedaldi and Lempitsky, 2016.
+
+    Example:
+        >>> layer = iz.InvertibleGroupNorm(2, 4)
+        >>> x = torch.randn(3, 4, 5)
+        >>> torch.allclose(layer.inverse(*layer.function(x)), x, atol=1e-6)
+        True
+    """
+
+    groups: int
+    channels: int
+
+    def __init__(
+        self,
+        groups: int,
+        channels: int,
+        *,
+        eps: float = 1e-5,
+        affine: bool = True,
+        max_log_scale: float = 2.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> None:
+        check_positive_int(self, "groups", groups)
+        check_positive_int(self, "channels", channels)
+        if channels % groups:
+            refuse(self, "channels", f"be a multiple of groups={groups}", channels)
+        factory = {"device": device, "dtype": dtype}
+        super().__init__((channels,), eps, affine, affine, max_log_scale, factory, **options)
+        self.groups, self.channels = groups, channels
+
+    def _check_shape(self, x: Tensor) -> None:
+        check_features(self, "input", x, 1, self.channels)
+
+    def _statistics(self, x: Tensor, eps: float) -> tuple[Tensor, ...]:
+        groups = self._grouped(x)
+        return mean_and_rstd(groups, tuple(range(2, groups.ndim)), eps)
+
+    def _standardise(self, x: Tensor, *statistics: Tensor) -> Tensor:
+        mean, rstd = statistics
+        return (self._grouped(x) * rstd - mean * rstd).reshape(x.shape)
+
+    def _restore(self, x: Tensor, *statistics: Tensor) -> Tensor:
+        mean, rstd = statistics
+        return (self._grouped(x) / rstd + mean).reshape(x.shape)
+
+    def _grouped(self, x: Tensor) -> Tensor:
+        return rearrange(x, "b (g c) ... -> b g c ...", g=self.groups)
+
+    def _aligned(self, parameter: Tensor, like: Like) -> Tensor:
+        return per_feature(parameter, like, 1)
+
+    def extra_repr(self) -> str:
+        return f"{self.groups}, {self.channels}, eps={self.eps}, affine={self.bias is not None}"

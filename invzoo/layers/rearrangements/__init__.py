@@ -1,0 +1,1 @@
+"""Orders, shapes and fixed transforms."""

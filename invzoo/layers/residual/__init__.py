@@ -1,0 +1,1 @@
+"""Residual blocks, and steps of reversible integrators."""

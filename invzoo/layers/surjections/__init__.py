@@ -1,0 +1,1 @@
+"""Layers that are one-to-one in one direction only."""
