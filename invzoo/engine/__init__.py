@@ -3,16 +3,17 @@
 from ._torch import functorch_active, is_fake, tracing, version_of
 from .call import call
 from .callables import SideNames, modules_of, unregistered
-from .chain import Through, chain, uncompiled
+from .chain import chain
 from .checkpoint import checkpoint
 from .fingerprint import tolerance
 from .freeing import freeing
 from .methods import CompiledMethods
 from .mode import Mode, Policy, check_of, mode_of
 from .nested import map_tensors
-from .operation import Operation
+from .operation import Operation, Through
 from .state import inside_container, place, steps_aside, transformed, unrecorded
 from .tape import Tape, tuple_of
+from .uncompiled import uncompiled
 
 __all__ = [
     "CompiledMethods",

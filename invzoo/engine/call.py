@@ -50,6 +50,7 @@ from ._torch import (
 )
 from .buffers import copy_of, differ
 from .fingerprint import Prints, tolerance
+from .kept import kept
 from .mode import Mode, Policy
 from .nested import attributes_of, map_tensors
 from .operation import Operation
@@ -334,7 +335,7 @@ class Call:
                     self.rebuild()
                 value = handle.value
             if backward_id() == -1:  # somebody looks at the graph
-                state.kept.end()
+                kept.end()
         if version_of(value) != handle.version:  # type: ignore[arg-type]  # it is rebuilt
             raise self._changed(value)  # type: ignore[arg-type]
         return value  # type: ignore[return-value]
@@ -357,7 +358,7 @@ class Call:
         """Replay the call, and give the graph what it saved (rules 3 and 4)."""
         keep = keeps_graph()
         if keep:
-            state.kept.begin(self)
+            kept.begin(self)
         self._pull()
         self._as_it_was(self._rebuild, Tape(self), not keep)
         if keep:
@@ -467,7 +468,7 @@ class Call:
                 if done:
                     slot.consumer = None
                 elif keeps_graph():
-                    state.kept.slots.append(ref)
+                    kept.slots.append(ref)
 
     def _drop(self) -> None:
         for slot in self.produced:

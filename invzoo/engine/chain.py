@@ -1,20 +1,17 @@
 """Where the engine meets `torch.compile`: containers pass their values through here."""
 
 from collections.abc import Callable, Iterable
-from functools import partial, wraps
-from typing import Any, ParamSpec, TypeVar
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 
 from ._torch import functorch_active, with_tensors
 from .mode import Mode, Policy
+from .operation import Through
 
-__all__ = ["Through", "chain", "uncompiled"]
-
-P = ParamSpec("P")
-R = TypeVar("R")
-Through = Callable[[tuple[Any, ...], dict[str, Any], Any], Any]
+__all__ = ["chain"]
 
 
 def chain(
@@ -61,20 +58,3 @@ def _is_watched(module: nn.Module) -> bool:
     return bool(
         module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks
     )
-
-
-def uncompiled(function: Callable[P, R]) -> Callable[P, R]:
-    """Leave a function whose steps depend on values to Python.
-
-    So does `torch.compiler.disable`, but it imports the compiler at once.
-    """
-
-    @wraps(function)
-    def run(*args: P.args, **options: P.kwargs) -> R:
-        if not torch.compiler.is_dynamo_compiling():
-            return function(*args, **options)
-        from .compile_time import eagerly  # noqa: PLC0415 - imports the compiler
-
-        return eagerly(function, *args, **options)
-
-    return run

@@ -28,7 +28,6 @@ __all__ = [
     "begin",
     "changed_tensors",
     "check_closures",
-    "eagerly",
     "examine",
     "find_used",
     "frame_named",
@@ -87,12 +86,6 @@ def _begin(context: ComptimeContext) -> None:
 def steps_aside() -> bool:
     """Return what :func:`begin` found."""
     return bool(_aside)
-
-
-@torch.compiler.disable(reason="its steps depend on values")  # type: ignore[untyped-decorator]
-def eagerly(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
-    """Call a function, without the compiler."""
-    return function(*args, **options)
 
 
 def stop(problem: str) -> None:  # noqa: ARG001 - comptime reads them

@@ -32,7 +32,6 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ._torch import reparametrized
-from .chain import Through
 from .compile_time import (
     allowed_error,
     changed_tensors,
@@ -48,6 +47,7 @@ from .compile_time import (
     used_tensors,
 )
 from .mode import Mode
+from .operation import Through
 from .operators import again, fingerprints, verified
 from .state import state
 from .tape import tuple_of

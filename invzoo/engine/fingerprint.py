@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ._torch import is_distributed, is_fake, whole, without_modes
-from .chain import uncompiled
 from .nested import plain_parts
+from .uncompiled import uncompiled
 
 __all__ = ["Fingerprint", "Prints", "distance", "fingerprint", "precision_of", "project", "tolerance"]
 

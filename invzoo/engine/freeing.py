@@ -132,8 +132,9 @@ def freeing(name: str, inputs: Sequence[Any]) -> Iterator[None]:
     for x in tensors:
         key = key_of(x)
         slot = slot_of(x, key) or Slot(x, key, threading.RLock())
-        slot.freed, slot.head = Freed(x), weakref.ref(slot)
-        heads.append((x, slot, slot.freed))
+        slot.freed = freed = Freed(x)
+        slot.head = weakref.ref(slot)
+        heads.append((x, slot, freed))
     yield
     promised = [head for head in heads if head[2].promised]
     for x, _, _ in promised:

@@ -122,11 +122,13 @@ class track_memory(TorchDispatchMode):  # noqa: N801 - reads as the verb that it
         return wanted.type == device.type and wanted.index in (None, device.index)
 
     def _count(self, storage: UntypedStorage) -> None:
-        entry = self._entries.get(id(storage))
-        if entry is None:
-            entry = self._entries[id(storage)] = _Entry(storage, _forget)
-            entry.key, entry.nbytes, entry.tracker = id(storage), 0, weakref.ref(self)
-        self._settle(entry, storage.nbytes())
+        with self._lock:
+            entry = self._entries.get(id(storage))
+            if entry is None:
+                entry = _Entry(storage, _forget)
+                entry.key, entry.nbytes, entry.tracker = id(storage), 0, weakref.ref(self)
+                self._entries[entry.key] = entry  # where other threads look, so when it is whole
+            self._settle(entry, storage.nbytes())
 
     def _settle(self, entry: "_Entry", nbytes: int) -> None:
         with self._lock:

@@ -8,7 +8,9 @@ from torch import nn
 
 from .mode import Policy
 
-__all__ = ["Operation"]
+__all__ = ["Operation", "Through"]
+
+Through = Callable[[tuple[Any, ...], dict[str, Any], Any], Any]  # passes values and side inputs, and log-determinants
 
 
 @dataclass(slots=True)

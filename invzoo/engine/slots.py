@@ -3,7 +3,7 @@
 import threading
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -11,10 +11,6 @@ from torch import Tensor
 from ._torch import storage_key, version_of
 from .devices import hand_over, stream_of
 from .nested import attributes_of, map_tensors
-
-if TYPE_CHECKING:
-    from .call import Call
-    from .freeing import Freed
 
 __all__ = ["Slot", "key_of", "slot_of"]
 
@@ -26,6 +22,30 @@ def key_of(tensor: Tensor) -> tuple[Any, ...]:
         return (None,)
     key = (storage, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)
     return (*key, tensor.is_conj(), tensor.is_neg()) if tensor.is_complex() else (*key, tensor.is_neg())
+
+
+class Consumer(Protocol):
+    """A call that takes a value, and can rebuild it."""
+
+    @property
+    def awaited(self) -> bool:
+        """Whether a graph waits for a replay."""
+
+    def _pull(self) -> None: ...
+
+    def _restore(self) -> Any: ...
+
+
+class Restorable(Protocol):
+    """A tensor of the caller that was freed."""
+
+    promised: bool  # a backward will restore it
+
+    @property
+    def tensor(self) -> Callable[[], Tensor | None]: ...
+
+    def restore(self, value: Tensor) -> Tensor:
+        """Give it its value back, and return what holds the value now."""
 
 
 class Slot:
@@ -52,10 +72,10 @@ class Slot:
 
     def __init__(self, tensor: Tensor, key: tuple[Any, ...], lock: threading.RLock):
         self.key, self.lock = key, lock
-        self.consumer: Call | None = None
+        self.consumer: Consumer | None = None
         self.origin = weakref.ref(tensor)  # that of the caller
-        self.passers: list[weakref.ref[Call]] = []  # calls whose output it is, too, since they pass it on
-        self.freed: Freed | None = None  # the caller's tensor, where this value is to come back to it too
+        self.passers: list[weakref.ref[Consumer]] = []  # calls whose output it is, too, since they pass it on
+        self.freed: Restorable | None = None  # the caller's tensor, where this value is to come back to it too
         self.head: Callable[[], Slot | None] = _none  # the freed input of the chain, for slots that lead back to it
         self.attributes: dict[str, Any] = {}  # for an inverse that reads what the function set
         if attributes := attributes_of(tensor):
@@ -78,7 +98,7 @@ class Slot:
             hand_over(self.value, self.stream)
         return self.value
 
-    def consume(self, call: "Call") -> None:
+    def consume(self, call: Consumer) -> None:
         """Let ``call`` rebuild the value from now on."""
         self.consumer, self.value = call, None
         if _live.slots.get(self.key) is self:

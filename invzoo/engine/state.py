@@ -1,18 +1,14 @@
-"""What one thread is doing: the calls that run, where they stand, and what kept graphs hold for a while."""
+"""What one thread is doing: the calls that run, and where they stand."""
 
-import contextlib
 import functools
 import threading
-import weakref
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from ._torch import (
-    at_end_of_backward,
-    backward_id,
     forward_ad_active,
     functorch_active,
     hooks_enabled,
@@ -20,10 +16,6 @@ from ._torch import (
     tracing,
     weights_cached,
 )
-from .slots import Slot
-
-if TYPE_CHECKING:
-    from .call import Call
 
 __all__ = [
     "Place",
@@ -42,58 +34,12 @@ R = TypeVar("R")
 Place = tuple[Any, ...]  # what describes the innermost place, and the place around it
 
 
-class _Kept:
-    """What backwards through a kept graph rebuilt and have not dropped yet (rule 4)."""
-
-    def __init__(self) -> None:
-        self.task = -1
-        self.inside = False  # whether backwards run inside one that ends later, as those of calls below a transform
-        self.last: Callable[[], Call | None] = lambda: None
-        self.slots: list[Callable[[], Slot | None]] = []
-
-    def begin(self, call: "Call") -> None:
-        last, self.last = self.last(), weakref.ref(call)
-        # Another thread that has the lock releases the call when it is done with it; waiting could wait for ever.
-        if last is not None and last is not call and last.lock.acquire(blocking=False):
-            last.release()
-            last.lock.release()
-        if not self.inside:
-            self._join()
-
-    @contextlib.contextmanager
-    def one_backward(self) -> Iterator[None]:
-        """Count the backwards that run inside as parts of the one that runs now."""
-        self._join()
-        before, self.inside = self.inside, True
-        try:
-            yield
-        finally:
-            self.inside = before
-
-    def _join(self) -> None:
-        task = backward_id()
-        if task not in (-1, self.task):
-            self.task = task
-            at_end_of_backward(self.end)
-
-    def end(self) -> None:
-        if (last := self.last()) is not None:
-            with last.lock:
-                last.release()
-        for ref in self.slots:
-            if (slot := ref()) is not None:
-                with slot.lock:
-                    slot.drop()
-        self.slots.clear()
-
-
 class _State(threading.local):
     """What one thread is doing."""
 
     def __init__(self) -> None:
         self.packing: list[Any] = []  # the pack hooks of the calls that run right now
         self.place: Place = ()  # where in its containers the running layer stands, for errors
-        self.kept = _Kept()
         self.chain: Any = None  # the record of the chain that the compiler traces
         self.below = False  # whether a call runs below a transform
 

@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -19,10 +19,8 @@ from ._torch import (
     transparent,
     version_of,
 )
+from .operation import Operation
 from .state import state
-
-if TYPE_CHECKING:
-    from .call import Call
 
 __all__ = ["Input", "Meta", "Tape", "tuple_of"]
 
@@ -81,6 +79,22 @@ def _is_disjoint(shape: torch.Size, stride: tuple[int, ...]) -> bool:
     return True
 
 
+class Replayed(Protocol):
+    """The call that is replayed, as far as its tape has to know it."""
+
+    operation: Operation
+    inputs: list[Any]
+    handles: list[Any]
+    metas: list[Meta]
+    surroundings: Any
+
+    def invert(self, outputs: tuple[Any, ...]) -> list[Any]:
+        """Compute the inputs from the outputs."""
+
+    def shares(self, output: Tensor) -> bool:
+        """Whether a later call is still to be replayed with an output of this one."""
+
+
 class _AllSaved(BaseException):
     """The replay has saved all that its forward saved; a function cannot take it for an error of its own."""
 
@@ -94,7 +108,7 @@ class Tape:
 
     __slots__ = ("_call", "_captured", "_metas", "_short", "_started", "inputs")
 
-    def __init__(self, call: "Call"):
+    def __init__(self, call: Replayed):
         self._call = call
         self._captured: list[tuple[Tensor, int] | None] = []  # with their versions
         self._metas: list[Meta] = []
