@@ -11,8 +11,9 @@ from torch.distributions import constraints
 from torch.nn.modules import module as torch_module
 
 from . import engine
+from .compiling import CompiledMethods
 from .domains import Domain, end_of, of_parts, uniform
-from .engine import CompiledMethods, Policy, SideNames
+from .engine import Policy, SideNames
 from .errors import refuse
 from .layers._checks import check_dim_given, given_dim
 from .layers.rearrangements.split import Partition, SplitSpec, cut, join, merging, splitting

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 import invzoo as iz
 
-from .engine.memory import track_memory
+from .testing.memory import track_memory
 
 __all__ = ["Counted", "build", "gradient_errors", "peak_bytes", "run"]
 

@@ -13,8 +13,8 @@ from torch.distributions import Transform, constraints
 
 from .domains import of_events
 from .engine._torch import stamps
-from .engine.buffers import loose_tensors
 from .engine.fingerprint import fingerprint
+from .engine.surroundings.buffers import loose_tensors
 from .errors import refuse
 from .module import InvertibleModule
 from .shapes import output_shapes, reached, tensors_in

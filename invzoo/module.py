@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from . import engine
+from .compiling import CompiledMethods
 from .contract import Finding, check_function, check_inverse
 from .domains import Domain
-from .engine import CompiledMethods, Mode, Operation, Policy, SideNames, Tape
+from .engine import Mode, Operation, Policy, SideNames, Tape
 from .errors import refuse
 from .log_dets import LogDets, zero_log_det
 from .own_hooks import check_hook

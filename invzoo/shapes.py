@@ -12,9 +12,9 @@ from torch.nn.parameter import is_lazy
 from .domains import inside
 from .engine import map_tensors, tuple_of
 from .engine._torch import compiling_nothing, is_hollow
-from .engine.devices import accelerators
-from .engine.observers import Observers
-from .engine.surroundings import walk
+from .engine.surroundings.devices import accelerators
+from .engine.surroundings.observers import Observers
+from .engine.surroundings.snapshot import walk
 from .module import InvertibleModule
 
 __all__ = ["output_shapes", "reached", "tensors_in"]

@@ -8,7 +8,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import invzoo as iz
-from invzoo.engine.memory import track_memory
+from invzoo.testing.memory import track_memory
 
 
 def affine(features):

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import invzoo as iz
-from invzoo.engine.memory import track_memory
+from invzoo.testing.memory import track_memory
 
 
 def mlp(inputs, outputs):

@@ -13,7 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.testing import assert_close
 
 import invzoo as iz
-from invzoo.engine.memory import track_memory
+from invzoo.testing.memory import track_memory
 
 
 class Net(nn.Module):

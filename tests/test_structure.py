@@ -11,7 +11,19 @@ import invzoo as iz
 
 ROOT = pathlib.Path(iz.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
-ORDER = ["errors", "dtypes", "domains", "log_dets", "engine", "contract", "own_hooks", "protocol", "module", "layers"]
+ORDER = [
+    "errors",
+    "dtypes",
+    "domains",
+    "log_dets",
+    "engine",
+    "compiling",
+    "contract",
+    "own_hooks",
+    "protocol",
+    "module",
+    "layers",
+]
 ORDER += ["shapes", "containers", "blocks", "flows", "testing", "demo", "cli", "__main__"]
 
 

@@ -6,11 +6,11 @@ from typing import Any
 
 from torch import nn
 
-from .call import call
-from .callables import SideNames, modules_of
-from .freeing import freeing
-from .mode import Policy, check_of
+from .eager.call import call
+from .eager.freeing import freeing
 from .operation import Operation
+from .policy import Policy, check_of
+from .signatures import SideNames, modules_of
 
 __all__ = ["checkpoint"]
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from .mode import Policy
+from .policy import Policy
 
 __all__ = ["Operation", "Through"]
 

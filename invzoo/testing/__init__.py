@@ -7,11 +7,11 @@ holds. ``strategies`` draws inputs and stacks of layers; it needs hypothesis, wh
 from importlib import import_module
 from typing import Any
 
-from ..engine.memory import track_memory
 from .assertions import ASSERTIONS, assert_invertible, assertions_of
 from .catalogue import CATALOGUE, cases
 from .entries import Case, Entry
 from .inputs import Draw, Shape, draw_from
+from .memory import track_memory
 from .modes import assert_memory, assert_modes_agree
 from .modules import assert_inputs_unchanged, assert_portable, assert_trainable
 from .values import assert_batch_sizes, assert_dtypes, assert_gradients, assert_log_det, assert_round_trip

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ..engine import Mode, tuple_of
-from ..engine.memory import track_memory
 from ..module import InvertibleModule, mode
+from .memory import track_memory
 from .running import assert_near, assertion, calls, clones, expect, has_log_det, leaves, named, seed
 
 __all__ = ["assert_memory", "assert_modes_agree"]

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import invzoo as iz
-from invzoo.engine.memory import track_memory
+from invzoo.testing.memory import track_memory
 from tests.reference import FEATURES, HALF, Subject, assert_same_run, mlp
 
 LAYER = "(AdditiveCoupling|AffineCoupling|UserLayer|Merge|Split)"

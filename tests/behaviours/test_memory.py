@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import invzoo as iz
-from invzoo.engine.memory import track_memory
+from invzoo.testing.memory import track_memory
 from tests.reference import HALF, Subject, mlp
 
 BATCH, WIDTH = 256, 32

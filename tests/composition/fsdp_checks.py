@@ -21,7 +21,7 @@ from torch.distributed.tensor import Shard, distribute_module, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 import invzoo as iz
-from invzoo.engine.memory import track_memory
+from invzoo.testing.memory import track_memory
 from tests.composition.workers import (
     FORMS,
     WORLD,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import invzoo as iz
 from invzoo.engine import devices, slots, surroundings
-from invzoo.engine.call import Call
+from invzoo.engine.eager.call import Call
 from tests.composition.elsewhere import (
     DEVICE,
     MAIN,

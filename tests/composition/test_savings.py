@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 import invzoo as iz
-from invzoo.engine.memory import track_memory
+from invzoo.testing.memory import track_memory
 
 # Forward mode decomposes some operators with a compiler that torch itself no longer recommends.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import invzoo as iz
-from invzoo.engine.memory import track_memory
+from invzoo.testing.memory import track_memory
 from tests.reference import FEATURES, HALF, Case, assert_near, gradients, make, mlp, train_step
 
 

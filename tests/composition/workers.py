@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 import invzoo as iz
-from invzoo.engine.memory import track_memory
+from invzoo.testing.memory import track_memory
 from tests.reference import BATCH, FEATURES, MODES, Case, assert_near, make
 
 __all__ = [

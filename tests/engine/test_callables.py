@@ -11,7 +11,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import invzoo as iz
-from invzoo.engine.callables import SideNames, modules_of
+from invzoo.engine.signatures import SideNames, modules_of
 
 NORM = nn.BatchNorm1d(2, affine=False)
 

@@ -10,7 +10,7 @@ from torch.func import functional_call, grad
 from torch.testing import assert_close
 
 import invzoo as iz
-from invzoo.engine.memory import track_memory
+from invzoo.testing.memory import track_memory
 
 SAVING = pytest.mark.parametrize("mode", ["recompute", "invert"])
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint
 
-from invzoo.engine.memory import track_memory
+from invzoo.testing.memory import track_memory
 
 B, D, H = 16, 64, 128  # batch, width and hidden width of the MLP
 UNIT = 8  # bytes of one float64

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 import invzoo as iz
 from invzoo.dtypes import widen
-from invzoo.engine.memory import track_memory
 from invzoo.layers.maps import Map
 from invzoo.protocol import moved, undone
+from invzoo.testing.memory import track_memory
 
 __all__ = ["back", "close", "inputs", "jacobian", "kept_by", "perturbed", "refused", "there", "there_and_back"]
 

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 
 import invzoo as iz
 from invzoo.engine import tuple_of
-from invzoo.engine.call import Call
+from invzoo.engine.eager.call import Call
 from invzoo.layers.elementwise_map import PerFeatureMap
 from invzoo.layers.maps import curves, mixture
 from invzoo.layers.maps.integrals import clenshaw_curtis

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import invzoo as iz
-from invzoo.engine.surroundings import Surroundings
+from invzoo.engine.surroundings.snapshot import Surroundings
 from invzoo.layers.linear.matrix import Free, Householder
 from invzoo.layers.maps.affine import Shift
 from invzoo.protocol import Run

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import invzoo as iz
-from invzoo.engine.memory import track_memory
+from invzoo.testing.memory import track_memory
 
 __all__ = ["BATCH", "Net", "assert_learns_and_saves", "examples"]
 

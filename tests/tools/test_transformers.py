@@ -22,7 +22,7 @@ from transformers.models.bert.modeling_bert import BertAttention, BertIntermedia
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2Attention
 
 import invzoo as iz
-from invzoo.engine.memory import track_memory
+from invzoo.testing.memory import track_memory
 from tests.reference import assert_near
 from tests.tools.nets import assert_learns_and_saves
 

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from ._torch import (
+from .._torch import (
     Stamp,
     at_end_of_backward,
     backward_id,
@@ -48,17 +48,17 @@ from ._torch import (
     transparent,
     version_of,
 )
-from .buffers import copy_of, differ
-from .fingerprint import Prints, tolerance
+from ..fingerprint import Prints, tolerance
+from ..func import run_below, runs_below
+from ..nested import attributes_of, map_tensors
+from ..operation import Operation
+from ..policy import Mode, Policy
+from ..state import note, state, steps_aside
+from ..surroundings.buffers import copy_of, differ
+from ..surroundings.snapshot import Surroundings
 from .kept import kept
-from .mode import Mode, Policy
-from .nested import attributes_of, map_tensors
-from .operation import Operation
 from .slots import Slot, key_of, slot_of
-from .state import note, state, steps_aside
-from .surroundings import Surroundings
 from .tape import Input, Meta, Tape, tuple_of
-from .transforms import run_below, runs_below
 
 __all__ = ["call"]
 

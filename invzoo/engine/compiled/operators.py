@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .fingerprint import distance, precision_of, project
+from ..fingerprint import distance, precision_of, project
 
 __all__ = ["again", "fingerprints", "verified"]
 

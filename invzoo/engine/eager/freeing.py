@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._torch import allow_data, between_processes, deny_data, preserve_version, storage_owners
+from .._torch import allow_data, between_processes, deny_data, preserve_version, storage_owners
+from ..state import steps_aside
 from .slots import Slot, key_of, slot_of
-from .state import steps_aside
 
 __all__ = ["FreedTensor", "freeing"]
 

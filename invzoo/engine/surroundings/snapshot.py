@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.jit import ScriptModule
 from torch.nn.parameter import is_lazy
 
-from ._torch import (
+from .._torch import (
     Stamp,
     any_autocast,
     cpu_generator,

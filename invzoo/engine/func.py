@@ -40,7 +40,7 @@ from ._torch import (
     unwrapped,
     with_tensors,
 )
-from .kept import kept
+from .eager.kept import kept
 from .nested import map_tensors
 from .operation import Operation
 from .state import nothing_saved, state

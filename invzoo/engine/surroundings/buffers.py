@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from ._torch import is_capturing, is_hollow, version_of, without_modes
+from .._torch import is_capturing, is_hollow, version_of, without_modes
 from .devices import read_later, waits_to_be_read
 
 __all__ = [

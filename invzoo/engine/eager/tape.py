@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from ._torch import (
+from .._torch import (
     between_processes,
     is_distributed,
     is_fake,
@@ -19,8 +19,8 @@ from ._torch import (
     transparent,
     version_of,
 )
-from .operation import Operation
-from .state import state
+from ..operation import Operation
+from ..state import state
 
 __all__ = ["Input", "Meta", "Tape", "tuple_of"]
 

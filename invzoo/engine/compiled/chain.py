@@ -31,8 +31,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from ._torch import reparametrized
-from .compile_time import (
+from .._torch import reparametrized
+from ..eager.tape import tuple_of
+from ..operation import Through
+from ..policy import Mode
+from ..state import state
+from .operators import again, fingerprints, verified
+from .tracer import (
     allowed_error,
     changed_tensors,
     check_closures,
@@ -46,11 +51,6 @@ from .compile_time import (
     stop,
     used_tensors,
 )
-from .mode import Mode
-from .operation import Through
-from .operators import again, fingerprints, verified
-from .state import state
-from .tape import tuple_of
 
 __all__ = ["Record", "run"]
 

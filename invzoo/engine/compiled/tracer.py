@@ -20,8 +20,8 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ._torch import storage_key, top_hook
-from .fingerprint import tolerance
+from .._torch import storage_key, top_hook
+from ..fingerprint import tolerance
 
 __all__ = [
     "allowed_error",
@@ -48,7 +48,7 @@ _dtypes: set[torch.dtype] = set()  # of all that the chain computes
 frames = SimpleNamespace()
 _frame_names: dict[str, str] = {}
 _numbers = itertools.count()
-_ENGINE = str(Path(__file__).parent)
+_ENGINE = str(Path(__file__).parents[1])
 _UNFIT = {  # what the compiler's graph may hold, but `torch.func.vjp` of it not
     "cond": "look at no tensor's value",
     "item": "look at no tensor's value",

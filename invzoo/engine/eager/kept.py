@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
-from ._torch import at_end_of_backward, backward_id
+from .._torch import at_end_of_backward, backward_id
 from .slots import Slot
 
 __all__ = ["kept"]

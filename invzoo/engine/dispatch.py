@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from ._torch import functorch_active, with_tensors
-from .mode import Mode, Policy
 from .operation import Through
+from .policy import Mode, Policy
 
 __all__ = ["chain"]
 
@@ -34,8 +34,8 @@ def chain(
     """
     if not _traces(owner, policies):
         return through(values, side, log_dets)
-    from .compile_time import begin, steps_aside  # noqa: PLC0415 - imports the compiler
-    from .compiled import run  # noqa: PLC0415
+    from .compiled.chain import run  # noqa: PLC0415
+    from .compiled.tracer import begin, steps_aside  # noqa: PLC0415 - imports the compiler
 
     begin(type(owner).__name__)
     return (through if steps_aside() else partial(run, owner, through))(values, side, log_dets)

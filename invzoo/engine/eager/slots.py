@@ -8,9 +8,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ._torch import storage_key, version_of
-from .devices import hand_over, stream_of
-from .nested import attributes_of, map_tensors
+from .._torch import storage_key, version_of
+from ..nested import attributes_of, map_tensors
+from ..surroundings.devices import hand_over, stream_of
 
 __all__ = ["Slot", "key_of", "slot_of"]
 

@@ -1,0 +1,1 @@
+"""The eager engine: watched calls, the slots between them, and their replays."""

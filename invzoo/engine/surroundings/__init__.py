@@ -1,0 +1,1 @@
+"""What a call sees besides its inputs, part by part."""
