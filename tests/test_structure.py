@@ -22,9 +22,9 @@ ORDER = [
     "own_hooks",
     "protocol",
     "module",
-    "layers",
 ]
-ORDER += ["shapes", "containers", "blocks", "flows", "testing", "demo", "cli", "__main__"]
+ORDER += ["layers", "shapes", "containers", "blocks", "flows", "testing", "demo", "cli", "__main__"]
+GROUND = ["_torch", "eagerly", "uncompiled", "nested", "policy", "operation", "signatures", "fingerprint", "state"]
 
 
 def level(parts):
@@ -32,18 +32,51 @@ def level(parts):
 
 
 def imported(path):
-    """Yield the parts below the package of every module that a file imports, those for type checkers aside."""
-    tree = ast.parse(path.read_text())
-    for node in ast.walk(tree):
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-            node.body = []
+    """Yield the parts below the package of every module that a file imports, those for type checkers among them."""
     package = path.relative_to(ROOT).parent.parts
-    for node in ast.walk(tree):
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.level:
             base = package[: len(package) - node.level + 1]
             module = tuple((node.module or "").split(".")) if node.module else ()
             for alias in node.names:
                 yield (*base, *module, *(() if module else (alias.name,)))
+
+
+def below(parts, edges):
+    """Return all that a module imports, what that imports, and so on."""
+    found, todo = set(), [parts]
+    while todo:
+        new = edges.get(todo.pop(), set()) - found
+        found |= new
+        todo += new
+    return found
+
+
+def test_no_file_and_no_family_imports_itself_by_others():
+    files = {path.relative_to(ROOT).with_suffix("").parts: {*imported(path)} for path in FILES}
+    families = {}
+    for own, others in files.items():
+        if own[0] == "layers" and len(own) == 3:
+            families.setdefault(own[1], set()).update(o[1] for o in others if o[0] == "layers" and len(o) == 3)
+    families = {family: others - {family} for family, others in families.items()}
+    for edges in (files, families):
+        assert [own for own in edges if own in below(own, edges)] == []
+
+
+def test_the_engines_ground_imports_nothing_above_it_and_its_wings_not_each_other():
+    for path in (ROOT / "engine").rglob("*.py"):
+        own = path.relative_to(ROOT).with_suffix("").parts
+        others = {other for other in imported(path) if other[:1] == ("engine",)}
+        if own[1] in GROUND:
+            assert all(other[1] in GROUND for other in others), own
+        for wing, other_wing in (("eager", "compiled"), ("compiled", "eager")):
+            assert own[1] != wing or not [other for other in others if other[1] == other_wing], own
+
+
+def test_layers_come_to_the_engine_by_its_door():
+    assert [
+        (path.name, o) for path in (ROOT / "layers").rglob("*.py") for o in imported(path) if o[0] == "engine" and o[1:]
+    ] == []
 
 
 @pytest.mark.parametrize("path", [f for f in FILES if f.name != "__init__.py" or f.parent != ROOT], ids=str)

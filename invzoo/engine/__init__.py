@@ -5,9 +5,9 @@ from .checkpoint import checkpoint
 from .dispatch import chain
 from .eager.call import call
 from .eager.freeing import freeing
-from .eager.tape import Tape, tuple_of
+from .eager.tape import Tape
 from .fingerprint import tolerance
-from .nested import map_tensors
+from .nested import map_tensors, tuple_of
 from .operation import Operation, Through
 from .policy import Mode, Policy, check_of, mode_of
 from .signatures import SideNames, modules_of, unregistered

@@ -7,7 +7,12 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["attributes_of", "map_tensors", "plain_parts"]
+__all__ = ["attributes_of", "map_tensors", "plain_parts", "tuple_of"]
+
+
+def tuple_of(value: Any) -> tuple[Any, ...]:
+    """Return several values as they are, and one as a tuple of one."""
+    return tuple(value) if isinstance(value, tuple | list) else (value,)
 
 
 def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:

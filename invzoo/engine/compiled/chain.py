@@ -32,7 +32,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .._torch import reparametrized
-from ..eager.tape import tuple_of
+from ..nested import tuple_of
 from ..operation import Through
 from ..policy import Mode
 from ..state import state

@@ -50,7 +50,7 @@ from .._torch import (
 )
 from ..fingerprint import Prints, tolerance
 from ..func import run_below, runs_below
-from ..nested import attributes_of, map_tensors
+from ..nested import attributes_of, map_tensors, tuple_of
 from ..operation import Operation
 from ..policy import Mode, Policy
 from ..state import note, state, steps_aside
@@ -58,7 +58,7 @@ from ..surroundings.buffers import copy_of, differ
 from ..surroundings.snapshot import Surroundings
 from .kept import kept
 from .slots import Slot, key_of, slot_of
-from .tape import Input, Meta, Tape, tuple_of
+from .tape import Input, Meta, Tape
 
 __all__ = ["call"]
 

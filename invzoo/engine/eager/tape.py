@@ -22,14 +22,9 @@ from .._torch import (
 from ..operation import Operation
 from ..state import state
 
-__all__ = ["Input", "Meta", "Tape", "tuple_of"]
+__all__ = ["Input", "Meta", "Tape"]
 
 Meta = tuple[torch.Size, torch.dtype]  # of a saved tensor
-
-
-def tuple_of(value: Any) -> tuple[Any, ...]:
-    """Return several values as they are, and one as a tuple of one."""
-    return tuple(value) if isinstance(value, tuple | list) else (value,)
 
 
 @dataclass(slots=True)
