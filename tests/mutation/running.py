@@ -88,6 +88,7 @@ def plant(fault: Fault) -> None:
         key = code.co_qualname, code.co_firstlineno
         codes[key] = None if key in codes else code  # two lambdas on one line: whoever makes them has the new ones
         todo += [c for c in code.co_consts if isinstance(c, CodeType)]
+    gc.unfreeze()  # what is frozen is not among its objects
     for f in gc.get_objects():
         if type(f) is FunctionType and f.__code__.co_filename == str(fault.path):
             code = codes.get((f.__code__.co_qualname, f.__code__.co_firstlineno))

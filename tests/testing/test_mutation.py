@@ -34,6 +34,7 @@ def test_what_no_test_notices_is_said(tmp_path: pathlib.Path):
     (tmp_path / "toy").mkdir()
     (tmp_path / "toy/__init__.py").write_text(PACKAGE)
     (tmp_path / "test_toy.py").write_text(TESTS)
+    (tmp_path / "conftest.py").write_text("import gc\n\n\ndef pytest_collection_finish():\n    gc.freeze()\n")
     (tmp_path / "pytest.ini").write_text("[pytest]\npythonpath = .\n")
     command = [sys.executable, "-m", "tests.mutation", "toy/__init__.py", "--processes", "1"]
     run = subprocess.run(  # noqa: S603 - this very file
