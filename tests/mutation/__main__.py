@@ -33,6 +33,7 @@ class Trial(NamedTuple):
     of: int  # so many come by
     limit: float  # seconds
     slow: set[str]  # those of the tests that are left out by default
+    waits: bool  # whether it is early enough to make it after the import
 
 
 class Verdict(NamedTuple):
@@ -104,20 +105,21 @@ def among_imported(faults: list[Fault], options: argparse.Namespace) -> tuple[li
         reach.learn(session, options.processes)
         trials = []
         for fault in faults:
-            come_by = reach.tests(fault)
+            come_by, waits = reach.tests(fault), fault.can_wait and bool(reach.comes_by(fault))
             times = [*takewhile(lambda s: s < options.seconds, accumulate(reach.seconds[test] for test in come_by))]
             tests = come_by[: len(times) or 1]
-            trials.append(Trial(fault, tests, len(come_by), 60 + 10 * sum(times[-1:]), reach.slow.intersection(tests)))
+            limit = 60 + 10 * sum(times[-1:])
+            trials.append(Trial(fault, tests, len(come_by), limit, reach.slow.intersection(tests), waits))
 
         def notice(trial: Trial) -> str:
             plant(trial.fault)
             return session.first_that_fails(trial.tests)
 
-        verdicts = judged([t for t in trials if t.fault.can_wait], notice, options.processes)
+        verdicts = judged([t for t in trials if t.waits], notice, options.processes)
         noticing = {v.test for v in verdicts if v.test}
         [(_, wrong)] = forked([(None, lambda: session.all_that_fail(noticing), float("inf"))], 1)
         always = [f"fails without a change, too: {test}" for test in [*reach.failing, *wrong]]
-        return verdicts, [t for t in trials if not t.fault.can_wait], always
+        return verdicts, [t for t in trials if not t.waits], always
 
     return Session(options.pytest, judge).result
 
