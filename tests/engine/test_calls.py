@@ -143,10 +143,28 @@ def test_a_held_output_that_was_changed_is_rebuilt(change: str):
     assert_close(torch.autograd.grad(y.sum(), [x, *layer.parameters()]), wanted)
 
 
+def test_an_inverse_runs_without_gradients_in_every_backward():
+    seen, x = [], torch.rand(3, requires_grad=True)
+
+    def inverse(y: Tensor) -> Tensor:
+        seen.append(torch.is_grad_enabled())
+        return y.log()
+
+    torch.autograd.grad(iz.checkpoint(torch.exp, x, inverse=inverse).sum(), x, create_graph=True)
+    assert seen == [False]
+
+
 def test_a_conjugate_is_another_tensor():
     x = torch.randn(3, dtype=torch.complex128, requires_grad=True)
     wanted = torch.autograd.grad(x.exp().conj().exp().abs().sum(), x)
     assert_close(torch.autograd.grad(exp(exp(x, check="never").conj(), check="never").abs().sum(), x), wanted)
+
+
+def test_complex_values_are_freed():
+    x = torch.rand(LARGE, dtype=torch.complex128, requires_grad=True)
+    with track_memory() as memory:
+        y = exp(exp(exp(x)))
+        assert memory.current < 2 * y.nbytes
 
 
 def test_a_negative_is_another_tensor():
