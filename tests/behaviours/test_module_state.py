@@ -257,8 +257,8 @@ def test_buffers_that_keep_still_are_not_copied():
     class Masked(nn.Linear):
         """Whoever wrote it may move its mask on any call, so that each looks."""
 
-    def peak(kind: type[nn.Linear], depth: int) -> int:
-        net = iz.InvertibleSequential(*[iz.AdditiveCoupling(kind(2, 2)) for _ in range(depth)])
+    def peak(kind: type[nn.Module], depth: int) -> int:
+        net = iz.InvertibleSequential(*[iz.AdditiveCoupling(kind(2, 2)) for _ in range(depth)]).eval()
         for layer in net:
             layer.f.register_buffer("mask", torch.ones(10_000))
         x = torch.randn(3, 4)
@@ -268,6 +268,7 @@ def test_buffers_that_keep_still_are_not_copied():
         return memory.peak
 
     assert peak(nn.Linear, 4) < 10_000
+    assert peak(nn.BatchNorm1d, 4) < 10_000
     assert peak(Masked, 8) - peak(Masked, 4) < 10_000
 
 
@@ -446,6 +447,31 @@ def test_buffers_without_memory_are_not_read(mode):
     net = iz.AdditiveCoupling(f, mode=mode)
     x1, x2 = x.chunk(2, 1)
     assert_near(grad(some_loss(net(x)), x), grad(some_loss(torch.cat((x1 + f(x2), x2), 1)), x))
+
+
+class Gathered(nn.Linear):
+    """Has memory for its weight while it runs and when its gradient comes by, as FSDP1's have."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x.sin())
+        if self.training:  # in the forward
+            weight = self.weight.detach().clone()
+            self.weight.untyped_storage().resize_(0)
+            y.register_hook(lambda _: self.gather(weight))
+        return y
+
+    def gather(self, weight: Tensor) -> None:
+        self.weight.untyped_storage().resize_(weight.nbytes)
+        with torch.autograd._unsafe_preserve_version_counter(self.weight):
+            self.weight.detach().copy_(weight)
+
+
+def test_saved_weights_without_memory_are_not_read(x):
+    f = Gathered(FEATURES, FEATURES)
+    expected = grad(some_loss(f.eval()(x)), x)
+    loss = some_loss(iz.checkpoint(f.train(), x))
+    f.training = False
+    assert_near(grad(loss, x), expected)
 
 
 def test_attributes_without_memory_are_not_read(subject, x):
