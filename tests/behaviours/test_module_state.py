@@ -251,6 +251,18 @@ def test_a_buffer_on_an_accelerator_that_begins_to_move_in_silence_is_refused_on
             assert_near(step(ours, how), expected)
 
 
+def test_observers_on_an_accelerator_may_begin_to_move(monkeypatch):
+    monkeypatch.setattr(buffers, "waits_to_be_read", lambda _: True)
+    monkeypatch.setattr(buffers, "read_later", lambda flag: lambda: bool(flag))
+    observer = torch.ao.quantization.FusedMovingAvgObsFakeQuantize().float()
+    observer.disable_observer()
+    net, x = iz.AdditiveCoupling(nn.Sequential(nn.Linear(2, 2), observer)).float(), torch.randn(3, 4).float()
+    for step in range(4):
+        if step == 2:
+            observer.enable_observer()
+        some_loss(net(x)).backward()
+
+
 def test_buffers_that_keep_still_are_not_copied():
     """Masks and tables may be larger than all else."""
 
@@ -262,7 +274,8 @@ def test_buffers_that_keep_still_are_not_copied():
         for layer in net:
             layer.f.register_buffer("mask", torch.ones(10_000))
         x = torch.randn(3, 4)
-        net(x).sum().backward()
+        for _ in range(2):
+            net(x).sum().backward()
         with track_memory() as memory:
             net(x).sum().backward()
         return memory.peak
