@@ -163,6 +163,7 @@ class Waits(nn.Module):
     def __init__(self, *sizes: int) -> None:
         super().__init__()
         self.net, self.norm, self.scale = mlp(*sizes), nn.BatchNorm1d(sizes[0]), torch.ones(sizes[0])
+        self.scale.requires_grad_()
         self.norm.eval()
         self.register_buffer("count", torch.ones(sizes[0]))
 
@@ -272,7 +273,7 @@ def test_buffers_that_keep_still_are_not_copied():
     def peak(kind: type[nn.Module], depth: int) -> int:
         net = iz.InvertibleSequential(*[iz.AdditiveCoupling(kind(2, 2)) for _ in range(depth)]).eval()
         for layer in net:
-            layer.f.register_buffer("mask", torch.ones(10_000))
+            layer.f.register_buffer("mask", torch.full((10_000,), torch.nan))
         x = torch.randn(3, 4)
         for _ in range(2):
             net(x).sum().backward()

@@ -494,6 +494,19 @@ def test_frozen_and_tied_and_parametrized_weights():
     assert_same_gradients(net, x())
 
 
+@usual
+def test_a_function_over_the_modules_of_other_layers():
+    class Both:
+        def __init__(self) -> None:
+            self.a, self.b = nn.Linear(HALF, HALF), nn.Linear(HALF, HALF)
+
+        def __call__(self, x: Tensor) -> Tensor:
+            return self.a(self.b(x).sin())
+
+    both = Both()
+    assert_same_gradients(iz.InvertibleSequential(*map(iz.AdditiveCoupling, (both, both.a, both.b))), x())
+
+
 def test_half_precision_by_autocast():
     net, given = iz.InvertibleSequential(linear(), *stack(1)).float(), x().float()
 
@@ -650,6 +663,7 @@ def test_what_is_refused_runs_without_fullgraph(name: str):
 
 def test_random_layers_in_eval_mode_and_attention_without_dropout():
     net = iz.InvertibleSequential(iz.AdditiveCoupling(dropout(HALF, HALF)), iz.AdditiveCoupling(attention(0.0))).eval()
+    net.append(iz.AdditiveCoupling(lambda h: torch.native_dropout(h, 0.5, False)[0]))
     assert_same_gradients(net, x())
 
 

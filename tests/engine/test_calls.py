@@ -1,5 +1,6 @@
 """What a call holds, refuses and leaves as it was, seen from outside."""
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,6 +99,16 @@ def test_a_layer_that_was_not_checked_is_checked_when_it_is_to_be():
     layer.check = "first"
     with pytest.raises(RuntimeError, match="Expected Shifted to be replayed within a relative error"):
         layer(x).sum().backward()
+
+
+def test_a_held_output_is_nearer_than_the_one_that_a_backward_rebuilt():
+    """What half precision would excuse is refused where nothing was rounded."""
+    x = torch.rand(3, requires_grad=True)
+    y = iz.checkpoint(torch.exp, x, inverse=lambda v: v.log() + 1e-3, check="always")
+    z = iz.checkpoint(lambda v: v.bfloat16().exp(), y, inverse=lambda v: v.log().double())
+    torch.autograd.grad(z.sum(), x, retain_graph=True)
+    with pytest.raises(RuntimeError, match="Expected exp to be replayed within"):
+        torch.autograd.grad(y.sum(), x)
 
 
 def test_an_input_that_was_stepped_is_rebuilt():
@@ -281,6 +292,15 @@ def test_what_a_part_of_a_kept_graph_rebuilds_is_dropped():
         assert memory.current <= before
 
 
+def test_what_a_look_at_the_graph_rebuilds_is_dropped():
+    x = torch.randn(LARGE, requires_grad=True)
+    with track_memory() as memory:
+        y = exp(exp(x))
+        before = memory.current
+        assert_close(y.grad_fn.next_functions[0][0]._saved_result, x.exp())
+        assert memory.current <= before
+
+
 def test_side_inputs_are_held_without_their_graphs():
     z, x = torch.randn(LARGE, requires_grad=True), torch.randn(3, requires_grad=True)
     with track_memory() as memory:
@@ -327,6 +347,30 @@ def test_a_rebuilt_stream_does_not_hold_the_larger_tensor_that_it_was_cut_from()
 
 
 # ---- what it leaves as it was ---------------------------------------------------------------------------------------
+
+
+def test_memory_that_other_processes_see_is_left_as_it_was():
+    layer, streams = iz.AdditiveCoupling(nn.Linear(2, 2), check="never"), [torch.randn(3, 2), torch.randn(3, 2)]
+    y = layer(*streams)[0]
+    file = y.share_memory_().untyped_storage()._share_filename_cpu_()
+    elsewhere = torch.empty(0).set_(torch.UntypedStorage._new_shared_filename_cpu(*file), 0, y.shape)
+    was, loss = elsewhere.clone(), y.sum()
+    del y
+    loss.backward()
+    assert_close(elsewhere, was, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("partial", [False, True])
+def test_hooks_of_torch_run_in_replays(partial: bool):
+    def hook(*_: object) -> None:
+        runs.append(1)
+
+    hook.__module__, runs, layer = "torch.hooks", [], iz.AdditiveCoupling(nn.Linear(2, 2))
+    layer.f.register_forward_hook(functools.partial(hook, 0) if partial else hook)
+    y = layer(torch.randn(3, 4))
+    assert len(runs) == 1
+    y.sum().backward()
+    assert len(runs) == 2
 
 
 def test_an_exception_in_a_container_leaves_its_place():
@@ -384,6 +428,16 @@ def test_requires_grad_is_that_of_the_forward_in_a_replay_alone(mode: str):
     bias.requires_grad_(True)
     y.sum().backward()
     assert (weight.requires_grad, bias.requires_grad) == (False, True)
+
+
+@SAVING
+def test_a_parameter_that_was_none_is_none_in_a_replay(mode: str):
+    layer = iz.AdditiveCoupling(nn.Sequential(nn.Linear(2, 2, bias=False), nn.Tanh()), mode=mode)
+    x = torch.randn(3, 4, requires_grad=True)
+    wanted, loss = torch.autograd.grad(layer(x).square().sum(), x), layer(x).square().sum()
+    layer.f[0].bias = bias = nn.Parameter(torch.ones(2))
+    assert_close(torch.autograd.grad(loss, x), wanted)
+    assert layer.f[0].bias is bias
 
 
 # ---- autocast, which leaves float64 alone ---------------------------------------------------------------------------
