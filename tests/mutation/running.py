@@ -17,7 +17,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from multiprocessing.connection import wait
 from pathlib import Path
 from types import CodeType, FunctionType
@@ -192,15 +192,15 @@ class Reach:
         """Return the tests that come by, or those of the whole file for what an import runs.
 
         Where none does, an import may have run these lines before all tests, or the compiler reads them and runs none:
-        those of the rarest file that this one imports come first then, and those of the whole file behind.
+        then those of files that this one imports, the rarest first, take turns with those of the whole file.
         """
         runs = self.runs(fault.path)
         found = self.comes_by(fault) if fault.can_wait else [*runs]
         if found:
             return self.in_order(found, fault.path)
-        imported = [(path, tests) for path in _imports_of(fault.path) if (tests := self.runs(path))]
-        path, near = min(imported, key=lambda item: len(item[1]), default=(fault.path, {}))
-        return [*dict.fromkeys([*self.in_order(near, path), *self.in_order(runs, fault.path)])]
+        imported = sorted(_imports_of(fault.path), key=lambda path: len(self.runs(path)))
+        near = [test for path in imported for test in self.in_order(self.runs(path), path)]
+        return _in_turns([*dict.fromkeys(near)], self.in_order(runs, fault.path))
 
     def comes_by(self, fault: Fault) -> list[str]:
         return [test for test, lines in self.runs(fault.path).items() if lines & _bits(fault.lines)]
@@ -222,7 +222,7 @@ class Reach:
         return self._runs[path]
 
     def in_order(self, tests: Iterable[str], path: Path) -> list[str]:
-        """Sort tests: those of the default selection first, and one of each function before its other parameters.
+        """Sort tests: those of the default selection first, and of each function not all parameters at once.
 
         Among these take turns: the fastest, and the one that runs lines of the file that the fewest others run.
         """
@@ -232,10 +232,10 @@ class Reach:
         for test in fastest:
             turns[test] = seen[function := test.split("[")[0]]
             seen[function] += 1
-        fastest.sort(key=lambda test: (test in self.slow, turns[test]))  # stable
+        fastest.sort(key=lambda test: (test in self.slow, self.seconds[test] * (1 + turns[test])))
         rarity = self._rarity(path)
         rarest = sorted(fastest, key=lambda test: (test in self.slow, -rarity[test] / (1 + turns[test])))
-        return [*dict.fromkeys(test for pair in zip(fastest, rarest, strict=True) for test in pair)]
+        return _in_turns(fastest, rarest)
 
     def _rarity(self, path: Path) -> dict[str, float]:
         """Add up, for each test, its share in each line of a file that it runs."""
@@ -246,6 +246,11 @@ class Reach:
             counts.update(dict.fromkeys(lines[bits], times))
         rarity = {bits: sum(1 / counts[n] for n in lines[bits]) for bits in alike}
         return {test: rarity[bits] for test, bits in self.runs(path).items()}
+
+
+def _in_turns(*lists: list[str]) -> list[str]:
+    """Take one of each list, then another one, each once."""
+    return [*dict.fromkeys(test for row in zip_longest(*lists) for test in row if test is not None)]
 
 
 def _bits(lines: Iterable[int]) -> int:
