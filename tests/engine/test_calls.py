@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad
+from torch.func import functional_call, grad, vjp
 from torch.testing import assert_close
 
 import invzoo as iz
@@ -165,6 +165,29 @@ def test_an_inverse_runs_without_gradients_in_every_backward():
     assert seen == [False]
 
 
+@pytest.mark.parametrize(
+    ("shape", "stride", "alike"),
+    [
+        ((3, 4), (1, 3), True),
+        ((2, 2, 3), (7, 4, 1), True),  # with gaps
+        ((3, 1, 4), (1, 0, 3), True),
+        ((4, 3), (2, 1), False),  # rows that overlap
+        ((2, 3), (2, 1), False),
+    ],
+)
+def test_a_rebuilt_input_lies_in_memory_as_it_did(shape: tuple[int, ...], stride: tuple[int, ...], alike: bool):
+    strides, source = [], torch.rand(20, requires_grad=True)
+
+    def function(x: Tensor) -> Tensor:
+        strides.append(x.stride())
+        return x.contiguous().exp()
+
+    x = source.as_strided(shape, stride)
+    y = iz.checkpoint(function, x, inverse=torch.log)
+    assert_close(torch.autograd.grad(y.sum(), source), torch.autograd.grad(x.exp().sum(), source))
+    assert (strides[0] == strides[1]) == alike
+
+
 def test_a_conjugate_is_another_tensor():
     x = torch.randn(3, dtype=torch.complex128, requires_grad=True)
     wanted = torch.autograd.grad(x.exp().conj().exp().abs().sum(), x)
@@ -216,6 +239,25 @@ def test_side_inputs_inside_a_transform(mode: str):
     way_back = (lambda y, scale: y / scale) if mode == "invert" else None
     x, scale = torch.randn(3), torch.rand(3) + 1
     assert_close(grad(loss, argnums=(0, 1))(x, scale), grad(lambda x, s: (x * s).exp().sum(), argnums=(0, 1))(x, scale))
+
+
+def test_gradients_of_a_transform_are_differentiated_outside():
+    for x, scale in ((torch.rand(3, requires_grad=True), 2.0), (torch.rand(3), torch.tensor(2.0, requires_grad=True))):
+        results = []
+        for run in (iz.checkpoint, lambda f, v, scale, **_: f(v, scale)):
+
+            def loss(v: Tensor, run: Any = run, scale: Any = scale) -> Tensor:
+                return run(lambda v, scale: (v * scale).exp(), v, scale=scale, inverse=lambda y, scale: y.log() / scale)
+
+            g = grad(lambda v: loss(v).square().sum())(x)
+            results.append(torch.autograd.grad(g.sum(), x if x.requires_grad else scale))
+        assert_close(*results)
+
+
+def test_a_pullback_is_differentiated_though_an_input_is_not_used():
+    x, v = torch.rand(3), torch.rand(3, requires_grad=True)
+    _, pull = vjp(lambda a: iz.checkpoint(lambda a, b: a.exp(), a, 2 * a), x)
+    assert_close(torch.autograd.grad(pull(v)[0].square().sum(), v)[0], 2 * v * (2 * x).exp())
 
 
 class Stop(torch.autograd.Function):
