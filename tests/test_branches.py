@@ -128,8 +128,11 @@ def test_errors():
         iz.MultiScale()
     with pytest.raises(ValueError, match="MultiScale: Expected latents to be 2 tensors, one for each stage; got 1"):
         iz.MultiScale(iz.Identity(), iz.Identity()).inverse(torch.ones(1, 2))
+    assert iz.MultiScale(iz.InvertibleTanh()).codomain is iz.InvertibleTanh.codomain
     with pytest.raises(ValueError, match=r"MultiScale: Expected y to have shape \(batch, 4\); got shape \(1, 3\)"):
         iz.MultiScale(iz.Identity(), iz.Identity(), input_shape=(4,)).inverse(torch.ones(1, 3))
+    with pytest.raises(ValueError, match=r"MultiScale: Expected y to have shape \(batch, 4\); got shape \(1, 4, 1\)"):
+        iz.MultiScale(iz.Identity(), iz.Identity(), input_shape=(4,)).inverse(torch.ones(1, 4, 1))
     with pytest.raises(ValueError, match="Permute: Expected x to have size 4") as error:
         iz.MultiScale(iz.Identity(), iz.Permute([0, 1, 2, 3]), input_shape=(4,))
     assert "stage 1 (Permute)" in error.value.__notes__[0]

@@ -6,6 +6,7 @@ from collections import OrderedDict
 import pytest
 import torch
 from torch import nn
+from torch.distributions import constraints
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -363,6 +364,15 @@ def test_a_mode_that_cannot_be_set_changes_nothing(mixed, make, mode, message):
     with pytest.raises(ValueError, match=message):
         iz.mode(make(mixed), mode)
     assert modes(mixed) == MIXED
+
+
+def test_a_domain_of_whole_events_does_not_go_along_with_entries():
+    class Simplex(iz.InvertibleTanh):
+        domain = codomain = constraints.simplex
+
+    net = iz.InvertibleSequential(iz.Reverse(), Simplex(), iz.Reverse())
+    assert (net.domain, net.codomain) == (constraints.real, constraints.real)
+    assert net[1:].domain is constraints.simplex
 
 
 def test_the_layer_without_an_inverse_is_named(x):

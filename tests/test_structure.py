@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 import invzoo as iz
 
@@ -108,6 +109,11 @@ iz.InvertibleSequential(iz.AdditiveCoupling(torch.nn.Linear(2, 2)))(torch.randn(
 sys.exit("torch._dynamo" in sys.modules)
 """
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT.parent, check=False).returncode == 0  # noqa: S603
+
+
+def test_a_step_leaves_the_compiler_alone(monkeypatch):
+    monkeypatch.setitem(sys.modules, "invzoo.engine.compile_time", None)
+    iz.InvertibleSequential(iz.AdditiveCoupling(torch.nn.Linear(2, 2)))(torch.randn(3, 4)).sum().backward()
 
 
 def test_numpy_is_not_needed():

@@ -242,6 +242,13 @@ def test_a_block_that_changes_in_place_what_autograd_saved(saving, x, warm):
     assert_names_a_layer(caught)
 
 
+def test_the_place_of_a_block_that_changes_in_place_what_autograd_saved(x):
+    net = iz.InvertibleSequential(iz.Identity(), iz.AdditiveCoupling(Overwrites(HALF, HALF)))
+    with pytest.raises(RuntimeError, match="leave what autograd saved") as caught:
+        some_loss(net(x)).backward()
+    assert caught.value.__notes__ == ["in layer 1 (AdditiveCoupling)"]
+
+
 @pytest.mark.parametrize("warm", [False, True], ids=["first", "later"])
 def test_a_buffer_changed_between_forward_and_backward(saving, x, warm):
     class Scaled(nn.Module):

@@ -163,6 +163,7 @@ class Waits(nn.Module):
     def __init__(self, *sizes: int) -> None:
         super().__init__()
         self.net, self.norm, self.scale = mlp(*sizes), nn.BatchNorm1d(sizes[0]), torch.ones(sizes[0])
+        self.scale.requires_grad_()
         self.norm.eval()
         self.register_buffer("count", torch.ones(sizes[0]))
 
@@ -251,23 +252,37 @@ def test_a_buffer_on_an_accelerator_that_begins_to_move_in_silence_is_refused_on
             assert_near(step(ours, how), expected)
 
 
+def test_observers_on_an_accelerator_may_begin_to_move(monkeypatch):
+    monkeypatch.setattr(buffers, "waits_to_be_read", lambda _: True)
+    monkeypatch.setattr(buffers, "read_later", lambda flag: lambda: bool(flag))
+    observer = torch.ao.quantization.FusedMovingAvgObsFakeQuantize().float()
+    observer.disable_observer()
+    net, x = iz.AdditiveCoupling(nn.Sequential(nn.Linear(2, 2), observer)).float(), torch.randn(3, 4).float()
+    for step in range(4):
+        if step == 2:
+            observer.enable_observer()
+        some_loss(net(x)).backward()
+
+
 def test_buffers_that_keep_still_are_not_copied():
     """Masks and tables may be larger than all else."""
 
     class Masked(nn.Linear):
         """Whoever wrote it may move its mask on any call, so that each looks."""
 
-    def peak(kind: type[nn.Linear], depth: int) -> int:
-        net = iz.InvertibleSequential(*[iz.AdditiveCoupling(kind(2, 2)) for _ in range(depth)])
+    def peak(kind: type[nn.Module], depth: int) -> int:
+        net = iz.InvertibleSequential(*[iz.AdditiveCoupling(kind(2, 2)) for _ in range(depth)]).eval()
         for layer in net:
-            layer.f.register_buffer("mask", torch.ones(10_000))
+            layer.f.register_buffer("mask", torch.full((10_000,), torch.nan))
         x = torch.randn(3, 4)
-        net(x).sum().backward()
+        for _ in range(2):
+            net(x).sum().backward()
         with track_memory() as memory:
             net(x).sum().backward()
         return memory.peak
 
     assert peak(nn.Linear, 4) < 10_000
+    assert peak(nn.BatchNorm1d, 4) < 10_000
     assert peak(Masked, 8) - peak(Masked, 4) < 10_000
 
 
@@ -446,6 +461,31 @@ def test_buffers_without_memory_are_not_read(mode):
     net = iz.AdditiveCoupling(f, mode=mode)
     x1, x2 = x.chunk(2, 1)
     assert_near(grad(some_loss(net(x)), x), grad(some_loss(torch.cat((x1 + f(x2), x2), 1)), x))
+
+
+class Gathered(nn.Linear):
+    """Has memory for its weight while it runs and when its gradient comes by, as FSDP1's have."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x.sin())
+        if self.training:  # in the forward
+            weight = self.weight.detach().clone()
+            self.weight.untyped_storage().resize_(0)
+            y.register_hook(lambda _: self.gather(weight))
+        return y
+
+    def gather(self, weight: Tensor) -> None:
+        self.weight.untyped_storage().resize_(weight.nbytes)
+        with torch.autograd._unsafe_preserve_version_counter(self.weight):
+            self.weight.detach().copy_(weight)
+
+
+def test_saved_weights_without_memory_are_not_read(x):
+    f = Gathered(FEATURES, FEATURES)
+    expected = grad(some_loss(f.eval()(x)), x)
+    loss = some_loss(iz.checkpoint(f.train(), x))
+    f.training = False
+    assert_near(grad(loss, x), expected)
 
 
 def test_attributes_without_memory_are_not_read(subject, x):

@@ -516,8 +516,9 @@ def test_attributes_of_tensors(mode, scale):
         assert_near(program(layers), program(plain))
 
 
-def test_attributes_of_side_inputs_and_kept_inputs():
-    x, context = torch.ones(3, requires_grad=True), torch.ones(3)
+@pytest.mark.parametrize("kind", [Tensor.requires_grad_, nn.Parameter])
+def test_attributes_of_side_inputs_and_kept_inputs(kind):
+    x, context = kind(torch.ones(3)), torch.ones(3)
     x.factors, context.scale = [torch.full((3,), 2.0)], 3.0
     y = iz.checkpoint(lambda x, context: (x * x.factors[0] * context.scale).exp(), x, context=context)
     y.sum().backward()

@@ -48,6 +48,10 @@ def test_a_replay_makes_tensors_where_its_forward_did(mode: str):
     with torch.device("meta"):
         loss.backward()
     assert_near([x.grad], [*expected])
+    with torch.device("meta"):
+        y = net.to("meta")(torch.ones(5, 4))
+    y.sum().backward()
+    assert all(p.grad.is_meta for p in net.parameters())
 
 
 # ---- tensors without values -----------------------------------------------------------------------------------------

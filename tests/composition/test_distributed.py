@@ -7,8 +7,15 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
+from torch import distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
+import invzoo as iz
 from tests.composition.processes import failures_of
+from tests.reference import assert_near
 
 pytestmark = pytest.mark.slow
 
@@ -23,6 +30,28 @@ def check(suite: str, world: int = 2, *args: str) -> None:
 @pytest.mark.usual
 def test_some_of_each():
     check("usual_checks")
+
+
+@pytest.mark.usual
+@pytest.mark.parametrize("mode", ["recompute", "invert"])
+def test_fsdp2_of_subnets_in_one_process(mode: str):
+    net, x = iz.InvertibleSequential(*(iz.AdditiveCoupling(nn.Linear(2, 2)) for _ in range(3))), torch.randn(3, 4)
+    expected = torch.autograd.grad(net(x).square().sum(), [*net.parameters()])
+    net.mode = mode
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        for module in (*(layer.f for layer in net), net):
+            fully_shard(module, mesh=mesh)
+        net(x).square().sum().backward()
+        assert_near([p.grad.full_tensor() for p in net.parameters()], [*expected])
+        loss = net(x).square().sum()
+        with torch.no_grad():
+            net[1].f.weight.mul_(2)
+        with pytest.raises(RuntimeError, match="got a change of 'weight'"):
+            loss.backward()
+    finally:
+        dist.destroy_process_group()
 
 
 def test_ddp():

@@ -261,8 +261,10 @@ def test_anomaly_mode_names_the_function_that_made_a_nan(mode: str):
 # ---- dispatch modes -------------------------------------------------------------------------------------------------
 
 
-def test_fake_tensors(case: Case):
+@pytest.mark.parametrize("seed", [False, True])
+def test_fake_tensors(case: Case, seed: bool):
     """A step under fake tensors, as memory planners run it; values are never looked at."""
+    case.net.seed = seed
     with FakeTensorMode(allow_non_fake_inputs=True):
         grads = train_step(case.net, torch.randn(4, FEATURES))
     assert [g.shape for g in grads] == [g.shape for g in train_step(case.plain, case.x)]

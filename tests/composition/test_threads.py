@@ -1,6 +1,7 @@
 """Threads: models trained side by side, graphs walked elsewhere than they were built, and by several threads."""
 
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -158,6 +159,24 @@ def test_two_heads_of_one_trunk_walked_by_two_threads(mode: str):
     with iz.mode(trunk.net, mode), iz.mode(left.net, mode), iz.mode(right.net, mode):
         for _ in range(15):
             assert_near(step(trunk.net, left.net, right.net), step(trunk.plain, left.plain, right.plain))
+
+
+def test_one_thread_at_a_time_rebuilds_a_chain():
+    inside, most = [], []
+
+    def inverse(y: Tensor) -> Tensor:
+        inside.append(0)
+        most.append(len(inside))
+        time.sleep(0.05)
+        inside.pop()
+        return y.log()
+
+    def exp(x: Tensor) -> Tensor:
+        return iz.checkpoint(torch.exp, x, inverse=inverse)
+
+    last = exp(exp(torch.randn(3, requires_grad=True))).grad_fn
+    together(lambda: last._saved_result, lambda: last.next_functions[0][0]._saved_result)
+    assert max(most) == 1
 
 
 def test_one_model_shared_by_threads(case: Case):

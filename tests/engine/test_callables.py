@@ -170,6 +170,12 @@ def registered():
     return layer
 
 
+def optimized():
+    layer = iz.AdditiveCoupling(closing(net := linear()))
+    layer.optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    return layer
+
+
 @pytest.mark.parametrize(
     "make",
     [
@@ -179,6 +185,7 @@ def registered():
         lambda: iz.AdditiveCoupling(closing(nn.Tanh())),
         lambda: iz.AdditiveCoupling(closing(linear().requires_grad_(False))),
         registered,
+        optimized,
         Held,
         lambda: Held(lambda net: net.forward),
         lambda: nn.Sequential(nn.Identity(), Held()),

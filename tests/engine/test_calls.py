@@ -1,12 +1,13 @@
 """What a call holds, refuses and leaves as it was, seen from outside."""
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad
+from torch.func import functional_call, grad, vjp
 from torch.testing import assert_close
 
 import invzoo as iz
@@ -100,6 +101,16 @@ def test_a_layer_that_was_not_checked_is_checked_when_it_is_to_be():
         layer(x).sum().backward()
 
 
+def test_a_held_output_is_nearer_than_the_one_that_a_backward_rebuilt():
+    """What half precision would excuse is refused where nothing was rounded."""
+    x = torch.rand(3, requires_grad=True)
+    y = iz.checkpoint(torch.exp, x, inverse=lambda v: v.log() + 1e-3, check="always")
+    z = iz.checkpoint(lambda v: v.bfloat16().exp(), y, inverse=lambda v: v.log().double())
+    torch.autograd.grad(z.sum(), x, retain_graph=True)
+    with pytest.raises(RuntimeError, match="Expected exp to be replayed within"):
+        torch.autograd.grad(y.sum(), x)
+
+
 def test_an_input_that_was_stepped_is_rebuilt():
     x = torch.rand(3, requires_grad=True)
     wanted = 2 * x.detach().clone()
@@ -143,10 +154,51 @@ def test_a_held_output_that_was_changed_is_rebuilt(change: str):
     assert_close(torch.autograd.grad(y.sum(), [x, *layer.parameters()]), wanted)
 
 
+def test_an_inverse_runs_without_gradients_in_every_backward():
+    seen, x = [], torch.rand(3, requires_grad=True)
+
+    def inverse(y: Tensor) -> Tensor:
+        seen.append(torch.is_grad_enabled())
+        return y.log()
+
+    torch.autograd.grad(iz.checkpoint(torch.exp, x, inverse=inverse).sum(), x, create_graph=True)
+    assert seen == [False]
+
+
+@pytest.mark.parametrize(
+    ("shape", "stride", "alike"),
+    [
+        ((3, 4), (1, 3), True),
+        ((2, 2, 3), (7, 4, 1), True),  # with gaps
+        ((3, 1, 4), (1, 0, 3), True),
+        ((4, 3), (2, 1), False),  # rows that overlap
+        ((2, 3), (2, 1), False),
+    ],
+)
+def test_a_rebuilt_input_lies_in_memory_as_it_did(shape: tuple[int, ...], stride: tuple[int, ...], alike: bool):
+    strides, source = [], torch.rand(20, requires_grad=True)
+
+    def function(x: Tensor) -> Tensor:
+        strides.append(x.stride())
+        return x.contiguous().exp()
+
+    x = source.as_strided(shape, stride)
+    y = iz.checkpoint(function, x, inverse=torch.log)
+    assert_close(torch.autograd.grad(y.sum(), source), torch.autograd.grad(x.exp().sum(), source))
+    assert (strides[0] == strides[1]) == alike
+
+
 def test_a_conjugate_is_another_tensor():
     x = torch.randn(3, dtype=torch.complex128, requires_grad=True)
     wanted = torch.autograd.grad(x.exp().conj().exp().abs().sum(), x)
     assert_close(torch.autograd.grad(exp(exp(x, check="never").conj(), check="never").abs().sum(), x), wanted)
+
+
+def test_complex_values_are_freed():
+    x = torch.rand(LARGE, dtype=torch.complex128, requires_grad=True)
+    with track_memory() as memory:
+        y = exp(exp(exp(x)))
+        assert memory.current < 2 * y.nbytes
 
 
 def test_a_negative_is_another_tensor():
@@ -187,6 +239,25 @@ def test_side_inputs_inside_a_transform(mode: str):
     way_back = (lambda y, scale: y / scale) if mode == "invert" else None
     x, scale = torch.randn(3), torch.rand(3) + 1
     assert_close(grad(loss, argnums=(0, 1))(x, scale), grad(lambda x, s: (x * s).exp().sum(), argnums=(0, 1))(x, scale))
+
+
+def test_gradients_of_a_transform_are_differentiated_outside():
+    for x, scale in ((torch.rand(3, requires_grad=True), 2.0), (torch.rand(3), torch.tensor(2.0, requires_grad=True))):
+        results = []
+        for run in (iz.checkpoint, lambda f, v, scale, **_: f(v, scale)):
+
+            def loss(v: Tensor, run: Any = run, scale: Any = scale) -> Tensor:
+                return run(lambda v, scale: (v * scale).exp(), v, scale=scale, inverse=lambda y, scale: y.log() / scale)
+
+            g = grad(lambda v: loss(v).square().sum())(x)
+            results.append(torch.autograd.grad(g.sum(), x if x.requires_grad else scale))
+        assert_close(*results)
+
+
+def test_a_pullback_is_differentiated_though_an_input_is_not_used():
+    x, v = torch.rand(3), torch.rand(3, requires_grad=True)
+    _, pull = vjp(lambda a: iz.checkpoint(lambda a, b: a.exp(), a, 2 * a), x)
+    assert_close(torch.autograd.grad(pull(v)[0].square().sum(), v)[0], 2 * v * (2 * x).exp())
 
 
 class Stop(torch.autograd.Function):
@@ -263,6 +334,15 @@ def test_what_a_part_of_a_kept_graph_rebuilds_is_dropped():
         assert memory.current <= before
 
 
+def test_what_a_look_at_the_graph_rebuilds_is_dropped():
+    x = torch.randn(LARGE, requires_grad=True)
+    with track_memory() as memory:
+        y = exp(exp(x))
+        before = memory.current
+        assert_close(y.grad_fn.next_functions[0][0]._saved_result, x.exp())
+        assert memory.current <= before
+
+
 def test_side_inputs_are_held_without_their_graphs():
     z, x = torch.randn(LARGE, requires_grad=True), torch.randn(3, requires_grad=True)
     with track_memory() as memory:
@@ -309,6 +389,30 @@ def test_a_rebuilt_stream_does_not_hold_the_larger_tensor_that_it_was_cut_from()
 
 
 # ---- what it leaves as it was ---------------------------------------------------------------------------------------
+
+
+def test_memory_that_other_processes_see_is_left_as_it_was():
+    layer, streams = iz.AdditiveCoupling(nn.Linear(2, 2), check="never"), [torch.randn(3, 2), torch.randn(3, 2)]
+    y = layer(*streams)[0]
+    file = y.share_memory_().untyped_storage()._share_filename_cpu_()
+    elsewhere = torch.empty(0).set_(torch.UntypedStorage._new_shared_filename_cpu(*file), 0, y.shape)
+    was, loss = elsewhere.clone(), y.sum()
+    del y
+    loss.backward()
+    assert_close(elsewhere, was, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("partial", [False, True])
+def test_hooks_of_torch_run_in_replays(partial: bool):
+    def hook(*_: object) -> None:
+        runs.append(1)
+
+    hook.__module__, runs, layer = "torch.hooks", [], iz.AdditiveCoupling(nn.Linear(2, 2))
+    layer.f.register_forward_hook(functools.partial(hook, 0) if partial else hook)
+    y = layer(torch.randn(3, 4))
+    assert len(runs) == 1
+    y.sum().backward()
+    assert len(runs) == 2
 
 
 def test_an_exception_in_a_container_leaves_its_place():
@@ -366,6 +470,16 @@ def test_requires_grad_is_that_of_the_forward_in_a_replay_alone(mode: str):
     bias.requires_grad_(True)
     y.sum().backward()
     assert (weight.requires_grad, bias.requires_grad) == (False, True)
+
+
+@SAVING
+def test_a_parameter_that_was_none_is_none_in_a_replay(mode: str):
+    layer = iz.AdditiveCoupling(nn.Sequential(nn.Linear(2, 2, bias=False), nn.Tanh()), mode=mode)
+    x = torch.randn(3, 4, requires_grad=True)
+    wanted, loss = torch.autograd.grad(layer(x).square().sum(), x), layer(x).square().sum()
+    layer.f[0].bias = bias = nn.Parameter(torch.ones(2))
+    assert_close(torch.autograd.grad(loss, x), wanted)
+    assert layer.f[0].bias is bias
 
 
 # ---- autocast, which leaves float64 alone ---------------------------------------------------------------------------

@@ -5,9 +5,11 @@ import sys
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.testing import assert_close
 
 import invzoo as iz
-from invzoo.engine.fingerprint import distance, fingerprint
+from invzoo.engine.fingerprint import distance, fingerprint, project
+from invzoo.engine.operators import fingerprints
 
 SHAPES = [(4, 6), (64, 8), (64, 64), (2048, 256), (4, 16, 32, 32), (32, 3, 64, 64), (7, 5), (256, 2), (5,), (100,)]
 ERRORS = {
@@ -48,6 +50,12 @@ def test_every_dtype_and_empty_tensors(dtype: torch.dtype):
     x = torch.arange(100).reshape(4, 25).to(dtype)
     assert 1e-2 < distance(fingerprint(x), fingerprint(x + x[:, :1])) < 1e1
     assert distance(fingerprint(x[:0]), fingerprint(x[:0])) == 0
+
+
+def test_those_of_compiled_chains_are_as_precise():
+    x = torch.randn(5, dtype=torch.float64)
+    expected = torch.stack([project(x.float()).double(), project(x)])
+    assert_close(fingerprints([x.float(), x], -1), expected, rtol=0, atol=0)
 
 
 def test_autocast_makes_no_difference():

@@ -33,6 +33,7 @@ class Trial(NamedTuple):
     of: int  # so many come by
     limit: float  # seconds
     slow: set[str]  # those of the tests that are left out by default
+    waits: bool  # whether it is early enough to make it after the import
 
 
 class Verdict(NamedTuple):
@@ -58,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--function", default="", help="change only functions with this in their qualified names")
     made.add_argument("--sample", type=int, help="make so many changes, drawn at random; by default all")
     made.add_argument("--seed", type=int, default=0, help="of that draw")
-    made.add_argument("--slow", action="store_true", help="try also the tests marked slow, last")
+    made.add_argument("--slow", action="store_true", help="try also the tests marked slow, for as long, last")
     made.add_argument("--seconds", type=float, default=60, help="run tests of so many seconds for one change")
     made.add_argument("--processes", type=int, default=os.cpu_count(), help="so many at a time")
     made.add_argument(
@@ -104,20 +105,24 @@ def among_imported(faults: list[Fault], options: argparse.Namespace) -> tuple[li
         reach.learn(session, options.processes)
         trials = []
         for fault in faults:
-            come_by = reach.tests(fault)
-            times = [*takewhile(lambda s: s < options.seconds, accumulate(reach.seconds[test] for test in come_by))]
-            tests = come_by[: len(times) or 1]
-            trials.append(Trial(fault, tests, len(come_by), 60 + 10 * sum(times[-1:]), reach.slow.intersection(tests)))
+            come_by, waits = reach.tests(fault), fault.can_wait and bool(reach.comes_by(fault))
+            tests = []
+            for is_slow in (False, True):  # each have their seconds
+                group = [test for test in come_by if (test in reach.slow) == is_slow]
+                times = accumulate(reach.seconds[test] for test in group)
+                tests += group[: len([*takewhile(lambda s: s < options.seconds, times)]) or 1]
+            limit = 60 + 10 * sum(reach.seconds[test] for test in tests)
+            trials.append(Trial(fault, tests, len(come_by), limit, reach.slow.intersection(tests), waits))
 
         def notice(trial: Trial) -> str:
             plant(trial.fault)
             return session.first_that_fails(trial.tests)
 
-        verdicts = judged([t for t in trials if t.fault.can_wait], notice, options.processes)
+        verdicts = judged([t for t in trials if t.waits], notice, options.processes)
         noticing = {v.test for v in verdicts if v.test}
         [(_, wrong)] = forked([(None, lambda: session.all_that_fail(noticing), float("inf"))], 1)
         always = [f"fails without a change, too: {test}" for test in [*reach.failing, *wrong]]
-        return verdicts, [t for t in trials if not t.fault.can_wait], always
+        return verdicts, [t for t in trials if not t.waits], always
 
     return Session(options.pytest, judge).result
 

@@ -1,5 +1,6 @@
 """Tests in forked processes: what each of them runs, and which notices a fault."""
 
+import ast
 import contextlib
 import ctypes
 import gc
@@ -13,10 +14,10 @@ import signal
 import sqlite3
 import sys
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from multiprocessing.connection import wait
 from pathlib import Path
 from types import CodeType, FunctionType
@@ -147,6 +148,7 @@ class Reach:
     slow: set[str] = field(default_factory=set)
     failing: list[str] = field(default_factory=list)  # without any fault
     files: list[Path] = field(default_factory=list)
+    _runs: dict[Path, dict[str, int]] = field(default_factory=dict)
 
     def learn(self, session: Session, processes: int) -> None:
         """Run those tests that were not run yet with these sources."""
@@ -168,7 +170,8 @@ class Reach:
             if file.with_suffix(".json").exists():
                 for test, (seconds, fails) in json.loads(file.with_suffix(".json").read_text()).items():
                     self.failing.append(test) if fails else self.seconds.setdefault(test, seconds)
-        self.slow = {name for name, item in session.items.items() if item.get_closest_marker("slow")}
+        marks = {name: {mark.name for mark in item.iter_markers()} for name, item in session.items.items()}
+        self.slow = {name for name, found in marks.items() if "slow" in found and "usual" not in found}
 
     def _trace(self, session: Session, items: list[pytest.Item], target: Path) -> None:
         import coverage  # noqa: PLC0415 - only who traces needs it
@@ -186,27 +189,87 @@ class Reach:
         target.with_suffix(".json").write_text(json.dumps(outcomes))
 
     def tests(self, fault: Fault) -> list[str]:
-        """Return the tests that come by, those of the default selection and the fastest first.
+        """Return the tests that come by, or those of the whole file for what an import runs.
 
-        One of each function comes before another one with other parameters.
+        Where none does, an import may have run these lines before all tests, or the compiler reads them and runs none:
+        then those of files that this one imports, the rarest first, take turns with those of the whole file.
         """
-        from coverage.numbits import nums_to_numbits, register_sqlite_functions  # noqa: PLC0415 - as above
+        runs = self.runs(fault.path)
+        found = self.comes_by(fault) if fault.can_wait else [*runs]
+        if found:
+            return self.in_order(found, fault.path)
+        imported = sorted(_imports_of(fault.path), key=lambda path: len(self.runs(path)))
+        near = [test for path in imported for test in self.in_order(self.runs(path), path)]
+        return _in_turns([*dict.fromkeys(near)], self.in_order(runs, fault.path))
 
-        query = (
-            "select distinct context from line_bits "
-            "join file on file_id = file.id join context on context_id = context.id "
-            "where path = ? and (? or numbits_any_intersection(numbits, ?))"
-        )
-        values = [str(fault.path), not fault.can_wait, nums_to_numbits(fault.lines)]  # the rest is run by an import
-        found = []
-        for file in filter(Path.exists, self.files):
-            with sqlite3.connect(file) as base:
-                register_sqlite_functions(base)
-                found += [test for (test,) in base.execute(query, values) if test in self.seconds]
-        found.sort(key=self.seconds.__getitem__)
+    def comes_by(self, fault: Fault) -> list[str]:
+        return [test for test, lines in self.runs(fault.path).items() if lines & _bits(fault.lines)]
+
+    def runs(self, path: Path) -> dict[str, int]:
+        """Return the tests that run a file's functions, and their lines there, as the bits of a number."""
+        if path not in self._runs:
+            query = (
+                "select context, numbits from line_bits "
+                "join file on file_id = file.id join context on context_id = context.id where path = ?"
+            )
+            inside, found = _lines_in_functions(path), {}
+            for file in filter(Path.exists, self.files):
+                with sqlite3.connect(file) as base:
+                    found |= {
+                        test: int.from_bytes(bits, "little") & inside for test, bits in base.execute(query, [str(path)])
+                    }
+            self._runs[path] = {test: lines for test, lines in found.items() if lines and test in self.seconds}
+        return self._runs[path]
+
+    def in_order(self, tests: Iterable[str], path: Path) -> list[str]:
+        """Sort tests: those of the default selection first, and of each function not all parameters at once.
+
+        Among these take turns: the fastest, and the one that runs lines of the file that the fewest others run.
+        """
+        fastest = sorted(tests, key=self.seconds.__getitem__)
         seen: dict[str, int] = defaultdict(int)
         turns = {}
-        for test in found:
+        for test in fastest:
             turns[test] = seen[function := test.split("[")[0]]
             seen[function] += 1
-        return sorted(found, key=lambda test: (test in self.slow, turns[test]))  # stable
+        fastest.sort(key=lambda test: (test in self.slow, self.seconds[test] * (1 + turns[test])))
+        rarity = self._rarity(path)
+        rarest = sorted(fastest, key=lambda test: (test in self.slow, -rarity[test] / (1 + turns[test])))
+        return _in_turns(fastest, rarest)
+
+    def _rarity(self, path: Path) -> dict[str, float]:
+        """Add up, for each test, its share in each line of a file that it runs."""
+        alike = Counter(self.runs(path).values())
+        lines = {bits: [n for n in range(bits.bit_length()) if bits >> n & 1] for bits in alike}
+        counts: Counter[int] = Counter()
+        for bits, times in alike.items():
+            counts.update(dict.fromkeys(lines[bits], times))
+        rarity = {bits: sum(1 / counts[n] for n in lines[bits]) for bits in alike}
+        return {test: rarity[bits] for test, bits in self.runs(path).items()}
+
+
+def _in_turns(*lists: list[str]) -> list[str]:
+    """Take one of each list, then another one, each once."""
+    return [*dict.fromkeys(test for row in zip_longest(*lists) for test in row if test is not None)]
+
+
+def _bits(lines: Iterable[int]) -> int:
+    return sum(1 << n for n in {*lines})
+
+
+def _lines_in_functions(path: Path) -> int:
+    """Return the lines that no import runs by itself."""
+    functions = [
+        n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)
+    ]
+    return _bits(n for f in functions for n in range(f.body[0].lineno, f.end_lineno + 1))
+
+
+def _imports_of(path: Path) -> list[Path]:
+    """List the files of its package that a file imports."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            folder = path.parents[node.level - 1].joinpath(*(node.module or "").split("."))
+            found += [folder.with_suffix(".py"), *(folder / f"{alias.name}.py" for alias in node.names)]
+    return [file for file in dict.fromkeys(found) if file.exists()]
