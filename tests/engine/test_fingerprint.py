@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import invzoo as iz
+from invzoo.engine.compiled.operators import fingerprints
 from invzoo.engine.fingerprint import distance, fingerprint, project
-from invzoo.engine.operators import fingerprints
 
 SHAPES = [(4, 6), (64, 8), (64, 64), (2048, 256), (4, 16, 32, 32), (32, 3, 64, 64), (7, 5), (256, 2), (5,), (100,)]
 ERRORS = {
