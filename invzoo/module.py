@@ -154,7 +154,10 @@ class InvertibleModule(Bijection, nn.Module):
 
     def inverse_and_log_det(self, *outputs: Any, **side: Any) -> tuple[Any, Tensor]:
         """Return the inverse and log abs det of *its* Jacobian, so minus that of the forward, as a call of its own."""
-        return self.inv.forward_and_log_det(*outputs, **side)
+        with self._freeing(outputs, ".inv"):
+            self.prepare(outputs, inverted=True)
+            *inputs, log_det = self.through_engine(outputs, side, inverted=True, log_det=True)
+        return (inputs[0] if len(inputs) == 1 else tuple(inputs)), log_det
 
     def compile(self, *args: Any, **options: Any) -> None:
         """Compile in place, with the arguments of `torch.compile`; memory is saved as before.
@@ -182,11 +185,11 @@ class InvertibleModule(Bijection, nn.Module):
         """Refuse `torch.jit.script`, which asks every module inside what it scripts."""
         refuse(self, "layer", "be given to torch.export or torch.jit.trace", "torch.jit.script", TypeError)
 
-    def _freeing(self, inputs: tuple[Any, ...]) -> AbstractContextManager[Any]:
+    def _freeing(self, inputs: tuple[Any, ...], direction: str = "") -> AbstractContextManager[Any]:
         if not inputs:
             refuse(self, "inputs", "be one tensor or several", "none", TypeError)
         frees = self._frees_input() and not engine.inside_container()
-        return engine.freeing(self._name(), inputs) if frees else nullcontext()
+        return engine.freeing(self._name() + direction, inputs) if frees else nullcontext()
 
     def _frees_input(self) -> bool:
         return self._policy.free_input
@@ -287,6 +290,8 @@ def _operation(layer: InvertibleModule, run: Run | ByHand) -> Operation:
     """Say to the engine what a layer does in a direction."""
     inverted, log_det = run.inverted, run.log_det
     there, back, roots = run.function, run.inverse, layer._roots()
+    if inverted and not log_det and "inverse" in vars(layer):  # wrapped, by FSDP say, to gather parameters first
+        there = layer.inverse
     if compiled := layer._compiled:
         evaluate = compiled(layer.in_direction)
         there, back = partial(evaluate, inverted, log_det), partial(evaluate, not inverted, False)
@@ -395,7 +400,15 @@ class Inverse(InvertibleModule):
     def through_engine(
         self, values: tuple[Any, ...], side: dict[str, Any], *, inverted: bool = False, log_det: bool = False
     ) -> Any:
+        if isinstance(self.layer, Composite) and not (inverted or log_det):
+            return self.layer.inverse(*values, **side)  # which FSDP may have wrapped, to gather parameters first
         return self.layer.through_engine(values, side, inverted=not inverted, log_det=log_det)
+
+    def forward_and_log_det(self, *inputs: Any, **side: Any) -> tuple[Any, Tensor]:
+        return self.layer.inverse_and_log_det(*inputs, **side)
+
+    def inverse_and_log_det(self, *outputs: Any, **side: Any) -> tuple[Any, Tensor]:
+        return self.layer.forward_and_log_det(*outputs, **side)
 
     def prepare(self, values: tuple[Any, ...], *, inverted: bool) -> None:
         self.layer.prepare(values, inverted=not inverted)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import invzoo as iz
-from invzoo.engine import buffers
+from invzoo.engine.surroundings import buffers
 from invzoo.testing import track_memory
 from tests.reference import FEATURES, HALF, PlainAdditive, assert_near, assert_same_run, mlp, run
 

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 import invzoo as iz
-from invzoo.engine import devices, slots, surroundings
+from invzoo.engine.eager import slots
 from invzoo.engine.eager.call import Call
+from invzoo.engine.surroundings import devices
+from invzoo.engine.surroundings import snapshot as surroundings
 from tests.composition.elsewhere import (
     DEVICE,
     MAIN,

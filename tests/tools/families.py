@@ -23,6 +23,7 @@ FAMILIES = [name for name in vars(iz.testing.catalogue) if name.isupper() and na
 REFUSED = {
     "InvertibleResidual-inverse": "the fixed-point iteration stops when it has converged",
     "InvertibleResidual[series]-inverse": "as above",
+    "InvertibleResidual[roulette]-inverse": "as above",
     "InvertibleResidual[solve]-inverse": "as above",
     "InvertibleResidual[context]-inverse": "as above",
     "Slice[context]-inverse": "its decoder makes a distribution that checks its parameters",

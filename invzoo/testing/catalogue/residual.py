@@ -41,7 +41,7 @@ RESIDUAL: tuple[Entry, ...] = (
         "sum over k of -(-1)^k / k tr J^k, J = df / dx",
         Case(lambda: iz.InvertibleResidual(_Contraction(3)), (3,)),
         _estimated("series", 2, 3),
-        _estimated("roulette", 3, solve=True),
+        _estimated("roulette", 3),
         Case(lambda: iz.InvertibleResidual(_Contraction(3), solve=True), (3,), id="solve"),
         Case(lambda: iz.InvertibleResidual(_Contraction(2, 3)), (2,), id="context", side={"context": (3,)}),
         cost="about 10 runs",

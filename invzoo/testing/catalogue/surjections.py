@@ -32,7 +32,7 @@ class _Coin(nn.Linear):
     """A distribution of signs that depends on the sizes."""
 
     def forward(self, x: Tensor) -> Any:
-        return Bernoulli(logits=super().forward(x))
+        return Bernoulli(logits=super().forward(x), validate_args=False)
 
 
 def _surjection(
