@@ -50,6 +50,7 @@ def test_every_dtype_and_empty_tensors(dtype: torch.dtype):
     x = torch.arange(100).reshape(4, 25).to(dtype)
     assert 1e-2 < distance(fingerprint(x), fingerprint(x + x[:, :1])) < 1e1
     assert distance(fingerprint(x[:0]), fingerprint(x[:0])) == 0
+    assert len(fingerprint(x)) == 4 + 1
 
 
 def test_those_of_compiled_chains_are_as_precise():
