@@ -20,6 +20,7 @@ from . import testing
 from .domains import of_each
 from .engine import Mode
 from .module import InvertibleModule
+from .testing.catalogue import tables
 
 __all__ = ["main"]
 
@@ -69,7 +70,10 @@ def _demo(*, mode: list[str], **arguments: Any) -> None:
     demo.run(modes=[m for m in Mode if m in mode or "all" in mode], **arguments)
 
 
-def _zoo() -> None:
+def _zoo(*, markdown: bool) -> None:
+    if markdown:
+        print(tables())
+        return
     rows = [
         (e.name, e.map, e.log_det, e.cost, "yes" if e.conditioned else "no", e.domain, e.keeps)
         for e in testing.CATALOGUE
@@ -191,6 +195,7 @@ def _add_zoo(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
         "cost of its inverse in runs of the forward, whether it takes a context, the values that it takes, and what "
         "each call keeps in mode invert.",
     )
+    zoo.add_argument("--markdown", action="store_true", help="print the tables of the README, family by family")
     zoo.set_defaults(run=_zoo)
 
 

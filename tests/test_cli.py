@@ -12,6 +12,7 @@ import invzoo as iz
 from invzoo import demo
 from invzoo.cli import main
 from invzoo.layers.maps.affine import Shift
+from invzoo.testing.catalogue import tables
 
 TINY = ["demo", "--depth", "4", "--epochs", "1", "--batch-size", "512"]
 
@@ -223,6 +224,11 @@ def test_zoo_names_every_layer_with_its_map(capsys):
     lines = capsys.readouterr().out.splitlines()
     for entry in iz.testing.CATALOGUE:
         assert any(entry.name in line and entry.map in line and entry.log_det in line for line in lines), entry
+
+
+def test_zoo_writes_the_tables_of_the_readme(capsys):
+    assert main(["zoo", "--markdown"]) == 0
+    assert capsys.readouterr().out == tables() + "\n"
 
 
 def test_zoo_without_rich(capsys, monkeypatch):

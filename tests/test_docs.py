@@ -15,7 +15,7 @@ ROOT = pathlib.Path(iz.__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = sorted(path for path in DOCS.rglob("*.rst") if "_build" not in path.parts)
 PAGE = [pytest.param(page, id=str(page.relative_to(DOCS))) for page in PAGES]
-FAMILIES = {name.lower() for name in vars(iz.testing.catalogue) if name.isupper()} - {"catalogue"}
+FAMILIES = {name.lower() for name in vars(iz.testing.catalogue) if name.isupper()} - {"catalogue", "families"}
 
 
 def documented() -> list[str]:

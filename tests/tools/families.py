@@ -16,7 +16,7 @@ __all__ = ["DIRECTIONS", "FAMILIES", "FORWARD", "INVERSE", "REFUSED", "Together"
 
 FORWARD, INVERSE = DIRECTIONS = ("forward", "inverse")
 
-FAMILIES = [name for name in vars(iz.testing.catalogue) if name.isupper() and name != "CATALOGUE"]
+FAMILIES = [name for name in vars(iz.testing.catalogue) if name.isupper() and name not in ("CATALOGUE", "FAMILIES")]
 
 
 # By `torch.export`: a graph has no branches that depend on values.

@@ -1,6 +1,6 @@
 """The catalogue: one entry per layer class, which the tests, the README's table and ``invzoo zoo`` read.
 
-To add a layer, add one :class:`Entry` to the file of its family; the README's rows come in the same order::
+To add a layer, add one :class:`Entry` to the file of its family; ``invzoo zoo --markdown`` writes the README's rows::
 
     Entry(iz.Tanh, "tanh(x)", "sum log(1 - y^2)", Case(iz.Tanh, (3, 4)), keeps="its input"),
 
@@ -33,22 +33,33 @@ from .rearrangements import REARRANGEMENTS
 from .residual import RESIDUAL
 from .surjections import SURJECTIONS
 
-__all__ = ["CATALOGUE", "cases"]
+__all__ = ["CATALOGUE", "FAMILIES", "cases", "tables"]
 
-CATALOGUE: tuple[Entry, ...] = (
-    *COUPLINGS,
-    *LINEAR,
-    *NORMALISATION,
-    *ACTIVATIONS,
-    *MONOTONE,
-    *RESIDUAL,
-    *REARRANGEMENTS,
-    *SURJECTIONS,
-    *CONTAINERS,
-)
+FAMILIES: dict[str, tuple[Entry, ...]] = {
+    "Couplings and autoregressive layers": COUPLINGS,
+    "Matrices and convolutions": LINEAR,
+    "Scales and normalisations": NORMALISATION,
+    "Activations": ACTIVATIONS,
+    "Monotone functions": MONOTONE,
+    "Residual blocks": RESIDUAL,
+    "Orders, shapes and transforms": REARRANGEMENTS,
+    "Surjections": SURJECTIONS,
+    "Containers and blocks": CONTAINERS,
+}
+CATALOGUE: tuple[Entry, ...] = tuple(entry for family in FAMILIES.values() for entry in family)
 
 
 def cases() -> Iterator[Case]:
     """Yield every case of every layer."""
     for entry in CATALOGUE:
         yield from entry.cases
+
+
+def tables() -> str:
+    """Return the tables of the layers in Markdown, family by family: those of the README."""
+    lines = []
+    for family, entries in FAMILIES.items():
+        lines += [f"### {family}", "", "| layer | map | kept in mode `invert` |", "|---|---|---|"]
+        lines += [f"| `{entry.name}` | {entry.map} | {entry.keeps} |" for entry in entries]
+        lines.append("")
+    return "\n".join(lines)
