@@ -22,8 +22,8 @@ NOTE [How a call forgets and remembers]
    when one unpacks: a parameter whose gradient needs nothing saved, a bias say, may get it first, and its hook may step
    an optimizer.
 
-A chain ``x -> f -> a -> g -> b -> h -> y`` with ``y`` in the caller's hands. A slot is drawn as ``[value]``, or as ``[ ]``
-with an arrow to the call that can rebuild it; a graph waits behind each call, with empty handles.
+A chain ``x -> f -> a -> g -> b -> h -> y`` with ``y`` in the caller's hands. A slot is ``[value]``, or ``[ ]``
+with an arrow to the call that can rebuild it; a graph with empty handles waits behind each call.
 
     after forward:          [ ]-->f-->[ ]-->g-->[ ]-->h-->[y]           y alone is held
     backward comes to h:    [ ]-->f-->[ ]-->g-->[b]<--h   [y]           h is replayed: b from y, its handles filled
