@@ -34,14 +34,16 @@ class Policy:
         invertible: whether inputs are freed too, and rebuilt with the inverse.
         check: on which calls a replay is compared with its forward.
         seed: keep the random number generators' state even if the call seems not to use it.
+        free_input: free the memory of the input as well, which the caller holds.
+        verified: the operations whose replay was right once.
     """
 
-    checkpoint: bool = True
-    invertible: bool = True
-    check: Check = "first"
-    seed: bool = False
-    free_input: bool = False
-    verified: set[str] = field(default_factory=set)  # the operations whose replay was right once
+    checkpoint: bool
+    invertible: bool
+    check: Check
+    seed: bool
+    free_input: bool
+    verified: set[str] = field(default_factory=set)
 
     @property
     def mode(self) -> Mode:

@@ -593,6 +593,11 @@ class ReadsStatistics(nn.Module):
         return self.norm(x) * self.norm.running_var.sqrt()
 
 
+class ReadsOthers(ReadsStatistics):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.norm.running_var.sqrt()
+
+
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "dropout": (
         lambda: iz.InvertibleSequential(iz.Reverse(), *stack(1, dropout)),
@@ -629,6 +634,10 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "statistics": (
         lambda: iz.InvertibleSequential(iz.AdditiveCoupling(ReadsStatistics())),
         r"leave their parameters and buffers as they are.*or reads statistics",
+    ),
+    "statistics of a later layer": (
+        lambda: iz.InvertibleSequential(iz.AdditiveCoupling(f := ReadsOthers()), iz.AdditiveCoupling(f.norm)),
+        r"leave their parameters and buffers as they are.*in layer 1 .*or reads statistics",
     ),
     "closure": (
         lambda: iz.InvertibleSequential(iz.AdditiveCoupling(lambda x: WEIGHT * x)),

@@ -88,6 +88,7 @@ def test_each_module_is_found_once():
     net = nn.Linear(2, 2)
     assert modules_of(lambda x: net(net(x)), net, None, torch.sin, [net]) == [net]
     assert modules_of(net) == [net]
+    assert {*modules_of(net, other := nn.Linear(2, 2))} == {net, other}
     assert modules_of(None, torch.sin) == []
 
 

@@ -410,7 +410,7 @@ def test_memory(defect):
 
 
 class NeverStores(Scale):
-    _policy = property(lambda self: Policy(check="never"), lambda self, policy: None)
+    _policy = property(lambda self: Policy(True, True, "never", False, False), lambda self, policy: None)
 
 
 def test_memory_of_mode_store_is_that_of_autograd():

@@ -133,8 +133,11 @@ def examine(tensors: Sequence[Tensor], where: str) -> None:  # noqa: ARG001 - co
 def _examine(context: ComptimeContext) -> None:
     fakes, changed = _fakes(context, "tensors"), set()
     modules = context._i_will_not_complain_if_bc_breaks_InstructionTranslator().output.nn_modules
-    nodes = [*_fresh(context.graph(), modules)]
+    nodes = _inside(context.graph(), modules)
     for node in nodes:
+        if node.meta.get("invzoo_checked"):
+            continue
+        node.meta["invzoo_checked"] = True
         values = tree_leaves(node.meta.get("example_value"))
         _dtypes.update(value.dtype for value in values if isinstance(value, Tensor))
         name = _name(node)
@@ -153,6 +156,8 @@ def _examine(context: ComptimeContext) -> None:
             )
     _changed[:] = [i for i, x in enumerate(fakes) if x._version != _versions[i] or storage_key(x) in changed]
     moved = {storage_key(fakes[i]) for i in _changed}
+    # Those of calls before this one as well, which would be replayed with what it leaves there.
+    nodes = nodes if moved else []
     _read[:] = [node for node in nodes if _name(node) not in _MOVING and not moved.isdisjoint(_memory(node))]
 
 
@@ -230,16 +235,14 @@ def _check_closures(context: ComptimeContext) -> None:
             )
 
 
-def _fresh(graph: fx.Graph, modules: dict[str, Any]) -> list[fx.Node]:
-    """Return the nodes that no check has seen, those of graphs inside included."""
+def _inside(graph: fx.Graph, modules: dict[str, Any]) -> list[fx.Node]:
+    """Return all nodes, those of graphs inside included."""
     nodes = []
     for node in graph.nodes:
-        if not node.meta.get("invzoo_checked"):
-            node.meta["invzoo_checked"] = True
-            nodes.append(node)
-            inner = modules.get(node.target) if node.op == "get_attr" else None
-            if isinstance(inner, fx.GraphModule):
-                nodes += _fresh(inner.graph, modules)
+        nodes.append(node)
+        inner = modules.get(node.target) if node.op == "get_attr" else None
+        if isinstance(inner, fx.GraphModule):
+            nodes += _inside(inner.graph, modules)
     return nodes
 
 

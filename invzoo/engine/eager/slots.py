@@ -120,7 +120,7 @@ class Slot:
     @property
     def gone(self) -> bool:
         """Whether the value is to be rebuilt before it can be used."""
-        return self.value is None and self.consumer is not None
+        return self.value is None
 
     @property
     def awaited(self) -> bool:
