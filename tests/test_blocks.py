@@ -145,7 +145,7 @@ def test_a_glow_step_that_starts_at_zero_is_linear():
     step, x = iz.GlowStep(4, Net32(2, 4), dim=-1), torch.randn(5, 4)
     assert_close(step(x), step.mix(step.act_norm(x)), rtol=0, atol=0)
     assert iz.GlowStep(4, Net32(2, 4), zero_init=False).coupling.f.outer.weight.any()
-    assert glow(4, scale="exp", max_log_scale=1.0).coupling.map == iz.layers.maps.base.Affine("exp", 1.0)
+    assert glow(4, scale="exp", max_log_scale=1.0).coupling.map == iz.layers.maps.Affine("exp", 1.0)
 
 
 @pytest.mark.parametrize("dim", [0, 2, -2, "a"])

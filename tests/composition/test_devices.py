@@ -93,10 +93,10 @@ def tuple_of(value: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 NAMES = {
     ("cli.py", "cpu"): "the default of the demo's --device, and what `invzoo zoo` counts",
     ("demo.py", "cpu"): "needs no synchronisation",
-    ("engine/devices.py", "cpu"): "is no accelerator",
-    ("engine/devices.py", "meta"): "is none either",
+    ("engine/surroundings/devices.py", "cpu"): "is no accelerator",
+    ("engine/surroundings/devices.py", "meta"): "is none either",
     ("engine/_torch.py", "cpu"): "where tensors are made if nobody says otherwise",
-    ("engine/surroundings.py", "cpu"): "its autocast may rule over subnets that go there",
+    ("engine/surroundings/snapshot.py", "cpu"): "its autocast may rule over subnets that go there",
     ("shapes.py", "meta"): "shapes alone are asked for",
     ("shapes.py", "cuda"): "fork_rng asks for some kind of device, of which it then forks none",
     ("layers/__init__.py", "meta"): "there einops learns what a tensor is",

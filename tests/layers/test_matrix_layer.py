@@ -358,6 +358,7 @@ def test_autocast_rules_over_the_conditioner_alone() -> None:
 def test_compiles_without_a_break(direction: str) -> None:
     layer, (x, context) = conditioned("conv", "plu", net=nn.Linear), draw("conv")
     apply = getattr(layer, direction)
+    torch.compiler.reset()  # layers share the code of these methods, and its limit of recompilations
     compiled = torch.compile(apply, fullgraph=True, backend="aot_eager")
     assert_close(compiled(x, context=context), apply(x, context=context))
 
