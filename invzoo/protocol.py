@@ -241,9 +241,9 @@ class Run:
         h = tape.run(self._given, tape.input(bijection.moves, y) if looks else y, passing, side)
         owned = tape.owns(y)
         if inverted:
-            x, *_ = moved(bijection, y, *h, in_place=owned)
+            x = moved(bijection, y, *h, in_place=owned)[0]
         else:
-            x, *_ = undone(bijection, y, *h, *kept, in_place=owned)
+            x = undone(bijection, y, *h, *kept, in_place=owned)[0]  # what it found besides is let go
         if arranges:
             x, *_ = bijection.unarrange(*[tape.input(i, v) for i, v in enumerate(bijection.arrange(x, *passing))])
         else:
