@@ -20,7 +20,7 @@ from .engine import Mode, Operation, Policy, SideNames, Tape
 from .errors import refuse
 from .log_dets import LogDets, zero_log_det
 from .own_hooks import check_hook
-from .protocol import Bijection, ByHand, Run, defines, has_words, run_of, side_names_of
+from .protocol import WORDS, BaseMap, Bijection, ByHand, Run, defines, run_of, side_names_of
 
 __all__ = ["Composite", "Inverse", "InvertibleModule", "mode", "modules_behind"]
 
@@ -85,6 +85,23 @@ class InvertibleModule(Bijection, nn.Module):
     _compiled: CompiledMethods | None = None  # what compiles the layer's methods
     _looked_behind: bool = False  # whether somebody has asked who trains the modules behind its functions
 
+    by_hand: ClassVar[bool] = True  # whether calls run `function` and `inverse`, not the words; derived from the class
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        cls.by_hand = _is_by_hand(cls)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in WORDS and isinstance(value, nn.Module):  # which Python would never find behind the method
+            refuse(
+                self,
+                name,
+                "be the method of that name: call the module something else",
+                type(value).__name__,
+                TypeError,
+            )
+        super().__setattr__(name, value)
+
     def __init__(
         self,
         *,
@@ -95,7 +112,7 @@ class InvertibleModule(Bijection, nn.Module):
         checkpoint: bool = True,
         seed: bool = False,
     ) -> None:
-        if _is_overridden(self, "forward") and not (_is_overridden(self, "function") or has_words(self)):
+        if _is_overridden(self, "forward") and not (_is_overridden(self, "function") or defines(self, "move")):
             lines = "`def function(self, x): ...` in place of forward, and `def inverse(self, y): ...`"
             got = f"forward, whose activations nobody would free. Write {lines}"
             refuse(self, "class", "define function, which forward runs", got, TypeError)
@@ -117,7 +134,7 @@ class InvertibleModule(Bijection, nn.Module):
 
     def log_det(self, *inputs: Any, **side: Any) -> Tensor:
         """Compute log abs det of the Jacobian of :meth:`function` at ``inputs``, per sample: shape (B,)."""
-        if has_words(self):
+        if defines(self, "move"):
             _check_call(self, inputs, side, run := Run(self, self))
             return run.log_det_at(inputs, side)
         if not self.volume_preserving:
@@ -227,7 +244,7 @@ class InvertibleModule(Bijection, nn.Module):
 
     def side_names(self) -> SideNames:
         """Return the names of the side inputs that the layer takes."""
-        return side_names_of(self) if has_words(self) else SideNames.of(self.function)
+        return side_names_of(self) if _is_in_words(self, "function") else SideNames.of(self.function)
 
     def takes_streams(self, first: int, second: int) -> bool:
         """Whether the layer does the same to streams of these sizes as to the tensor that they make up."""
@@ -311,7 +328,7 @@ def _operation(layer: InvertibleModule, run: Run | ByHand) -> Operation:
 
 
 def _run_in_words(layer: InvertibleModule, *, inverted: bool) -> Run:
-    if not has_words(layer):
+    if not defines(layer, "move"):
         name, arguments = ("inverse", "*outputs") if inverted else ("function", "*inputs")
         raise NotImplementedError(f"Expected {type(layer).__name__} to define {name}({arguments}, **side); got none")
     return Run(layer, layer, inverted)
@@ -330,9 +347,8 @@ def _check_call(layer: InvertibleModule, values: tuple[Any, ...], side: dict[str
 
 def _takes(layer: InvertibleModule, inverted: bool) -> float:
     """Return how many values a direction takes by position, at most."""
-    if has_words(layer):
-        return side_names_of(layer).inputs
-    return SideNames.of(layer.inverse if inverted else layer.function).inputs
+    method = "inverse" if inverted else "function"
+    return (side_names_of(layer) if _is_in_words(layer, method) else SideNames.of(getattr(layer, method))).inputs
 
 
 def _call(module: nn.Module, *args: Any, **options: Any) -> Any:
@@ -346,6 +362,23 @@ def _callable(modules: Iterable[nn.Module]) -> Iterator[nn.Module]:
             yield from _callable(module.children())
         else:
             yield module
+
+
+def _is_by_hand(kind: type[InvertibleModule]) -> bool:
+    """Whether the methods of a class are its own, not what its words make of them."""
+    if kind.function is InvertibleModule.function and kind.inverse is InvertibleModule.inverse:
+        return kind.log_det is not InvertibleModule.log_det and kind.log_slope is BaseMap.log_slope
+    written = vars(kind)
+    if not written.keys() & {"function", "inverse"} and (words := sorted(written.keys() & {"move", "undo"})):
+        raise TypeError(
+            f"{kind.__name__}: Expected function and inverse, since a class that it extends writes those; got {words}"
+        )
+    return True
+
+
+def _is_in_words(layer: InvertibleModule, method: str) -> bool:
+    """Whether a method is derived from the words of a layer."""
+    return not layer.by_hand or (defines(layer, "move") and not _is_overridden(layer, method))
 
 
 def _is_overridden(layer: InvertibleModule, method: str) -> bool:
@@ -417,6 +450,8 @@ class Inverse(InvertibleModule):
         self.layer.compile(*args, **options)
 
     def log_det(self, *inputs: Any, **side: Any) -> Tensor:
+        if not isinstance(self.layer, Composite):
+            _check_call(self.layer, inputs, side, run_of(self.layer, inverted=True))
         return self.layer.in_direction(True, True, *inputs, **side)[-1]
 
     def has_log_det(self) -> bool:

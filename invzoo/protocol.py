@@ -28,7 +28,21 @@ from .engine import SideNames, Tape, tuple_of
 from .errors import refuse
 from .log_dets import sum_per_sample, zero_log_det
 
-__all__ = ["BaseMap", "Bijection", "ByHand", "Like", "Moving", "Run", "defines", "has_words", "run_of", "side_names_of"]
+__all__ = [
+    "WORDS",
+    "BaseMap",
+    "Bijection",
+    "ByHand",
+    "Like",
+    "Moving",
+    "Run",
+    "defines",
+    "moved",
+    "run_of",
+    "seen",
+    "side_names_of",
+    "undone",
+]
 
 
 class Like(Protocol):
@@ -80,9 +94,7 @@ class BaseMap:
     """
 
     volume_preserving: ClassVar[bool] = False
-    widens: ClassVar[bool] = (
-        False  # whether a value comes in at least float32, and what becomes of it goes back to its dtype
-    )
+    widens: ClassVar[bool] = False  # values come in at least float32, and what becomes of them goes back to their dtype
 
     def seen(self, x: Any, *h: Any, **_: Any) -> Any:
         """Compute ``s``, what `move` and `log_slope` see at ``x`` besides: a spline's bin, a draw, statistics."""
@@ -117,9 +129,14 @@ class Bijection(BaseMap):
     """A map of one input, whose ``h`` may come of the others, of side inputs and of parameters. Abstract."""
 
     moves = 0  # which input moves; the others pass
-    keeps_seen: ClassVar[bool] = (
-        False  # whether `function` returns s behind y, for `undo`, which gets it behind h; `forward` hides it
-    )
+    keeps_seen: ClassVar[bool] = False  # `function` returns s behind y, for `undo` behind h; `forward` hides it
+    mixes_inputs: ClassVar[bool] = False  # `unarrange` is written, and computes; derived, since every call asks
+    passes_parts: ClassVar[bool] = False  # `passed` is, and looks at what moves; likewise
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        cls.mixes_inputs = cls.unarrange is not Bijection.unarrange
+        cls.passes_parts = cls.passed is not Bijection.passed
 
     def given(self, like: Moving, /, *passed: Any, **side: Any) -> Any:
         """Compute ``h``, one value or a tuple of several; ``like`` has the shape, dtype and device of what moves."""
@@ -141,14 +158,14 @@ class Bijection(BaseMap):
         """Raise if a call cannot take ``x``, which errors call ``argument``, beside the others; no replay asks."""
 
 
+WORDS = frozenset(
+    name for kind in (BaseMap, Bijection) for name in vars(kind) if callable(getattr(kind, name)) and name[0] != "_"
+)
+
+
 def defines(bijection: Any, word: str) -> bool:
     """Whether a bijection has written a word of its own."""
     return getattr(type(bijection), word) is not getattr(Bijection, word)
-
-
-def has_words(layer: Any) -> bool:
-    """Whether a layer is written in words, not by hand."""
-    return defines(layer, "move")
 
 
 def side_names_of(bijection: Bijection) -> SideNames:
@@ -202,7 +219,9 @@ class Run:
 
     def check(self, values: tuple[Any, ...]) -> None:
         argument = "y" if self.inverted else "x"
-        if not self.inverted or not self._arranges:  # else as they came: nothing is computed of what may not fit
+        if not (
+            self.inverted and self.bijection.mixes_inputs
+        ):  # else as they came: nothing is computed of what may not fit
             moves = self.bijection.moves
             if len(values) <= moves:
                 refuse(self.owner, "inputs", f"be at least {moves + 1}", len(values), TypeError)
@@ -216,7 +235,7 @@ class Run:
         x, passing, kept = self._moving(values, self.inverted)
         if self.like is None:
             self.like = _Moving(x.shape, x.dtype, x.device, self.log_det)
-            if self.inverted and self._arranges:
+            if self.inverted and self.bijection.mixes_inputs:
                 self.needs_grad = tuple([p.requires_grad for p in passing])
         h = self._given(x, passing, side)
         return self._results(x, passing, (*h, *kept), None)
@@ -232,19 +251,18 @@ class Run:
         """
         bijection, inverted = self.bijection, self.inverted
         y, passing, kept = self._moving(values, not inverted)
-        arranges = inverted and self._arranges
-        if arranges:  # the inputs are what becomes of it
+        mixes = inverted and bijection.mixes_inputs
+        if mixes:  # the inputs are what becomes of it
             passing = tuple([p.detach().requires_grad_(r) for p, r in zip(passing, self.needs_grad, strict=True)])
         else:
             passing = tuple([tape.input(i + (i >= bijection.moves), p) for i, p in enumerate(passing)])
-        looks = defines(bijection, "passed")  # at what moves, too
-        h = tape.run(self._given, tape.input(bijection.moves, y) if looks else y, passing, side)
+        h = tape.run(self._given, tape.input(bijection.moves, y) if bijection.passes_parts else y, passing, side)
         owned = tape.owns(y)
         if inverted:
             x = moved(bijection, y, *h, in_place=owned)[0]
         else:
             x = undone(bijection, y, *h, *kept, in_place=owned)[0]  # what it found besides is let go
-        if arranges:
+        if mixes:
             x, *_ = bijection.unarrange(*[tape.input(i, v) for i, v in enumerate(bijection.arrange(x, *passing))])
         else:
             x = tape.input(bijection.moves, x)
@@ -252,12 +270,8 @@ class Run:
 
     @property
     def in_pieces(self) -> bool:
-        """Whether a replay does no more than run pieces of the map: between them it must not arrange inputs."""
-        return not (self.inverted and self._arranges)
-
-    @property
-    def _arranges(self) -> bool:
-        return defines(self.bijection, "unarrange")
+        """Whether a replay does no more than run pieces of the map: between them it must not mix inputs."""
+        return not (self.inverted and self.bijection.mixes_inputs)
 
     def _moving(self, values: tuple[Any, ...], outputs: bool) -> tuple[Any, tuple[Any, ...], tuple[Any, ...]]:
         """Return the value that moves, those that pass, and what was kept behind outputs."""
@@ -342,6 +356,4 @@ class ByHand:
 
 def run_of(layer: Any, *, inverted: bool = False, log_det: bool = False) -> Run | ByHand:
     """Return what the engine runs in a call of a layer."""
-    if has_words(layer):
-        return Run(layer, layer, inverted, log_det)
-    return ByHand(layer, inverted, log_det)
+    return ByHand(layer, inverted, log_det) if layer.by_hand else Run(layer, layer, inverted, log_det)

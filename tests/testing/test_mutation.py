@@ -3,6 +3,7 @@
 import pathlib
 import subprocess
 import sys
+import tomllib
 
 import pytest
 
@@ -43,3 +44,8 @@ def test_what_no_test_notices_is_said(tmp_path: pathlib.Path):
     assert run.stdout.count("not noticed by") == 1
     assert "- if x > LIMIT:\n  + if (x >= LIMIT):\n  not noticed by 1 of 1 tests" in run.stdout
     assert "toy/__init__.py 6 5 83.3% 5 83.3%" in " ".join(run.stdout.split())
+
+
+def test_every_change_that_makes_no_difference_is_one_of_a_line_that_is_there():
+    for fault in tomllib.loads((ROOT / "tests/mutation/equivalent.toml").read_text())["fault"]:
+        assert fault["before"] in (ROOT / fault["file"]).read_text(), fault

@@ -11,10 +11,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from ..nested import tuple_of
 from .operators import again, fingerprints, verified
 from .record import Record, Step, is_float
-from .tracer import (
-    find_used,
-    used_tensors,
-)
+from .tracer import find_used, used_tensors
 
 __all__ = ["Replay"]
 
@@ -128,13 +125,13 @@ class _Tape:
             args, side = tree_unflatten([new.get(j, leaf) for j, leaf in enumerate(leaves)], structure)
             outputs = parts.split(self.step.with_held(held, lambda: function(*args, **side)))
             find_used(tensors, outputs)
-            return *outputs, torch.zeros(())  # there must be one
+            return outputs or (tensors[0].new_zeros(()),)  # there must be one
 
         primals = [self.held[k] for k in self.weights] + [leaves[j] for j in at]
         if not primals or not self.step.floats:  # nothing to differentiate, or by
             return function(*args, **side)
         outputs, pull = torch.func.vjp(piece, *primals)  # type: ignore[misc]
-        outputs = outputs[:-1]
+        outputs = outputs[: len(parts.at)]
         keys: list[Any] = [("weight", k) for k in self.weights] + [self.keys.get(leaves[j]) for j in at]
         used = [(i, keys[i]) for i in used_tensors() if keys[i] is not None]
         k = len(self.pieces)
@@ -165,7 +162,7 @@ class _Tape:
             if all(g is None for g in given):
                 continue
             filled = [torch.zeros_like(y) if g is None else g for y, g in zip(piece.outputs, given, strict=True)]
-            found = piece.pull((*filled, torch.zeros(())))
+            found = piece.pull(tuple(filled))
             for i, key in piece.used:
                 give(key, found[i])
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...dtypes import widen
-from ...engine import SideNames
+from ...engine import SideNames, tuple_of
 from ...module import InvertibleModule, modules_behind
 from ...protocol import Like, moved, seen, undone
 from .._checks import check_choice, check_dims, check_features, check_like, check_positive_int, refuse
@@ -146,7 +146,7 @@ class MaskedAutoregressive(InvertibleModule):
     def seen(self, x: Tensor, context: Tensor | None) -> tuple[Any, ...]:
         """Return x in the layer's order, and what its map gets there."""
         x = x.index_select(-1, self.permutation)
-        h = self.map.parts(self.net(x, context), x, -1)
+        h = tuple_of(self.map.parts(self.net(x, context), x, -1))
         return x, h, seen(self.map, x, *h)
 
     def move(self, x: Tensor, context: Tensor | None, ordered: Tensor, h: Any, s: Any) -> Tensor:
@@ -167,7 +167,7 @@ class MaskedAutoregressive(InvertibleModule):
 
         def inverse(value: Tensor, h: Tensor, dim: int) -> Tensor:
             x = None if found is None else next(found)
-            return undone(self.map, value, *self.map.parts(h, value, dim), known=x)[0]
+            return undone(self.map, value, *tuple_of(self.map.parts(h, value, dim)), known=x)[0]
 
         return self._restored(self.net.solve(y.index_select(-1, self.permutation), inverse, context))
 

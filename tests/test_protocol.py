@@ -1,0 +1,105 @@
+"""What layers that say their maths in words promise those who write them, and those who change them."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+import invzoo as iz
+
+
+class Tripled(iz.ElementwiseAffine):
+    """A layer in words, whose subclass writes its methods."""
+
+    def function(self, x, *, context=None):
+        return 3 * super().function(x)
+
+    def inverse(self, y, *, context=None):
+        return super().inverse(y / 3)
+
+    def log_det(self, x, *, context=None):
+        return super().log_det(x) + x.shape[1:].numel() * math.log(3)
+
+
+class Doubled(iz.InvertibleModule):
+    """A layer in words, but for its log-determinant."""
+
+    def move(self, x):
+        return 2 * x
+
+    def undo(self, y):
+        return y / 2
+
+    def log_det(self, x):
+        return x.shape[1:].numel() * math.log(2) * torch.ones(len(x), dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+@pytest.mark.parametrize(("kind", "factor"), [(lambda: Tripled(4), 3), (Doubled, 2)])
+def test_methods_that_a_class_writes_are_what_its_calls_run(kind, factor):
+    layer, x = kind(), torch.randn(3, 4)
+    layer.check = "always"
+    assert_close(layer(x), factor * x)
+    assert_close(layer.inverse(layer(x)), x)
+    assert_close(layer.inv.forward_and_log_det(x)[1], torch.full((3,), -4 * math.log(factor)))
+    iz.testing.assert_invertible(layer, x)
+
+
+def test_words_that_no_call_would_run_are_refused():
+    with pytest.raises(TypeError, match=r"Halved: Expected function and inverse, since .*; got \['move', 'undo'\]"):
+
+        class Halved(Tripled):
+            def move(self, x, *h):
+                return x / 2
+
+            def undo(self, y, *h):
+                return 2 * y
+
+
+@pytest.mark.parametrize("word", ["move", "given", "passed"])
+def test_a_module_with_the_name_of_a_word_is_refused(word):
+    layer = iz.Identity()
+    with pytest.raises(TypeError, match=f"Identity: Expected {word} to be the method of that name.*; got Linear"):
+        setattr(layer, word, nn.Linear(2, 2))
+    assert not [*layer.children()]
+
+
+@pytest.mark.parametrize("call", ["function", "inverse", "log_det", "forward_and_log_det", "inverse_and_log_det"])
+@pytest.mark.parametrize("inverted", [False, True])
+def test_arguments_are_checked_before_every_method(call, inverted):
+    layer = iz.ElementwiseAffine(4)
+    with pytest.raises(TypeError, match="ElementwiseAffine: Expected . to be real floating point; got torch.int64"):
+        getattr(layer.inv if inverted else layer, call)(torch.ones(3, 4, dtype=torch.long))
+    with pytest.raises(TypeError, match="ElementwiseAffine: Expected . to be a Tensor; got int"):
+        getattr(layer.inv if inverted else layer, call)(3)
+
+
+class Cubed(iz.layers.maps.Map):
+    """A map of one's own: ``x -> h^3 + x``, in the words alone."""
+
+    parameters = 1
+    volume_preserving = True
+
+    def parts(self, h, like, dim):
+        return h**3
+
+    def move(self, x, cube):
+        return x + cube
+
+    def undo(self, y, cube):
+        return y - cube
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: iz.layers.couplings.coupling.Coupling(Cubed(), nn.Linear(2, 2), nn.Linear(2, 2)),
+        lambda: iz.layers.couplings.coupling.Coupling(Cubed(), nn.Identity(), dim=2, split="checkerboard"),
+        lambda: iz.MaskedAutoregressive(4, (8,), map=Cubed()),
+    ],
+)
+def test_a_map_of_ones_own(make):
+    layer = make()
+    shape = (2, 3, 4, 4) if getattr(layer, "split", None) == "checkerboard" else (3, 4)
+    iz.testing.assert_invertible(layer, torch.randn(shape))
