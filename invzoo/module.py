@@ -367,7 +367,8 @@ def _callable(modules: Iterable[nn.Module]) -> Iterator[nn.Module]:
 def _is_by_hand(kind: type[InvertibleModule]) -> bool:
     """Whether the methods of a class are its own, not what its words make of them."""
     if kind.function is InvertibleModule.function and kind.inverse is InvertibleModule.inverse:
-        return kind.log_det is not InvertibleModule.log_det and kind.log_slope is BaseMap.log_slope
+        own_log_det = kind.log_det is not InvertibleModule.log_det and kind.log_slope is BaseMap.log_slope
+        return own_log_det or kind.move is BaseMap.move
     written = vars(kind)
     if not written.keys() & {"function", "inverse"} and (words := sorted(written.keys() & {"move", "undo"})):
         raise TypeError(

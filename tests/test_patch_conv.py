@@ -50,28 +50,6 @@ def test_wide_inverse_is_the_nearest_patch(kernel: tuple[int, ...]) -> None:
     assert_close(layer.weight.flatten(1).mT @ gap, torch.zeros(2, layer.weight[0].numel(), gap.shape[-1]).double())
 
 
-def test_square_keeps_volumes_and_wide_has_none() -> None:
-    layer, x = conv(1, 2), torch.randn(3, 1, 2, 4, dtype=torch.float64)
-    jacobian = torch.autograd.functional.jacobian(layer.function, x[:1]).reshape(8, 8)
-    assert_close(torch.linalg.slogdet(jacobian).logabsdet, torch.tensor(0.0, dtype=torch.float64), rtol=0, atol=1e-12)
-    assert_close(layer.forward_and_log_det(x)[1], torch.zeros(3, dtype=torch.float64))
-    wide = conv(1, 2, 1)
-    assert not wide.volume_preserving
-    with pytest.raises(TypeError, match="InvertibleConv1x1: Expected layer to be a bijection with a log-determinant"):
-        wide.forward_and_log_det(x)
-
-
-@pytest.mark.parametrize("kind", ["scaled", "plu", "free"])
-def test_other_matrices_and_contexts(kind: str) -> None:
-    layer = conv(1, 2, kind=kind)
-    layer.mix.set_conditioner(torch.nn.Linear(3, layer.mix.num_parameters, dtype=torch.float64))
-    x, context = torch.randn(2, 1, 4, 2, dtype=torch.float64), torch.randn(2, 3, dtype=torch.float64) / 10
-    y, log_det = layer.forward_and_log_det(x, context=context)
-    assert_close(layer.inverse(y, context=context), x)
-    jacobian = torch.autograd.functional.jacobian(lambda v: layer(v, context=context[:1]), x[:1]).reshape(8, 8)
-    assert_close(log_det[0], torch.linalg.slogdet(jacobian).logabsdet)
-
-
 @pytest.mark.parametrize("shape", [(0, 2, 4, 4), (2, 2, 0, 4), (1, 2, 2, 2)], ids=str)
 def test_odd_sizes(shape: tuple[int, ...]) -> None:
     layer, x = conv(2, 2, 1), torch.randn(shape, dtype=torch.float64)
@@ -84,35 +62,11 @@ def test_complex() -> None:
     assert_close(layer.inverse(layer(x)), x)
 
 
-def test_a_replay_builds_the_matrix_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer, builds = conv(2, 2), []
-    factors = layer.mix.matrix.factors
-    monkeypatch.setattr(layer.mix.matrix, "factors", lambda *p: builds.append(1) or factors(*p))
-    layer(image(2, (2, 2))).sum().backward()
-    assert len(builds) == 2
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision(dtype: torch.dtype) -> None:
-    layer, x = conv(2, 2, dtype=dtype), image(2, (2, 2), dtype)
-    y = layer(x)
-    assert y.dtype == layer.inverse(y).dtype == dtype
-    assert layer.weight.dtype == torch.float32
-    assert_close(layer.inverse(y), x, rtol=0, atol=16 * torch.finfo(dtype).eps)
-
-
 def test_autocast_loses_nothing() -> None:
     layer, x = conv(2, 2, dtype=torch.float32), image(2, (2, 2), torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = layer(x)
     assert_close(y, layer(x), rtol=0, atol=0)
-
-
-def test_channels_last() -> None:
-    layer, x = conv(2, 2), image(2, (2, 2)).detach()
-    y = layer(x)
-    assert_close(layer(x.to(memory_format=torch.channels_last)), y)
-    assert_close(layer.inverse(y.to(memory_format=torch.channels_last)), x)
 
 
 def test_names() -> None:

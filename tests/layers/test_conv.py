@@ -4,8 +4,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch.autograd import gradcheck, gradgradcheck
 from torch.testing import assert_close
 
@@ -29,6 +27,8 @@ SHAPES = [
     (2, 4, 2, 3, 2),
     (1, 4, 3, 3),
     (0, 4, 3, 3),
+    (2, 4, 0),
+    (2, 4, 3, 0),
 ]
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
 
@@ -62,20 +62,6 @@ def test_wide_equals_linear_over_dim_1(kind: str, shape: tuple[int, ...]) -> Non
     assert y.shape == (shape[0], 6, *shape[2:])
     assert_close(y, linear(x.movedim(1, -1)).movedim(-1, 1))
     assert_close(conv.inverse(y), x)
-
-
-@given(
-    batch=st.integers(0, 3),
-    channels=st.integers(1, 5),
-    pixels=st.lists(st.integers(0, 4), min_size=1, max_size=3),
-    bias=st.booleans(),
-    kind=st.sampled_from(KINDS),
-)
-def test_round_trip(batch: int, channels: int, pixels: list[int], bias: bool, kind: str) -> None:
-    conv, _ = pair(channels, channels, bias, kind=kind)
-    x = inputs(batch, channels, *pixels)
-    assert_close(conv.inverse(conv(x)), x)
-    assert_close(conv(conv.inverse(x)), x)
 
 
 @pytest.mark.parametrize("size", [2, 5])
@@ -137,30 +123,11 @@ def test_autocast_loses_nothing(kind: str, dtype: torch.dtype) -> None:
     assert_close(back, x.float(), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@all_kinds
-def test_half_precision(kind: str, dtype: torch.dtype) -> None:
-    conv, linear = pair(8, kind=kind, dtype=dtype)
-    x = torch.randn(2, 8, 4, 4, dtype=dtype)
-    assert conv(x).dtype == conv.inverse(x).dtype == dtype
-    assert_close(conv(x), linear(x.movedim(1, -1)).movedim(-1, 1))
-
-
 def test_complex() -> None:
     conv, _ = pair(4, dtype=torch.complex128)
     x = inputs(2, 4, 3, 3, dtype=torch.complex128)
     assert_close(torch.linalg.vector_norm(conv(x) - conv.bias[:, None, None]), torch.linalg.vector_norm(x))
     assert_close(conv.inverse(conv(x)), x)
-
-
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_input_is_left_alone(memory_format: torch.memory_format) -> None:
-    conv, _ = pair(4)
-    x = torch.randn(2, 4, 3, 3, dtype=torch.float64).to(memory_format=memory_format)
-    before, version = x.clone(), x._version
-    conv(x), conv.inverse(x)
-    assert_close(x, before, rtol=0, atol=0)
-    assert x._version == version
 
 
 @pytest.mark.slow

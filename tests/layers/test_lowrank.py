@@ -77,20 +77,12 @@ def test_the_condition_number_is_bounded(size: float, rank: int, max_norm: float
 
 @real_and_complex
 @pytest.mark.parametrize(("shape", "dim"), [((3, 4), -1), ((3, 2, 4), -1), ((3, 4, 2, 5), 1), ((3, 2, 4, 2), 2)])
-def test_log_det_is_that_of_the_jacobian(dtype: torch.dtype, shape: tuple[int, ...], dim: int) -> None:
-    layer = woodbury(4, 2, dim=dim, dtype=dtype)
-    x = inputs(*shape, dtype=dtype)
-    factor = 2 if dtype.is_complex else 1
-    positions = x[0].numel() // 4
-    expected = factor * positions * torch.linalg.slogdet(dense(layer)).logabsdet
-    y, log_det = layer.forward_and_log_det(x)
-    back, inverse_log_det = layer.inverse_and_log_det(y)
-    assert_close(log_det, expected.expand(3))
-    assert_close(inverse_log_det, -expected.expand(3))
-    assert_close(back, x)
-    if not dtype.is_complex:
-        jacobian = torch.autograd.functional.jacobian(layer.function, x[:1]).reshape(x[0].numel(), -1)
-        assert_close(torch.linalg.slogdet(jacobian).logabsdet, expected)
+def test_log_det_is_that_of_the_dense_matrix(dtype: torch.dtype, shape: tuple[int, ...], dim: int) -> None:
+    layer, x = woodbury(4, 2, dim=dim, dtype=dtype), inputs(*shape, dtype=dtype)
+    positions = x[0].numel() // 4 * (2 if dtype.is_complex else 1)
+    expected = positions * torch.linalg.slogdet(dense(layer)).logabsdet.expand(3)
+    assert_close(layer.forward_and_log_det(x)[1], expected)
+    assert_close(layer.inverse_and_log_det(x), (layer.inverse(x), -expected))
 
 
 @pytest.mark.parametrize("dim", [0, 1, 2, -1])

@@ -1,7 +1,6 @@
 """What InvertibleLinear and InvertibleConv1x1 share: log-determinants, and parameters per sample from a conditioner."""
 
 import copy
-import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -261,16 +260,6 @@ def test_each_sample_has_parameters_of_its_own(name: str, kind: str, dtype: torc
     assert_close(layer.inverse_and_log_det(y, context=context), (x, -log_det))
 
 
-@all_layers
-@all_kinds
-def test_a_zero_conditioner_is_the_plain_layer(name: str, kind: str) -> None:
-    layer, (x, context) = conditioned(name, kind), draw(name)
-    nn.init.zeros_(layer.conditioner.weight), nn.init.zeros_(layer.conditioner.bias)
-    without = copy.deepcopy(layer)
-    without.conditioner = None
-    assert_close(layer.forward_and_log_det(x, context=context), without.forward_and_log_det(x))
-
-
 @pytest.mark.parametrize("kind", WIDE)
 @pytest.mark.parametrize(("cls", "shape"), [(iz.InvertibleLinear, (2, 5, 3)), (iz.InvertibleConv1x1, (2, 3, 5))])
 def test_wide_and_conditioned(kind: str, cls: Callable[..., Any], shape: tuple[int, ...]) -> None:
@@ -328,17 +317,6 @@ def test_drift_of_a_deep_stack_in_float32(kind: str) -> None:
     assert_close(h, x, rtol=0, atol=3e-4)
 
 
-@all_kinds
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision(kind: str, dtype: torch.dtype) -> None:
-    layer, (x, context) = conditioned("linear", kind, dtype), draw("linear", dtype=dtype)
-    y, log_det = layer.forward_and_log_det(x, context=context)
-    assert y.dtype == layer.inverse(y, context=context).dtype == dtype
-    assert log_det.dtype == torch.float32
-    twin = of_sample(layer, context[0])
-    assert_close(y[:1], twin(x[:1]), rtol=0.1, atol=0.1)
-
-
 def test_autocast_rules_over_the_conditioner_alone() -> None:
     layer, (x, context) = conditioned("linear", "scaled", torch.float32), draw("linear", dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -363,12 +341,9 @@ def test_compiles_without_a_break(direction: str) -> None:
     assert_close(compiled(x, context=context), apply(x, context=context))
 
 
-def test_a_module_like_others() -> None:
-    layer, (x, context) = conditioned("linear", "scaled", net=nn.Linear), draw("linear")
+def test_names_in_the_state() -> None:
     names = ["bias", "matrix.left", "matrix.right", "matrix.log_scale", "conditioner.weight", "conditioner.bias"]
-    assert [*layer.state_dict()] == names
-    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
-        assert_close(twin(x, context=context), layer(x, context=context), rtol=0, atol=0)
+    assert [*conditioned("linear", "scaled").state_dict()] == names
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,5 @@
 """OrthogonalDownsample and OrthogonalUpsample against torch's own convolutions, and transforms known by name."""
 
-import copy
-import io
-import pickle
 from typing import Any
 
 import pytest
@@ -174,24 +171,6 @@ def test_drift_of_a_deep_stack_in_float32() -> None:
     layers = [down(1, (1, 2), dtype=torch.float32)] + [down(2, 1, dtype=torch.float32) for _ in range(15)]
     x = torch.randn(4, 1, 8, 8)
     assert_close(there_and_back(layers, x), x, rtol=0, atol=1e-5)
-
-
-def test_channels_last() -> None:
-    layer, x = down(2, 2), image(2, (2, 2)).detach()
-    y = layer(x)
-    assert_close(layer(x.to(memory_format=torch.channels_last)), y)
-    assert_close(layer.inverse(y.to(memory_format=torch.channels_last)), x)
-
-
-@classes
-def test_a_module_like_others(cls: type[Sampling]) -> None:
-    layer, other, x = perturbed(cls(4, init="dct"), 0.3), cls(4, init="random"), torch.randn(2, 4, 2, 4)
-    buffer = io.BytesIO()
-    torch.save(layer.state_dict(), buffer)
-    buffer.seek(0)
-    other.load_state_dict(torch.load(buffer, weights_only=True))
-    for twin in (other, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
-        assert_close(twin(x), layer(x), rtol=0, atol=0)
 
 
 @inits

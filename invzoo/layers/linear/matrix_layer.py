@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ...dtypes import computed, full_precision, widen
 from ...log_dets import for_each_sample
-from ...protocol import Like
+from ...protocol import Moving
 from .._checks import (
     check_choice,
     check_dims,
@@ -109,8 +109,10 @@ class MatrixLayer(Conditioned):
         """
         return sum(p.numel() for p in self._own())
 
-    def given(self, like: Like, *, context: Any = None) -> tuple[Tensor, ...]:
+    def given(self, like: Moving, *, context: Any = None) -> tuple[Tensor, ...]:
         """Return b, and behind it the factors of W and its inverse."""
+        if like.log_det and like.ndim < 2:
+            refuse(self, "x", "have a batch dim, for a log-determinant", f"shape {tuple(like.shape)}")
         offsets, shift = self.evaluate_conditioner(context), self._shift
         with full_precision(like):
             if offsets is None:
@@ -129,17 +131,6 @@ class MatrixLayer(Conditioned):
             return self._map(y, inverse, -times(inverse, shift))
 
         return computed(back, y, self._parameter)
-
-    def through_engine(
-        self, values: tuple[Any, ...], side: dict[str, Any], *, inverted: bool = False, log_det: bool = False
-    ) -> Any:
-        if log_det:
-            self._check_batch(values[0])
-        return super().through_engine(values, side, inverted=inverted, log_det=log_det)
-
-    def log_det(self, x: Tensor, **side: Any) -> Tensor:
-        self._check_batch(x)
-        return super().log_det(x, **side)
 
     def log_slope(self, x: Tensor, shift: Tensor, *factors: Tensor) -> Tensor:
         if self.matrix.rows != self.matrix.columns:
@@ -171,10 +162,6 @@ class MatrixLayer(Conditioned):
 
     def _own(self) -> tuple[Tensor, ...]:
         return self.matrix.own() if self.bias is None else (*self.matrix.own(), self.bias)
-
-    def _check_batch(self, x: Any) -> None:  # an orthonormal W has no log_slope that could
-        if getattr(x, "ndim", 0) == 1:
-            refuse(self, "x", "have a batch dim, for a log-determinant", f"shape {tuple(x.shape)}")
 
     def _map(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return self.affine(x, weight.to(x.dtype), bias.to(x.dtype))

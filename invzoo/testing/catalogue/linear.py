@@ -60,6 +60,12 @@ LINEAR: tuple[Entry, ...] = (
         Case(lambda: iz.InvertiblePatchConv(2, None, (1, 2)), (2, 2, 4)),
         Case(lambda: iz.InvertiblePatchConv(1, kind="plu"), (1, 2, 4), id="plu"),
         Case(lambda: iz.InvertiblePatchConv(2, 5, (2,), kind="cayley"), (2, 4), id="wide"),
+        Case(
+            lambda: iz.InvertiblePatchConv(1, kind="scaled", conditioner=nn.Linear(3, 40)),
+            (1, 2, 4),
+            id="context",
+            side={"context": (3,)},
+        ),
     ),
     Entry(
         iz.OrthogonalDownsample,
@@ -92,5 +98,7 @@ LINEAR: tuple[Entry, ...] = (
         "log abs det K_f over all frequencies f",
         Case(lambda: iz.PeriodicConv(2, 3), (2, 3, 2)),
         Case(lambda: iz.PeriodicConv(2, (2,), bias=False), (2, 5), id="sequence"),
+        Case(lambda: iz.PeriodicConv(2, (5, 2)), (2, 2, 3), id="larger than its image"),
+        Case(lambda: iz.PeriodicConv(2, (3, 1, 2)), (2, 3, 2, 4), id="volumes"),
     ),
 )
