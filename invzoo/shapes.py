@@ -14,7 +14,7 @@ from .engine import map_tensors, tuple_of
 from .engine._torch import compiling_nothing, is_hollow
 from .engine.surroundings.devices import accelerators
 from .engine.surroundings.observers import Observers
-from .engine.surroundings.snapshot import walk
+from .engine.surroundings.structure import walk
 from .module import InvertibleModule
 
 __all__ = ["output_shapes", "reached", "tensors_in"]

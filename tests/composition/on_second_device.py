@@ -11,8 +11,7 @@ from torch import Tensor, nn
 import invzoo as iz
 from invzoo.engine.eager import slots
 from invzoo.engine.eager.call import Call
-from invzoo.engine.surroundings import devices
-from invzoo.engine.surroundings import snapshot as surroundings
+from invzoo.engine.surroundings import ambient, devices
 from tests.composition.elsewhere import (
     DEVICE,
     MAIN,
@@ -313,7 +312,7 @@ def test_the_simulation_finds_races(monkeypatch: pytest.MonkeyPatch, broken: str
     if broken == "hand_over":
         monkeypatch.setattr(slots, "hand_over", lambda tensor, stream: None)
     else:
-        monkeypatch.setattr(surroundings, "on_streams", lambda streams: nullcontext())
+        monkeypatch.setattr(ambient, "on_streams", lambda streams: nullcontext())
     with pytest.raises(Race):
         run_on_streams("invert", True)
 

@@ -96,7 +96,7 @@ NAMES = {
     ("engine/surroundings/devices.py", "cpu"): "is no accelerator",
     ("engine/surroundings/devices.py", "meta"): "is none either",
     ("engine/_torch.py", "cpu"): "where tensors are made if nobody says otherwise",
-    ("engine/surroundings/snapshot.py", "cpu"): "its autocast may rule over subnets that go there",
+    ("engine/surroundings/ambient.py", "cpu"): "its autocast may rule over subnets that go there",
     ("shapes.py", "meta"): "shapes alone are asked for",
     ("shapes.py", "cuda"): "fork_rng asks for some kind of device, of which it then forks none",
     ("layers/__init__.py", "meta"): "there einops learns what a tensor is",

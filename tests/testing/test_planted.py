@@ -199,5 +199,5 @@ def test_a_random_state_is_kept_where_it_is_used_alone(monkeypatch):
     assert random_states_kept(iz.InvertibleLinear(4, seed=True)) == 1
     assert random_states_kept(iz.AdditiveCoupling(nn.Dropout())) == 1
     close = Surroundings.close
-    monkeypatch.setattr(Surroundings, "close", lambda self, seed: close(self, True))  # invtorch: with every call
+    monkeypatch.setattr(Surroundings, "close", lambda self, seed: close(self, seed=True))  # invtorch: with every call
     assert random_states_kept(iz.InvertibleLinear(4)) == 1

@@ -192,7 +192,7 @@ class Call:
     def _close(self, inputs: tuple[Any, ...], outputs: tuple[Any, ...]) -> None:
         """Forget everything that a replay can rebuild, if there can be one."""
         operation = self.operation
-        if not self.surroundings.close(operation.policy.seed):
+        if not self.surroundings.close(seed=operation.policy.seed):
             return
         self.wanted = any(ref() is not None for ref in self.handles)
         invert = operation.policy.mode is Mode.invert and not operation.keeps_input
@@ -205,10 +205,12 @@ class Call:
             self.lock = threading.RLock()
         if self.wanted and _is_unverified(operation.policy, self._verified_as):
             self.prints = self._take_prints(inputs, outputs)
-        if self.wanted and (may_step(self.surroundings.tensors) or self.leaves):
+        if self.wanted and (may_step(self.surroundings.parameters.tensors) or self.leaves):
             self._come_first(inputs, outputs)
         self.release()
-        self.dtypes.update(x.dtype for x in (*inputs, *outputs, *self.surroundings.tensors) if isinstance(x, Tensor))
+        self.dtypes.update(
+            x.dtype for x in (*inputs, *outputs, *self.surroundings.parameters.tensors) if isinstance(x, Tensor)
+        )
         self.dtypes.update(dtype for _, dtype in self.metas)
 
     def _come_first(self, inputs: tuple[Any, ...], outputs: tuple[Any, ...]) -> None:
@@ -302,7 +304,7 @@ class Call:
 
     def _is_foreign(self, leaf: Tensor) -> bool:
         """Whether it is neither a module's parameter nor an input."""
-        return id(leaf) not in self.surroundings.known and storage_key(leaf) not in self.leaf_inputs
+        return id(leaf) not in self.surroundings.parameters.known and storage_key(leaf) not in self.leaf_inputs
 
     def unpack(self, handle: Handle) -> Tensor:
         value = handle.value
@@ -351,7 +353,7 @@ class Call:
             self._replay(tape)
             self._verify(tape.inputs)
         tape.fill()
-        self.surroundings.check_generators()
+        self.surroundings.generators.check()
         self._put(tape.inputs, done=done)
         tape.forget()
 

@@ -14,6 +14,7 @@ Its version does not tell of every change: not of those through `.data` or numpy
    their replays read the answer: one that moved a tensor in silence is refused. The next call knows, and keeps copies.
 """
 
+import contextlib
 import weakref
 from collections.abc import Iterable, Sequence
 from functools import partial
@@ -26,14 +27,14 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from .._torch import is_capturing, is_hollow, version_of, without_modes
 from .devices import read_later, waits_to_be_read
+from .structure import put
 
 __all__ = [
-    "Buffer",
-    "Suspect",
-    "attributes_of",
-    "buffers_of",
+    "Buffers",
+    "Place",
     "copy_of",
     "differ",
+    "generators_of",
     "holds_loose",
     "is_known",
     "loose_tensors",
@@ -168,23 +169,81 @@ def loose_tensors(module: nn.Module) -> dict[str, Tensor]:
     return {name: x for name, x in module.__dict__.items() if type(x) is Tensor}
 
 
-def buffers_of(modules: list[nn.Module], *, known: bool) -> list[Buffer]:
-    """Return the buffers of modules, as they are now."""
-    places = ((m, m._buffers, name, x) for m in modules if m._buffers for name, x in m._buffers.items())
-    return _found(places, known=known)
-
-
-def attributes_of(modules: list[nn.Module], *, known: bool) -> tuple[list[Buffer], list[torch.Generator]]:
-    """Return the tensors that are mere attributes of modules, as they are now, and the generators."""
-    tensors = _found(((m, vars(m), name, x) for m in modules for name, x in loose_tensors(m).items()), known=known)
-    return tensors, [x for m in modules for x in vars(m).values() if type(x) is torch.Generator]
-
-
-def _found(places: Iterable[tuple[nn.Module, dict[str, Any], str, Tensor | None]], *, known: bool) -> list[Buffer]:
-    found = [place for place in places if place[3] is not None and not is_hollow(place[3])]
-    return [Buffer.of(m, table, name, x, known=known) for m, table, name, x in found]  # type: ignore[arg-type]
+def generators_of(modules: Iterable[nn.Module]) -> list[torch.Generator]:
+    """Return the generators that are mere attributes of modules."""
+    return [x for m in modules for x in vars(m).values() if type(x) is torch.Generator]
 
 
 def without_graph(tensor: Tensor) -> Tensor:
     """Return a tensor that holds no graph, and asks for a gradient if the given one does."""
     return tensor if tensor.is_leaf else tensor.detach().requires_grad_()
+
+
+Place = tuple[dict[str, Any], str, Tensor]  # where a module keeps a tensor, and which
+
+
+class Buffers:
+    """The buffers and mere attributes that a call moves; until it is over, all that it may move."""
+
+    __slots__ = ("_modules", "_moved", "_suspects", "_watched")
+
+    def __init__(self, modules: Sequence[nn.Module], keepers: Sequence[nn.Module], *, known: bool):
+        self._modules = modules
+        self._moved: list[Place] = []  # with copies from before the call
+        self._suspects: list[Suspect] = []
+        self._watched = [
+            Buffer.of(module, table, name, x, known=known)
+            for module in keepers
+            for table in (module._buffers, vars(module))
+            for name, x in (table.items() if table is module._buffers else loose_tensors(module).items())
+            if x is not None and not is_hollow(x)
+        ]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Return those that the call may move, until it is over."""
+        return [b.tensor for b in self._watched]
+
+    def close(self) -> tuple[list[Place], bool]:
+        """After the call: keep copies of what it moved.
+
+        Returns:
+            what it left alone, and whether there is a copy of all that it moved.
+        """
+        still: list[Place] = []
+        complete = True
+        for buffer in self._watched:
+            fate, table, name, tensor = buffer.fate(self._suspects), buffer.table, buffer.name, buffer.tensor
+            complete &= fate != "lost"
+            if fate == "still" and table.get(name) is tensor:
+                still.append((table, name, without_graph(tensor)))
+            else:
+                self._moved.append((table, name, buffer.copy if fate == "moved" else without_graph(tensor)))  # type: ignore[arg-type]  # it has a copy
+        self._watched = []
+        return still, complete
+
+    def check(self) -> None:
+        """Before a replay: refuse what moved in silence."""
+        if moved := [suspect.name for suspect in self._suspects if suspect.moved()]:
+            raise RuntimeError(
+                f"Expected a call to move buffers and attributes such that their versions tell; got a change of "
+                f"{moved[0]!r} through .data or the like. The next call will be right; or change it in place, under "
+                "torch.no_grad()"
+            )
+
+    def intact(self) -> bool:
+        """Whether a replay finds all as it was, and leaves nothing behind."""
+        return not (self._moved or self._suspects or any(map(holds_loose, self._modules)))
+
+    def rewind(self) -> None:
+        """Put copies of what moved in place."""
+        for table, name, was in self._moved:
+            table[name] = copy_of(was)
+
+    def restored(self) -> contextlib.AbstractContextManager[None]:
+        """Put back afterwards what is there now.
+
+        What the function leaves in its modules is that of the forward; that of a replay leads back to the replay.
+        """
+        now = [(table, name, table.get(name)) for table, name, _ in self._moved]
+        return put(now + [(vars(m), name, x) for m in self._modules for name, x in loose_tensors(m).items()])
