@@ -15,7 +15,8 @@ __all__ = ["kept"]
 class Rebuilt(Protocol):
     """A call whose handles hold what its replay made."""
 
-    lock: threading.RLock
+    @property
+    def lock(self) -> threading.RLock: ...
 
     def release(self) -> None:
         """Forget what the handles hold."""

@@ -31,9 +31,8 @@ class Consumer(Protocol):
     def awaited(self) -> bool:
         """Whether a graph waits for a replay."""
 
-    def _pull(self) -> None: ...
-
-    def _restore(self) -> Any: ...
+    def bring_back(self) -> None:
+        """Rebuild the inputs."""
 
 
 class Restorable(Protocol):

@@ -19,12 +19,13 @@ from .._torch import (
     transparent,
     version_of,
 )
+from ..nested import tuple_of
 from ..operation import Operation
 from ..state import state
+from .links import Links
+from .saved import Meta, Saved
 
-__all__ = ["Input", "Meta", "Tape"]
-
-Meta = tuple[torch.Size, torch.dtype]  # of a saved tensor
+__all__ = ["Input", "Tape"]
 
 
 @dataclass(slots=True)
@@ -36,12 +37,12 @@ class Input:
     dtype: torch.dtype
     shape: torch.Size
     stride: tuple[int, ...]
-    attributes: dict[str, Any] | None = None  # that the caller set on the original
+    attributes: dict[str, Any]  # that the caller set on the original
 
     @classmethod
-    def of(cls, tensor: Tensor) -> "Input":
+    def of(cls, tensor: Tensor, attributes: dict[str, Any]) -> "Input":
         stride = tensor.stride() if tensor.layout is torch.strided else ()
-        return cls(version_of(tensor), tensor.requires_grad, tensor.dtype, tensor.shape, stride)
+        return cls(version_of(tensor), tensor.requires_grad, tensor.dtype, tensor.shape, stride, attributes)
 
     def accept(self, value: Any, name: str, position: int) -> Tensor:
         """Return ``value`` in this dtype, if it can be the input at all."""
@@ -59,7 +60,7 @@ class Input:
         if dense and value.stride() != self.stride and _is_disjoint(self.shape, self.stride):
             value = torch.empty_strided(value.shape, self.stride, dtype=value.dtype, device=value.device).copy_(value)
         leaf = value.detach().requires_grad_(self.requires_grad)
-        if self.attributes is not None:
+        if self.attributes:
             vars(leaf).update(self.attributes)
         return leaf
 
@@ -79,15 +80,28 @@ class Replayed(Protocol):
 
     operation: Operation
     inputs: list[Any]
-    handles: list[Any]
-    metas: list[Meta]
+    saved: Saved
+    links: Links
     surroundings: Any
+    side: dict[str, Any]
 
-    def invert(self, outputs: tuple[Any, ...]) -> list[Any]:
-        """Compute the inputs from the outputs."""
 
-    def shares(self, output: Tensor) -> bool:
-        """Whether a later call is still to be replayed with an output of this one."""
+def inverted(call: Replayed, outputs: tuple[Any, ...]) -> list[Any]:
+    """Compute the inputs of a call from its outputs."""
+    inverse: Callable[..., Any] = call.operation.inverse  # type: ignore[assignment]  # mode invert has one
+    passed = call.links.passed
+    known = {i for i, x in enumerate(call.inputs) if not isinstance(x, Input)} | passed.keys()
+    values = [None] * len(call.inputs)
+    if len(known) < len(values):
+        saved = {"saved": known} if call.operation.takes_saved else {}
+        values = list(tuple_of(inverse(*outputs, **call.side, **saved)))
+        if len(values) != len(call.inputs):
+            raise RuntimeError(
+                f"Expected the inverse of {call.operation.name} to return {len(call.inputs)} values; got {len(values)}"
+            )
+    for i in known:
+        values[i] = outputs[passed[i]] if i in passed else call.inputs[i]
+    return values
 
 
 class _AllSaved(BaseException):
@@ -119,7 +133,7 @@ class Tape:
 
     def invert(self, *outputs: Any) -> list[Any]:
         """Rebuild all inputs with the inverse."""
-        return [self.input(i, v) for i, v in enumerate(self._call.invert(outputs))]
+        return [self.input(i, v) for i, v in enumerate(inverted(self._call, outputs))]
 
     def owns(self, output: Tensor) -> bool:
         """Whether nobody else can see an output, nor needs it again: its memory may take the input then."""
@@ -129,7 +143,7 @@ class Tape:
             return False  # a wrapper (DTensor, say) shares tensors that its own storage knows nothing of
         nbytes = output.numel() * output.element_size()
         alone = storage_owners(output) == 1 and output.untyped_storage().nbytes() == nbytes
-        return alone and not keeps_graph() and not self._call.shares(output) and not between_processes(output)
+        return alone and not keeps_graph() and not self._call.links.shares(output) and not between_processes(output)
 
     def run(self, function: Callable[..., Any], *args: Any, **side: Any) -> Any:
         """Evaluate a piece of the function; what autograd saves meanwhile goes to the graph of the forward."""
@@ -150,19 +164,19 @@ class Tape:
         if self._call.surroundings.generators:  # of which all numbers are counted
             self.run(function, *args, **side)
             return
-        if self._metas == self._call.metas:
+        if self._metas == self._call.saved.metas:
             return
         self._short = True
         with contextlib.suppress(_AllSaved):
             self.run(function, *args, **side)
 
     def _capture(self, tensor: Tensor) -> Tensor:
-        value, handles = tensor.detach(), self._call.handles
+        value, saved = tensor.detach(), self._call.saved
         index = len(self._metas)
         self._metas.append((tensor.shape, tensor.dtype))
-        awaited = index < len(handles) and handles[index]() is not None
+        awaited = index < len(saved) and saved[index] is not None
         self._captured.append((value, version_of(value)) if awaited else None)
-        if self._short and self._metas == self._call.metas:
+        if self._short and self._metas == saved.metas:
             raise _AllSaved
         return value
 
@@ -173,20 +187,20 @@ class Tape:
 
     def saved(self) -> list[Tensor | None]:
         """Return what autograd saved again, in order; None for what nobody awaits any more."""
-        if self._metas != self._call.metas:
+        if self._metas != self._call.saved.metas:
             raise RuntimeError(
                 f"Expected the replay of {self._call.operation.name} to save the tensors that its forward saved; got "
-                f"{_summary(self._metas)} where forward saved {_summary(self._call.metas)}. Is it deterministic, and "
-                "does it depend on its inputs, parameters and buffers alone?"
+                f"{_summary(self._metas)} where forward saved {_summary(self._call.saved.metas)}. Is it deterministic, "
+                "and does it depend on its inputs, parameters and buffers alone?"
             )
         return [None if saved is None else saved[0] for saved in self._captured]
 
     def fill(self) -> None:
         """Give the forward's graph what it saved."""
         self.saved()
-        for ref, saved in zip(self._call.handles, self._captured, strict=True):
-            if saved is not None and (handle := ref()) is not None:
-                handle.value, handle.version = saved
+        for i, captured in enumerate(self._captured):
+            if captured is not None and (handle := self._call.saved[i]) is not None:
+                handle.value, handle.version = captured
 
 
 def _same(value: Any) -> Any:

@@ -69,15 +69,18 @@ class Surroundings:
         self.buffers.rewind()
         self.observers.arm()
 
-    def intact(self) -> bool:
+    def as_they_were(self) -> contextlib.AbstractContextManager[None]:
+        """Put everything back as it was, for as long as the context lasts."""
+        return _NOTHING if self._intact() else self._restored()
+
+    def _intact(self) -> bool:
         """Whether all is as it was already, and a replay will move nothing: so it is in most replays."""
         if self.generators or self.observers.active or self.observers.present():
             return False
         return self.parameters.intact() and self.structure.intact() and self.buffers.intact() and self.ambient.intact()
 
     @contextlib.contextmanager
-    def restored(self) -> Iterator[None]:
-        """Put everything back as it was, for as long as the context lasts."""
+    def _restored(self) -> Iterator[None]:
         self.buffers.check()
         self.structure.check()
         self.parameters.check()
@@ -87,3 +90,6 @@ class Surroundings:
                 stack.enter_context(part.restored())
             self.rewind()
             yield
+
+
+_NOTHING = contextlib.nullcontext()
