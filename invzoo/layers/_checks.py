@@ -1,5 +1,6 @@
 """Errors of one form, "<Layer>: Expected <argument> to ...; got ...", for every layer."""
 
+import math
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -89,11 +90,13 @@ def check_positive_int(owner: object, argument: str, value: Any) -> None:
         refuse(owner, argument, "be at least 1", value)
 
 
-def check_positive(owner: object, argument: str, value: float) -> None:
+def check_positive(owner: object, argument: str, value: float, *, below: float = math.inf) -> None:
     if not isinstance(value, int | float) or isinstance(value, bool):
         refuse(owner, argument, "be a number", repr(value), TypeError)
-    if not 0 < value < float("inf"):
+    if not 0 < value < math.inf:
         refuse(owner, argument, "be positive and finite", value)
+    if value >= below:
+        refuse(owner, argument, f"be below {below:.4g}", value)
 
 
 def check_tensor(owner: object, argument: str, x: Any) -> None:

@@ -103,9 +103,7 @@ class RationalQuadratic(Map):
         check_choice(owner, "tails", self.tails, _SLOPES)
         limits = {"bound": math.inf, "min_bin": 1 / self.bins, "min_slope": 1, "gain": math.inf}
         for name, limit in limits.items():
-            check_positive(owner, name, value := getattr(self, name))
-            if value >= limit:
-                refuse(owner, name, f"be below {limit:.4g}", value)
+            check_positive(owner, name, getattr(self, name), below=limit)
 
     def check_value(self, owner: object, argument: str, x: Any) -> None:
         if self.tails is None:
