@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...module import InvertibleModule
 from ...protocol import Like
-from .._checks import check_dim_given, check_features, check_positive_int, check_tensor, given_dim, refuse
+from .._checks import check_dim, check_features, check_positive_int, check_tensor, given_dim, refuse
 
 __all__ = ["AlongDim", "Permute", "Reverse", "Shuffle"]
 
@@ -31,9 +31,7 @@ class AlongDim(InvertibleModule):
 
     def check_argument(self, argument: str, x: Tensor) -> None:
         check_tensor(self, argument, x)
-        check_dim_given(self, x)
-        if not -x.ndim <= self.dim < x.ndim:
-            refuse(self, argument, f"have a dim {self.dim}", f"shape {tuple(x.shape)}")
+        check_dim(self, argument, x, self.dim)
         if x.shape[self.dim] < self.at_least:
             entries = f"have at least {self.at_least} entries in dim {self.dim}"
             refuse(self, argument, entries, f"shape {tuple(x.shape)}")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...module import InvertibleModule
 from ...protocol import Like
-from .._checks import check_dim_given, check_positive_int, check_tensor, given_dims, refuse
+from .._checks import check_dim, check_positive_int, check_tensor, given_dims, refuse
 
 __all__ = ["Flatten", "Pad", "Rearrange", "Reshape"]
 
@@ -218,12 +218,8 @@ class Pad(InvertibleModule):
 
     def check_argument(self, argument: str, x: Tensor) -> None:
         check_tensor(self, argument, x)
-        check_dim_given(self, x)
-        at_least = sum(self.padding) if argument == "y" else 0
         for dim in self.dim:
-            if not -x.ndim <= dim < x.ndim or x.shape[dim] < at_least:
-                entries = f" with at least {at_least} entries" if at_least else ""
-                refuse(self, argument, f"have a dim {dim}{entries}", f"shape {tuple(x.shape)}")
+            check_dim(self, argument, x, dim, sum(self.padding) if argument == "y" else 0)
 
     def given(self, like: Like) -> set[int]:
         return {dim % like.ndim for dim in self.dim}

@@ -16,7 +16,7 @@ from torch import Tensor
 from ...dtypes import widen
 from ...engine import Tape
 from ...module import InvertibleModule
-from .._checks import check_choice, check_dim_given, check_floating, given_dims, refuse
+from .._checks import check_choice, check_dim, check_floating, given_dims, refuse
 from .split import Partition
 from .squeeze import ORDERS, cells, check_pixels, positions
 
@@ -188,10 +188,8 @@ class _Transform(InvertibleModule):
 
     def check_argument(self, argument: str, x: Tensor) -> None:
         check_floating(self, argument, x)
-        check_dim_given(self, x)
         for dim in self.dim:
-            if not -x.ndim < dim < x.ndim or dim == 0:
-                refuse(self, argument, f"have a dim {dim} behind the batch", f"shape {tuple(x.shape)}")
+            check_dim(self, argument, x, dim, inner=True)
             self._check_size(argument, x, dim)
 
     def _along(self, transform: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
