@@ -8,21 +8,18 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ...module import InvertibleModule
 from ...protocol import Like
 from .._checks import check_dim, check_features, check_positive_int, check_tensor, given_dim, refuse
+from .base import Rearrangement
 
 __all__ = ["AlongDim", "Permute", "Reverse", "Shuffle"]
 
 Device = torch.device | str | None
 
 
-class AlongDim(InvertibleModule):
+class AlongDim(Rearrangement):
     """Another order of the entries of a dimension. Abstract: a subclass adds the two directions."""
 
-    volume_preserving = True
-    rearranges = True
-    exact = True
     at_least: ClassVar[int] = 0  # how many entries
 
     def __init__(self, dim: int | None = None, **options: Any) -> None:
@@ -186,5 +183,4 @@ class Reverse(AlongDim):
     def move(self, x: Tensor) -> Tensor:
         return torch.flip(x, (self.dim,))
 
-    def undo(self, y: Tensor) -> Tensor:
-        return torch.flip(y, (self.dim,))
+    undo = move  # type: ignore[assignment]  # words take any arguments

@@ -104,11 +104,11 @@ class _Haar(InvertibleModule):
         check_floating(self, argument, x)
         check_pixels(self, argument, x, 2, deep=argument == self.deep)
 
-    def _down(self, x: Tensor) -> Tensor:
-        return self._step(x, deep=False)
+    def move(self, x: Tensor) -> Tensor:
+        return self._step(x, deep=self.deep == "x")
 
-    def _up(self, y: Tensor) -> Tensor:
-        return self._step(y, deep=True)
+    def undo(self, y: Tensor) -> Tensor:
+        return self._step(y, deep=self.deep == "y")
 
     def _step(self, x: Tensor, *, deep: bool) -> Tensor:
         dims = x.ndim - 2
@@ -152,7 +152,6 @@ class HaarDownsample(_Haar):
     """
 
     deep = "y"
-    move, undo = _Haar._down, _Haar._up
 
 
 class HaarUpsample(_Haar):
@@ -174,7 +173,6 @@ class HaarUpsample(_Haar):
     """
 
     deep = "x"
-    move, undo = _Haar._up, _Haar._down  # type: ignore[assignment]  # words take any arguments
 
 
 class _Transform(InvertibleModule):
