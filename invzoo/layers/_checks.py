@@ -1,5 +1,6 @@
 """Errors of one form, "<Layer>: Expected <argument> to ...; got ...", for every layer."""
 
+import math
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from ..errors import refuse
 __all__ = [
     "check_callable",
     "check_choice",
+    "check_dim",
     "check_dim_given",
     "check_dims",
     "check_features",
@@ -89,11 +91,13 @@ def check_positive_int(owner: object, argument: str, value: Any) -> None:
         refuse(owner, argument, "be at least 1", value)
 
 
-def check_positive(owner: object, argument: str, value: float) -> None:
+def check_positive(owner: object, argument: str, value: float, *, below: float = math.inf) -> None:
     if not isinstance(value, int | float) or isinstance(value, bool):
         refuse(owner, argument, "be a number", repr(value), TypeError)
-    if not 0 < value < float("inf"):
+    if not 0 < value < math.inf:
         refuse(owner, argument, "be positive and finite", value)
+    if value >= below:
+        refuse(owner, argument, f"be below {below:.4g}", value)
 
 
 def check_tensor(owner: object, argument: str, x: Any) -> None:
@@ -139,8 +143,18 @@ def check_dim_given(owner: Any, x: Tensor) -> None:
         refuse(owner, "dim", expected, f"none, and shape {tuple(x.shape)}")
 
 
-def check_features(owner: object, argument: str, x: Tensor, dim: int, size: int) -> None:
-    """``x`` has ``size`` features in ``dim``."""
+def check_dim(owner: Any, argument: str, x: Tensor, dim: int, at_least: int = 0, *, inner: bool = False) -> None:
+    """``x`` has ``dim`` (behind the batch's, if ``inner``) with so many entries; ``owner`` may assume it."""
+    check_dim_given(owner, x)
+    if not -x.ndim <= dim < x.ndim or (inner and dim % x.ndim == 0) or x.shape[dim] < at_least:
+        wanted = f"have a dim {dim}" + " behind the batch" * inner
+        wanted += ("," * inner + f" with at least {at_least} entries") if at_least else ""
+        refuse(owner, argument, wanted, f"shape {tuple(x.shape)}")
+
+
+def check_features(owner: Any, argument: str, x: Tensor, dim: int, size: int) -> None:
+    """``x`` has ``size`` features in ``dim``, which ``owner`` may assume."""
+    check_dim_given(owner, x)
     if not -x.ndim <= dim < x.ndim or x.shape[dim] != size:
         refuse(owner, argument, f"have size {size} in dim {dim}", f"shape {tuple(x.shape)}")
 

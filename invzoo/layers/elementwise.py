@@ -12,7 +12,7 @@ from ..engine import functorch_active, tracing
 from ..module import InvertibleModule
 from ._checks import check_tensor, refuse
 
-__all__ = ["Elementwise", "check_real", "check_values", "log_cosh", "readable", "softplus"]
+__all__ = ["Elementwise", "check_domain", "check_real", "log_cosh", "readable", "softplus"]
 
 
 def check_real(owner: object, argument: str, x: Any) -> None:
@@ -22,11 +22,12 @@ def check_real(owner: object, argument: str, x: Any) -> None:
         refuse(owner, argument, "be real floating point", x.dtype, TypeError)
 
 
-def check_values(owner: object, argument: str, x: Tensor, least: float, most: float) -> None:
-    """Values lie in [least, most], or are NaN: those pass on, as in PyTorch."""
+def check_domain(owner: object, argument: str, x: Tensor, domain: Any) -> None:
+    """Values lie in a domain, the real numbers or an interval, or are NaN: those pass on, as in PyTorch."""
     check_real(owner, argument, x)
-    if not readable(x):
+    if domain is constraints.real or not readable(x):
         return
+    least, most = domain.lower_bound, getattr(domain, "upper_bound", math.inf)
     low, high = torch.stack(x.detach().aminmax()).tolist()  # one synchronisation, not two
     if low < least or high > most:
         ends = torch.tensor((least, most), dtype=x.dtype).tolist()  # as near as the dtype gets, which may be outside
@@ -61,8 +62,4 @@ class Elementwise(InvertibleModule):
     """A function of each value alone. Abstract."""
 
     def check_argument(self, argument: str, x: Tensor) -> None:
-        domain: Any = self.domain if argument == "x" else self.codomain
-        if domain is constraints.real:
-            check_real(self, argument, x)
-        else:
-            check_values(self, argument, x, domain.lower_bound, getattr(domain, "upper_bound", math.inf))
+        check_domain(self, argument, x, self.domain if argument == "x" else self.codomain)

@@ -1,18 +1,18 @@
 """Layers that move each value by a map whose parameters are weights, or functions of a condition."""
 
 from abc import abstractmethod
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ..dtypes import widen
 from ..protocol import Like
-from ._checks import check_dim_given, check_features, check_like, check_positive_int, given_dim, parameter_of, refuse
+from ._checks import check_dim, check_features, check_like, check_positive_int, given_dim, parameter_of, refuse
 from .conditioned import Conditioned, Conditioner
 from .maps.base import Map, by_map
 
-__all__ = ["ElementwiseMap", "PerFeatureMap", "check_per_feature", "per_feature"]
+__all__ = ["ElementwiseMap", "PerFeatureMap", "per_feature"]
 
 
 def per_feature(values: Tensor, x: Like, dim: int) -> Tensor:
@@ -22,19 +22,11 @@ def per_feature(values: Tensor, x: Like, dim: int) -> Tensor:
     return values.view(shape)
 
 
-def check_per_feature(owner: Any, argument: str, x: Any, parameter: str) -> None:
-    """``x`` is what the layer's map takes, like its parameter of that name, and has its features in its dim."""
-    owner.map.check_value(owner, argument, x)
-    check_like(owner, argument, x, parameter_of(owner, parameter))
-    check_dim_given(owner, x)
-    check_features(owner, argument, x, owner.dim, owner.features)
-
-
 class ElementwiseMap(Conditioned):
     """``x -> map(x)`` with parameters of the map that the layer finds without looking at values of x. Abstract.
 
-    A subclass says what they are, and what it takes. They, and a conditioner behind them, are evaluated once in a call
-    and once in its replay.
+    A subclass says what they are, and of how many features, if it has parameters of its own. They, and a conditioner
+    behind them, are evaluated once in a call and once in its replay.
 
     Args:
         map: how a value moves by its parameters.
@@ -48,6 +40,8 @@ class ElementwiseMap(Conditioned):
 
     map: Map
     dim: int
+    features: int | None = None
+    own: ClassVar[str]  # a parameter of a layer that has features
 
     def __init__(self, map: Map, dim: int | None, conditioner: Conditioner | None, **options: Any) -> None:  # noqa: A002
         super().__init__(**options)
@@ -55,9 +49,13 @@ class ElementwiseMap(Conditioned):
         self.set_conditioner(conditioner)
         self.map, self.dim = map, given_dim(self, dim)
 
-    @abstractmethod
     def check_argument(self, argument: str, x: Tensor) -> None:
-        """Raise if ``x``, an input or an output called ``argument``, is none that the layer maps."""
+        self.map.check_value(self, argument, x)
+        if self.features is not None:
+            check_like(self, argument, x, parameter_of(self, self.own))
+            check_features(self, argument, x, self.dim, self.features)
+        else:
+            check_dim(self, argument, x, self.dim)
 
     @abstractmethod
     def map_parameters(self, like: Like, context: Any = None) -> Tensor:
@@ -128,6 +126,7 @@ class PerFeatureMap(ElementwiseMap):
 
     features: int
     weight: nn.Parameter
+    own = "weight"
 
     def __init__(
         self,
@@ -147,9 +146,6 @@ class PerFeatureMap(ElementwiseMap):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         self.map.reset(self.weight)
-
-    def check_argument(self, argument: str, x: Tensor) -> None:
-        check_per_feature(self, argument, x, "weight")
 
     def map_parameters(self, like: Like, context: Any = None) -> Tensor:
         return self.conditioned(self.weight.flatten(), like, context)

@@ -183,6 +183,7 @@ def test_the_inverse_uses_running_statistics(mode, training):
         assert_close(other, x, rtol=0, atol=0)
     other, other_log_det = iz.Inverse(ours).forward_and_log_det(y)
     assert_close(other_log_det, log_det, rtol=1e-12, atol=1e-12)
+    assert_close(ours.inv.forward_and_log_det(y), (x, log_det), rtol=1e-12, atol=1e-12)
     got, expected = (torch.autograd.grad(z.sin().sum() + w.sum(), y) for z, w in ((other, other_log_det), (x, log_det)))
     assert_close(got, expected, rtol=1e-10, atol=1e-10)
     x, log_det = ours.inverse_and_log_det(y)

@@ -10,7 +10,7 @@ from torch.distributions import constraints
 
 from ...dtypes import widen
 from ...module import InvertibleModule
-from .._checks import check_positive, refuse
+from .._checks import check_positive
 from ..elementwise import Elementwise
 
 __all__ = [
@@ -128,9 +128,7 @@ class SneakyReLU(Elementwise):
 
     def __init__(self, negative_slope: float = 0.1, **options: Any) -> None:
         super().__init__(**options)
-        check_positive(self, "negative_slope", negative_slope)
-        if negative_slope >= 1:
-            refuse(self, "negative_slope", "be below 1", negative_slope)
+        check_positive(self, "negative_slope", negative_slope, below=1)
         self.negative_slope = negative_slope
         self._a = (1 - negative_slope) / (1 + negative_slope)
 

@@ -3,7 +3,7 @@
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...dtypes import bounded, widen
 from ...protocol import Like
-from .._checks import check_positive, refuse
+from .._checks import check_positive, check_positive_int, refuse
 from ..elementwise import log_cosh
 from .base import Map
 from .roots import newton, with_gradients
@@ -19,18 +19,27 @@ from .roots import newton, with_gradients
 __all__ = ["Curve", "ImplicitCurve", "SinhArcsinhCurve", "SnakeCurve", "TwoSlopes"]
 
 
+@dataclass(frozen=True)
 class Curve(Map):
-    """A map whose maths is done in float32 at least, on parameters stacked in front: (n, ...). Abstract."""
+    """A map whose maths is done in float32 at least, on parameters stacked in front: (n, ...). Abstract.
+
+    Its options are its fields: positive, and whole where the default is.
+    """
 
     widens = True
+
+    def check(self, owner: object) -> None:
+        for option in fields(self):
+            check = check_positive_int if isinstance(option.default, int) else check_positive
+            check(owner, option.name, getattr(self, option.name))
 
     def parts(self, h: Tensor, like: Like, dim: int) -> tuple[Any, ...]:
         dim %= h.ndim
         return self.split(widen(h).unflatten(dim, (self.parameters, h.shape[dim] // self.parameters)).movedim(dim, 0))
 
+    @abstractmethod
     def split(self, p: Tensor) -> tuple[Any, ...]:
         """Return what the words get of the parameters."""
-        return (p,)
 
 
 class ImplicitCurve(Curve):
@@ -62,8 +71,7 @@ class TwoSlopes(Curve):
     parameters = 2
 
     def check(self, owner: object) -> None:
-        check_positive(owner, "negative_slope", self.negative_slope)
-        check_positive(owner, "max_log_slope", self.max_log_slope)
+        super().check(owner)
         if abs(math.log(self.negative_slope)) >= self.max_log_slope:
             refuse(
                 owner, "negative_slope", f"have abs(log) below max_log_slope={self.max_log_slope}", self.negative_slope
@@ -101,10 +109,6 @@ class SinhArcsinhCurve(Curve):
 
     parameters = 2
 
-    def check(self, owner: object) -> None:
-        check_positive(owner, "max_skew", self.max_skew)
-        check_positive(owner, "max_log_tail", self.max_log_tail)
-
     def split(self, p: Tensor) -> tuple[Tensor, Tensor]:
         return bounded(p[0], self.max_skew), bounded(p[1], self.max_log_tail)
 
@@ -133,9 +137,6 @@ class SnakeCurve(ImplicitCurve):
     max_log_frequency: float = 2.0
 
     parameters = 1
-
-    def check(self, owner: object) -> None:
-        check_positive(owner, "max_log_frequency", self.max_log_frequency)
 
     def split(self, p: Tensor) -> tuple[Tensor]:
         return (bounded(p[0], self.max_log_frequency).exp(),)

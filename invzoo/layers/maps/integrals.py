@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...dtypes import bounded
-from .._checks import check_positive, check_positive_int, refuse
+from .._checks import check_positive
 from .curves import ImplicitCurve
 
 __all__ = ["BernsteinIntegral", "Integral", "NetIntegral", "SquaresIntegral", "clenshaw_curtis"]
@@ -45,9 +45,6 @@ class Integral(ImplicitCurve):
     @abstractmethod
     def log_density(self, t: Tensor, p: Tensor) -> Tensor:
         """Compute the logarithm of the density at ``t`` inside the bounds."""
-
-    def check(self, owner: object) -> None:
-        check_positive(owner, "tail_bound", self.tail_bound)
 
     def split(self, p: Tensor) -> tuple[Tensor, Tensor]:
         return p[0], p[1:]
@@ -91,12 +88,6 @@ class NetIntegral(Integral):
     def slopes(self) -> tuple[float, float]:
         return math.exp(-self.max_log_slope), math.exp(self.max_log_slope)
 
-    def check(self, owner: object) -> None:
-        super().check(owner)
-        check_positive_int(owner, "hidden", self.hidden)
-        check_positive_int(owner, "order", self.order)
-        check_positive(owner, "max_log_slope", self.max_log_slope)
-
     def reset(self, weight: Tensor) -> None:
         weight.zero_()
         weight[2 : 2 + 2 * self.hidden].normal_()
@@ -128,11 +119,7 @@ class SquaresIntegral(Integral):
 
     def check(self, owner: object) -> None:
         super().check(owner)
-        check_positive_int(owner, "degree", self.degree)
-        check_positive_int(owner, "polynomials", self.polynomials)
-        check_positive(owner, "min_slope", self.min_slope)
-        if self.min_slope >= 1:
-            refuse(owner, "min_slope", "be below 1", self.min_slope)
+        check_positive(owner, "min_slope", self.min_slope, below=1)
 
     def reset(self, weight: Tensor) -> None:
         weight.zero_()
@@ -163,11 +150,6 @@ class BernsteinIntegral(Integral):
     @property
     def slopes(self) -> tuple[float, float]:
         return math.exp(-self.max_log_slope), math.exp(self.max_log_slope)
-
-    def check(self, owner: object) -> None:
-        super().check(owner)
-        check_positive_int(owner, "degree", self.degree)
-        check_positive(owner, "max_log_slope", self.max_log_slope)
 
     def log_density(self, t: Tensor, p: Tensor) -> Tensor:
         u = (t / self.tail_bound + 1) / 2

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ...dtypes import bounded
 from ...engine import unrecorded
-from .._checks import check_positive, check_positive_int
 from .curves import Curve
 from .roots import newton, with_gradients
 
@@ -78,11 +77,6 @@ class MixtureOfLogistics(Curve):
     @property
     def parameters(self) -> int:
         return 3 * self.components + 2
-
-    def check(self, owner: object) -> None:
-        check_positive_int(owner, "components", self.components)
-        for name in ("max_mean", "max_log_scale", "gain"):
-            check_positive(owner, name, getattr(self, name))
 
     def move(self, x: Tensor, mixture: _Mixture, log_scale: Tensor, shift: Tensor) -> Tensor:
         return mixture.logit(x) * log_scale.exp() + shift

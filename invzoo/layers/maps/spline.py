@@ -24,7 +24,7 @@ from torch.distributions import constraints
 from ...dtypes import bounded, widen
 from ...protocol import Like
 from .._checks import check_choice, check_positive, check_positive_int, refuse
-from ..elementwise import check_real, check_values
+from ..elementwise import check_domain
 from .base import Map
 
 __all__ = ["RationalQuadratic"]
@@ -103,15 +103,10 @@ class RationalQuadratic(Map):
         check_choice(owner, "tails", self.tails, _SLOPES)
         limits = {"bound": math.inf, "min_bin": 1 / self.bins, "min_slope": 1, "gain": math.inf}
         for name, limit in limits.items():
-            check_positive(owner, name, value := getattr(self, name))
-            if value >= limit:
-                refuse(owner, name, f"be below {limit:.4g}", value)
+            check_positive(owner, name, getattr(self, name), below=limit)
 
     def check_value(self, owner: object, argument: str, x: Any) -> None:
-        if self.tails is None:
-            check_values(owner, argument, x, -self.bound, self.bound)
-        else:
-            check_real(owner, argument, x)
+        check_domain(owner, argument, x, self.domain)
 
     def parts(self, h: Tensor, like: Like, dim: int) -> tuple[Tensor, Tensor, Tensor, int]:
         """Return the widths and heights of the bins, in units of their sums, and what the slopes are made of."""

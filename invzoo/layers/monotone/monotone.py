@@ -15,7 +15,7 @@ from ...module import InvertibleModule
 from ...protocol import Like
 from .._checks import check_callable, refuse
 from ..conditioned import Conditioner
-from ..elementwise import check_real, check_values, readable
+from ..elementwise import check_domain, readable
 from ..elementwise_map import PerFeatureMap
 from ..maps.integrals import BernsteinIntegral, NetIntegral, SquaresIntegral
 from ..maps.roots import bracket, newton, with_gradients
@@ -86,10 +86,7 @@ class Monotone(InvertibleModule):
         return SideNames.of(self.curve)
 
     def check_argument(self, argument: str, x: Tensor) -> None:
-        if argument == "y" or self.domain is constraints.real:
-            check_real(self, argument, x)
-        else:
-            check_values(self, argument, x, *self.bounds)
+        check_domain(self, argument, x, self.domain if argument == "x" else self.codomain)
 
     def given(self, like: Like, /, **side: Any) -> Callable[..., Tensor]:
         return partial(self.curve, **side) if side else self.curve

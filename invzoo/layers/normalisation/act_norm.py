@@ -11,7 +11,7 @@ from ...dtypes import bounded, widen
 from ...engine import is_fake, tracing, version_of
 from ...protocol import Like
 from .._checks import check_positive, check_positive_int, refuse
-from ..elementwise_map import ElementwiseMap, check_per_feature, per_feature
+from ..elementwise_map import ElementwiseMap, per_feature
 from ..maps.affine import Affine
 
 __all__ = ["ActNorm", "standardised"]
@@ -94,6 +94,7 @@ class ActNorm(ElementwiseMap):
     mean: Tensor
     std: Tensor
     initialized: Tensor
+    own = "log_scale"
     _seen: tuple[Tensor, int] | None  # the flag, and its version, when it was read and set
 
     def __init__(
@@ -134,9 +135,6 @@ class ActNorm(ElementwiseMap):
         if not self.initialized:
             self._initialize(*values, inverted=inverted)
         self._read_flag()
-
-    def check_argument(self, argument: str, x: Tensor) -> None:
-        check_per_feature(self, argument, x, "log_scale")
 
     def map_parameters(self, like: Like, context: Any = None) -> Tensor:
         log_scale = bounded(widen(self.log_scale), self.max_log_scale)

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from ...dtypes import bounded
 from ...protocol import Like
-from .._checks import check_callable, check_dim_given, check_positive, check_positive_int, refuse
+from .._checks import check_callable, check_positive, check_positive_int
 from ..conditioned import Conditioner
-from ..elementwise_map import ElementwiseMap, check_per_feature
+from ..elementwise_map import ElementwiseMap
 from ..maps.affine import Affine
 
 __all__ = ["ConditionalAffine", "ElementwiseAffine"]
@@ -53,6 +53,7 @@ class ElementwiseAffine(ElementwiseMap):
     max_log_scale: float
     log_scale: nn.Parameter
     bias: nn.Parameter | None
+    own = "log_scale"
 
     def __init__(
         self,
@@ -77,9 +78,6 @@ class ElementwiseAffine(ElementwiseMap):
     def reset_parameters(self) -> None:
         for parameter in self.parameters(recurse=False):
             nn.init.zeros_(parameter)
-
-    def check_argument(self, argument: str, x: Tensor) -> None:
-        check_per_feature(self, argument, x, "log_scale")
 
     def map_parameters(self, like: Like, context: Any = None) -> Tensor:
         shift = torch.zeros_like(self.log_scale) if self.bias is None else self.bias
@@ -131,12 +129,6 @@ class ConditionalAffine(ElementwiseMap):
     ) -> None:
         super().__init__(Affine(scale, max_log_scale), dim, conditioner, **options)
         check_callable(self, "conditioner", conditioner)
-
-    def check_argument(self, argument: str, x: Tensor) -> None:
-        self.map.check_value(self, argument, x)
-        check_dim_given(self, x)
-        if not -x.ndim <= self.dim < x.ndim:
-            refuse(self, argument, f"have a dim {self.dim}", f"shape {tuple(x.shape)}")
 
     def map_parameters(self, like: Like, context: Any = None) -> Tensor:
         return self.aligned(self.evaluate_conditioner(context), like)

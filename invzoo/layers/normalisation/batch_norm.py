@@ -199,13 +199,6 @@ class _ByRunningStatistics(InvertibleModule):
         self.norm.compile(*args, **options)
         self._compiled = self.norm._compiled
 
-    def inverse_and_log_det(self, *outputs: Any, **side: Any) -> tuple[Any, Tensor]:
-        return (
-            self.inv.forward_and_log_det(*outputs, **side)
-            if len(outputs) == 1
-            else super().inverse_and_log_det(*outputs, **side)
-        )
-
     def given(self, like: Like) -> list[Tensor]:
         return self.norm._affine(like, *self.norm.given(like))
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_positive_int, refuse
-from .norm import SampleNorm, mean_and_rstd
+from .norm import SampleNorm
 
 __all__ = ["InvertibleLayerNorm", "InvertibleRMSNorm"]
 
@@ -22,11 +22,14 @@ class _TokenNorm(SampleNorm):
         for size in shape or (0,):
             check_positive_int(self, "normalized_shape", size)
         super().__init__(shape, *args, **options)
-        self.normalized_shape, self._dims = shape, tuple(range(-len(shape), 0))
+        self.normalized_shape = shape
 
     def _check_shape(self, x: Tensor) -> None:
         if x.shape[-len(self.normalized_shape) :] != self.normalized_shape:
             refuse(self, "input", f"end in shape {self.normalized_shape}", f"shape {tuple(x.shape)}")
+
+    def _grouped(self, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+        return x, tuple(range(-len(self.normalized_shape), 0))
 
     def extra_repr(self) -> str:
         return f"{self.normalized_shape}, eps={self.eps}, elementwise_affine={self.log_scale is not None}"
@@ -82,17 +85,6 @@ class InvertibleLayerNorm(_TokenNorm):
         shifts = elementwise_affine and bias
         super().__init__(normalized_shape, eps, elementwise_affine, shifts, max_log_scale, factory, **options)
 
-    def _statistics(self, x: Tensor, eps: float) -> tuple[Tensor, ...]:
-        return mean_and_rstd(x, self._dims, eps)
-
-    def _standardise(self, x: Tensor, *statistics: Tensor) -> Tensor:
-        mean, rstd = statistics
-        return x * rstd - mean * rstd
-
-    def _restore(self, x: Tensor, *statistics: Tensor) -> Tensor:
-        mean, rstd = statistics
-        return x / rstd + mean
-
 
 class InvertibleRMSNorm(_TokenNorm):
     r"""Divide each token by its root mean square, then scale: ``y = e^s x rrms``, ``rrms = 1 / sqrt(mean(x^2) + eps)``.
@@ -140,12 +132,3 @@ class InvertibleRMSNorm(_TokenNorm):
     ) -> None:
         factory = {"device": device, "dtype": dtype}
         super().__init__(normalized_shape, eps, elementwise_affine, False, max_log_scale, factory, **options)
-
-    def _statistics(self, x: Tensor, eps: float) -> tuple[Tensor]:
-        return ((x.square().mean(self._dims, keepdim=True) + eps).rsqrt(),)
-
-    def _standardise(self, x: Tensor, *statistics: Tensor) -> Tensor:
-        return x * statistics[0]
-
-    def _restore(self, x: Tensor, *statistics: Tensor) -> Tensor:
-        return x / statistics[0]

@@ -15,7 +15,7 @@ from .._checks import check_features, check_like, check_positive, check_positive
 from ..elementwise import check_real
 from ..elementwise_map import per_feature
 
-__all__ = ["HiddenStatistics", "InvertibleGroupNorm", "SampleNorm", "mean_and_rstd", "moments"]
+__all__ = ["HiddenStatistics", "InvertibleGroupNorm", "SampleNorm", "moments"]
 
 
 class HiddenStatistics(InvertibleModule):
@@ -37,12 +37,6 @@ def moments(x: Tensor, dims: tuple[int, ...], *, keepdim: bool) -> tuple[Tensor,
     return mean, var
 
 
-def mean_and_rstd(x: Tensor, dims: tuple[int, ...], eps: float) -> tuple[Tensor, Tensor]:
-    """Return the mean and ``rstd = 1 / sqrt(var + eps)`` over ``dims``."""
-    mean, var = moments(x, dims, keepdim=True)
-    return mean, (var + eps).rsqrt()
-
-
 class SampleNorm(HiddenStatistics):
     """Standardise over some dims of each sample, then scale by ``e^s`` and shift. Abstract.
 
@@ -50,7 +44,7 @@ class SampleNorm(HiddenStatistics):
     """
 
     widens = True
-    statistics: ClassVar[tuple[str, ...]] = ("mean", "rstd")
+    statistics: ClassVar[tuple[str, ...]] = ("mean", "rstd")  # the last is what x is multiplied by
 
     eps: float | None
     max_log_scale: float
@@ -95,10 +89,17 @@ class SampleNorm(HiddenStatistics):
         return tuple(None if p is None else self._aligned(p, like) for p in (weight, bias))  # type: ignore[return-value]
 
     def seen(self, x: Tensor, *h: Any) -> tuple[Tensor, ...]:
-        return self._statistics(x, torch.finfo(x.dtype).eps if self.eps is None else self.eps)
+        groups, dims = self._grouped(x)
+        eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
+        if len(self.statistics) == 1:
+            return ((groups.square().mean(dims, keepdim=True) + eps).rsqrt(),)
+        mean, var = moments(groups, dims, keepdim=True)
+        return mean, (var + eps).rsqrt()
 
     def move(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, *statistics: Tensor) -> Tensor:
-        y = self._standardise(x, *statistics)
+        *mean, rstd = statistics
+        groups = self._grouped(x)[0] * rstd
+        y = (groups - mean[0] * rstd if mean else groups).reshape(x.shape)
         if weight is not None:
             y = y * weight
         return y if bias is None else y + bias
@@ -107,24 +108,18 @@ class SampleNorm(HiddenStatistics):
         if len(statistics) != len(self.statistics):
             expected = f"be given y, {', '.join(self.statistics)}, as function returns them"
             refuse(self, "inverse", expected, f"y and {len(statistics)} statistics", TypeError)
+        *mean, rstd = statistics
         x = y if bias is None else y - bias
-        return self._restore(x if weight is None else x / weight, *statistics)
+        groups = self._grouped(x if weight is None else x / weight)[0] / rstd
+        return (groups + mean[0] if mean else groups).reshape(y.shape)
 
     @abstractmethod
     def _check_shape(self, x: Tensor) -> None:
         """Raise if x does not have the layer's features."""
 
     @abstractmethod
-    def _statistics(self, x: Tensor, eps: float) -> tuple[Tensor, ...]:
-        """Return what x is standardised by."""
-
-    @abstractmethod
-    def _standardise(self, x: Tensor, *statistics: Tensor) -> Tensor:
-        """Return x standardised."""
-
-    @abstractmethod
-    def _restore(self, x: Tensor, *statistics: Tensor) -> Tensor:
-        """Undo :meth:`_standardise`."""
+    def _grouped(self, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+        """Return x with a dim for each group, and the dims over which the groups are standardised."""
 
     def _aligned(self, parameter: Tensor, like: Like) -> Tensor:
         return parameter
@@ -187,20 +182,9 @@ class InvertibleGroupNorm(SampleNorm):
     def _check_shape(self, x: Tensor) -> None:
         check_features(self, "input", x, 1, self.channels)
 
-    def _statistics(self, x: Tensor, eps: float) -> tuple[Tensor, ...]:
-        groups = self._grouped(x)
-        return mean_and_rstd(groups, tuple(range(2, groups.ndim)), eps)
-
-    def _standardise(self, x: Tensor, *statistics: Tensor) -> Tensor:
-        mean, rstd = statistics
-        return (self._grouped(x) * rstd - mean * rstd).reshape(x.shape)
-
-    def _restore(self, x: Tensor, *statistics: Tensor) -> Tensor:
-        mean, rstd = statistics
-        return (self._grouped(x) / rstd + mean).reshape(x.shape)
-
-    def _grouped(self, x: Tensor) -> Tensor:
-        return rearrange(x, "b (g c) ... -> b g c ...", g=self.groups)
+    def _grouped(self, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+        groups = rearrange(x, "b (g c) ... -> b g c ...", g=self.groups)
+        return groups, tuple(range(2, groups.ndim))
 
     def _aligned(self, parameter: Tensor, like: Like) -> Tensor:
         return per_feature(parameter, like, 1)

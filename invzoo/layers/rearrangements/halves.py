@@ -17,20 +17,24 @@ __all__ = ["Deinterleave", "Interleave", "Swap"]
 # No index: it would be saved for backward, whose scatter is slower than the copies that undo a split and a stack.
 
 
-def _interleave(x: Tensor, dim: int) -> Tensor:
-    """[a0 a1 a2 | b0 b1] -> [a0 b0 a1 b1 a2]."""
-    dim, (half, odd) = dim % x.ndim, divmod(x.shape[dim], 2)
-    a, *last, b = x.split([half, odd, half] if odd else half, dim)
-    pairs = torch.stack((a, b), dim + 1).flatten(dim, dim + 1)
-    return torch.cat((pairs, *last), dim) if odd else pairs
+class _Interleaving(AlongDim):
+    """Halves side by side, or interleaved. Abstract: a subclass says which of the two is the function."""
 
+    at_least = 2
 
-def _deinterleave(x: Tensor, dim: int) -> Tensor:
-    """[a0 b0 a1 b1 a2] -> [a0 a1 a2 | b0 b1]."""
-    dim, (half, odd) = dim % x.ndim, divmod(x.shape[dim], 2)
-    pairs, *last = x.split([2 * half, odd], dim) if odd else (x,)
-    a, b = pairs.unflatten(dim, (half, 2)).unbind(dim + 1)
-    return torch.cat((a, *last, b), dim)
+    def _interleave(self, x: Tensor) -> Tensor:
+        """[a0 a1 a2 | b0 b1] -> [a0 b0 a1 b1 a2]."""
+        dim, (half, odd) = self.dim % x.ndim, divmod(x.shape[self.dim], 2)
+        a, *last, b = x.split([half, odd, half] if odd else half, dim)
+        pairs = torch.stack((a, b), dim + 1).flatten(dim, dim + 1)
+        return torch.cat((pairs, *last), dim) if odd else pairs
+
+    def _deinterleave(self, x: Tensor) -> Tensor:
+        """[a0 b0 a1 b1 a2] -> [a0 a1 a2 | b0 b1]."""
+        dim, (half, odd) = self.dim % x.ndim, divmod(x.shape[self.dim], 2)
+        pairs, *last = x.split([2 * half, odd], dim) if odd else (x,)
+        a, b = pairs.unflatten(dim, (half, 2)).unbind(dim + 1)
+        return torch.cat((a, *last, b), dim)
 
 
 class Swap(AlongDim, Composite):
@@ -86,7 +90,7 @@ class Swap(AlongDim, Composite):
         return torch.cat((b, a), self.dim)
 
 
-class Interleave(AlongDim):
+class Interleave(_Interleaving):
     """Interleave the halves of a dimension, ``[a0 a1 a2 | b0 b1] -> [a0 b0 a1 b1 a2]``: the perfect shuffle.
 
     Shapes: ``(..., n, ...) -> (..., n, ...)`` with ``n >= 2``; the first half is larger if ``n`` is odd.
@@ -103,16 +107,10 @@ class Interleave(AlongDim):
         tensor([[ 1, 10,  2, 20,  3]])
     """
 
-    at_least = 2
-
-    def move(self, x: Tensor) -> Tensor:
-        return _interleave(x, self.dim)
-
-    def undo(self, y: Tensor) -> Tensor:
-        return _deinterleave(y, self.dim)
+    move, undo = _Interleaving._interleave, _Interleaving._deinterleave  # type: ignore[assignment]  # words take any arguments
 
 
-class Deinterleave(AlongDim):
+class Deinterleave(_Interleaving):
     """Undo :class:`Interleave`: even entries before odd ones, ``[a0 b0 a1 b1 a2] -> [a0 a1 a2 | b0 b1]``.
 
     Shapes: ``(..., n, ...) -> (..., n, ...)`` with ``n >= 2``.
@@ -129,10 +127,4 @@ class Deinterleave(AlongDim):
         tensor([[ 1,  2,  3, 10, 20]])
     """
 
-    at_least = 2
-
-    def move(self, x: Tensor) -> Tensor:
-        return _deinterleave(x, self.dim)
-
-    def undo(self, y: Tensor) -> Tensor:
-        return _interleave(y, self.dim)
+    move, undo = _Interleaving._deinterleave, _Interleaving._interleave  # type: ignore[assignment]  # words take any arguments

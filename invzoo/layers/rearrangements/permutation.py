@@ -8,21 +8,18 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ...module import InvertibleModule
 from ...protocol import Like
-from .._checks import check_dim_given, check_features, check_positive_int, check_tensor, given_dim, refuse
+from .._checks import check_dim, check_features, check_positive_int, check_tensor, given_dim, refuse
+from .base import Rearrangement
 
 __all__ = ["AlongDim", "Permute", "Reverse", "Shuffle"]
 
 Device = torch.device | str | None
 
 
-class AlongDim(InvertibleModule):
+class AlongDim(Rearrangement):
     """Another order of the entries of a dimension. Abstract: a subclass adds the two directions."""
 
-    volume_preserving = True
-    rearranges = True
-    exact = True
     at_least: ClassVar[int] = 0  # how many entries
 
     def __init__(self, dim: int | None = None, **options: Any) -> None:
@@ -31,9 +28,7 @@ class AlongDim(InvertibleModule):
 
     def check_argument(self, argument: str, x: Tensor) -> None:
         check_tensor(self, argument, x)
-        check_dim_given(self, x)
-        if not -x.ndim <= self.dim < x.ndim:
-            refuse(self, argument, f"have a dim {self.dim}", f"shape {tuple(x.shape)}")
+        check_dim(self, argument, x, self.dim)
         if x.shape[self.dim] < self.at_least:
             entries = f"have at least {self.at_least} entries in dim {self.dim}"
             refuse(self, argument, entries, f"shape {tuple(x.shape)}")
@@ -188,5 +183,4 @@ class Reverse(AlongDim):
     def move(self, x: Tensor) -> Tensor:
         return torch.flip(x, (self.dim,))
 
-    def undo(self, y: Tensor) -> Tensor:
-        return torch.flip(y, (self.dim,))
+    undo = move  # type: ignore[assignment]  # words take any arguments

@@ -11,19 +11,16 @@ from torch import Tensor
 
 from ...module import InvertibleModule
 from ...protocol import Like
-from .._checks import check_dim_given, check_positive_int, check_tensor, given_dims, refuse
+from .._checks import check_dim, check_positive_int, check_tensor, given_dims, refuse
+from .base import Rearrangement
 
 __all__ = ["Flatten", "Pad", "Rearrange", "Reshape"]
 
 Sizes = Sequence[int]
 
 
-class _Reshaping(InvertibleModule):
+class _Reshaping(Rearrangement):
     """Another shape for each sample. Abstract."""
-
-    volume_preserving = True
-    rearranges = True
-    exact = True
 
     def __init__(self, input_shape: Sizes, output_shape: Sizes, **options: Any) -> None:
         super().__init__(**options)
@@ -104,7 +101,7 @@ class Flatten(_Reshaping):
         return f"{self.input_shape}"
 
 
-class Rearrange(InvertibleModule):
+class Rearrange(Rearrangement):
     """Rearrange the entries as an einops pattern says; the inverse is the pattern with its sides swapped.
 
     Both directions must be able to tell all sizes: of the axes in parentheses, on either side, all but one need a size
@@ -127,9 +124,6 @@ class Rearrange(InvertibleModule):
         >>> y.shape, layer.inverse(y).shape
         (torch.Size([5, 4, 6]), torch.Size([5, 8, 3]))
     """
-
-    rearranges = True
-    exact = True
 
     def __init__(self, pattern: str, sizes: Mapping[str, int] | None = None, **options: Any) -> None:
         super().__init__(**options)
@@ -218,12 +212,8 @@ class Pad(InvertibleModule):
 
     def check_argument(self, argument: str, x: Tensor) -> None:
         check_tensor(self, argument, x)
-        check_dim_given(self, x)
-        at_least = sum(self.padding) if argument == "y" else 0
         for dim in self.dim:
-            if not -x.ndim <= dim < x.ndim or x.shape[dim] < at_least:
-                entries = f" with at least {at_least} entries" if at_least else ""
-                refuse(self, argument, f"have a dim {dim}{entries}", f"shape {tuple(x.shape)}")
+            check_dim(self, argument, x, dim, sum(self.padding) if argument == "y" else 0)
 
     def given(self, like: Like) -> set[int]:
         return {dim % like.ndim for dim in self.dim}

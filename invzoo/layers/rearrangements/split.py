@@ -11,6 +11,7 @@ from ... import engine
 from ...engine import Operation
 from ...module import InvertibleModule
 from .._checks import check_dim_given, given_dim, refuse
+from .base import Rearrangement
 
 __all__ = ["Merge", "Partition", "Split", "SplitSpec", "checkerboard", "cut", "join", "merging", "splitting"]
 
@@ -105,12 +106,8 @@ def join(partition: Partition, streams: tuple[Tensor, Tensor], owner: Invertible
     return engine.call(merging(owner, partition.join, partition.part), streams, {})
 
 
-class _Partitioned(InvertibleModule):
+class _Partitioned(Rearrangement):
     """One tensor and its two streams: several values move at once, so both directions are written. Abstract."""
-
-    volume_preserving = True
-    rearranges = True
-    exact = True
 
     def __init__(self, dim: int | None = None, split: SplitSpec = "half", **options: Any) -> None:
         super().__init__(**options)

@@ -7,9 +7,9 @@ from typing import Any, ClassVar
 from einops import rearrange
 from torch import Tensor
 
-from ...module import InvertibleModule
 from ...protocol import Like
 from .._checks import check_choice, check_positive_int, check_tensor, refuse
+from .base import Rearrangement
 
 __all__ = ["ORDERS", "Squeeze", "Unsqueeze", "cells", "check_pixels", "positions"]
 
@@ -36,10 +36,8 @@ def positions(factors: Sequence[int]) -> dict[str, int]:
     return {f"p{i}": factor for i, factor in enumerate(factors)}
 
 
-def check_pixels(
-    owner: InvertibleModule, argument: str, x: Any, factor: tuple[int, ...] | int, *, deep: bool
-) -> tuple[int, ...]:
-    """Return the factor for each dim of pixels of ``x``, which it divides; or the channels, if ``deep``."""
+def check_pixels(owner: object, argument: str, x: Any, factor: tuple[int, ...] | int, *, deep: bool) -> None:
+    """``x`` has pixels whose sizes the factor divides; or the channels, if ``deep``."""
     check_tensor(owner, argument, x)
     dims = {len(factor)} if not isinstance(factor, int) else {1, 2, 3}
     if x.ndim - 2 not in dims:
@@ -50,19 +48,14 @@ def check_pixels(
         refuse(owner, argument, f"have a multiple of {math.prod(factors)} channels", f"shape {tuple(x.shape)}")
     if not deep and any(n % f for n, f in zip(x.shape[2:], factors, strict=True)):
         refuse(owner, argument, f"have sizes that are multiples of {factors} in dims 2, ...", f"shape {tuple(x.shape)}")
-    return factors
 
 
 def _factors(factor: tuple[int, ...] | int, dims: int) -> tuple[int, ...]:
     return (factor,) * dims if isinstance(factor, int) else factor
 
 
-class _Cells(InvertibleModule):
+class _Cells(Rearrangement):
     """Space to depth and back. Abstract: a subclass says which of the two is the function."""
-
-    volume_preserving = True
-    rearranges = True
-    exact = True
 
     pixels_in: ClassVar[str]  # x or y; the other has them as channels
     factor: int | tuple[int, ...]

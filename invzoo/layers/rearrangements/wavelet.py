@@ -16,7 +16,7 @@ from torch import Tensor
 from ...dtypes import widen
 from ...engine import Tape
 from ...module import InvertibleModule
-from .._checks import check_choice, check_dim_given, check_floating, given_dims, refuse
+from .._checks import check_choice, check_dim, check_floating, given_dims, refuse
 from .split import Partition
 from .squeeze import ORDERS, cells, check_pixels, positions
 
@@ -104,11 +104,11 @@ class _Haar(InvertibleModule):
         check_floating(self, argument, x)
         check_pixels(self, argument, x, 2, deep=argument == self.deep)
 
-    def _down(self, x: Tensor) -> Tensor:
-        return self._step(x, deep=False)
+    def move(self, x: Tensor) -> Tensor:
+        return self._step(x, deep=self.deep == "x")
 
-    def _up(self, y: Tensor) -> Tensor:
-        return self._step(y, deep=True)
+    def undo(self, y: Tensor) -> Tensor:
+        return self._step(y, deep=self.deep == "y")
 
     def _step(self, x: Tensor, *, deep: bool) -> Tensor:
         dims = x.ndim - 2
@@ -152,7 +152,6 @@ class HaarDownsample(_Haar):
     """
 
     deep = "y"
-    move, undo = _Haar._down, _Haar._up
 
 
 class HaarUpsample(_Haar):
@@ -174,7 +173,6 @@ class HaarUpsample(_Haar):
     """
 
     deep = "x"
-    move, undo = _Haar._up, _Haar._down  # type: ignore[assignment]  # words take any arguments
 
 
 class _Transform(InvertibleModule):
@@ -188,10 +186,8 @@ class _Transform(InvertibleModule):
 
     def check_argument(self, argument: str, x: Tensor) -> None:
         check_floating(self, argument, x)
-        check_dim_given(self, x)
         for dim in self.dim:
-            if not -x.ndim < dim < x.ndim or dim == 0:
-                refuse(self, argument, f"have a dim {dim} behind the batch", f"shape {tuple(x.shape)}")
+            check_dim(self, argument, x, dim, inner=True)
             self._check_size(argument, x, dim)
 
     def _along(self, transform: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

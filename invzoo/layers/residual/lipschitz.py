@@ -95,9 +95,7 @@ def lipschitz(net: nn.Module, coeff: float = 0.9) -> nn.Module:
         >>> torch.linalg.matrix_norm(net.weight.detach(), 2) <= 0.5
         tensor(True)
     """
-    check_positive("lipschitz", "coeff", coeff)
-    if coeff >= 1:
-        refuse("lipschitz", "coeff", "be below 1", coeff)
+    check_positive("lipschitz", "coeff", coeff, below=1)
     layers = [module for module in net.modules() if [*module.parameters(recurse=False)]]
     for layer in layers:
         _check_layer(layer)

@@ -12,7 +12,7 @@ from ...dtypes import full_precision
 from ...engine import uncompiled
 from ...log_dets import log_det_dtype, sum_per_sample, zero_log_det
 from ...protocol import Moving
-from .._checks import check_choice, check_positive, check_positive_int, refuse
+from .._checks import check_choice, check_positive, check_positive_int
 from ..elementwise import check_real
 from .branch import BranchLayer
 from .fixed_point import Limits, Map, differentiable, fixed_point, vjp
@@ -104,9 +104,7 @@ class InvertibleResidual(BranchLayer):
         for name, number in (("terms", terms), ("max_iterations", max_iterations)):
             if number is not None:
                 check_positive_int(self, name, number)
-        check_positive(self, "stop", stop)
-        if stop >= 1:
-            refuse(self, "stop", "be below 1", stop)
+        check_positive(self, "stop", stop, below=1)
         if tolerance is not None:
             check_positive(self, "tolerance", tolerance)
         self.estimator, self.terms, self.stop = log_det, terms, stop

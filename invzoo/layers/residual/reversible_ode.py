@@ -121,9 +121,7 @@ class MomentumResidual(BranchLayer):
 
     def __init__(self, f: Callable[..., Tensor], gamma: float = 0.9, **options: Any) -> None:
         super().__init__(f, **options)
-        check_positive(self, "gamma", gamma)
-        if gamma >= 1:
-            refuse(self, "gamma", "be below 1", gamma)
+        check_positive(self, "gamma", gamma, below=1)
         self.gamma = gamma
 
     def check_argument(self, argument: str, x: Any, *others: Any) -> None:

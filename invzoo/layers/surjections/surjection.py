@@ -16,7 +16,7 @@ from ...engine import SideNames
 from ...log_dets import sum_per_sample
 from ...module import InvertibleModule
 from ...protocol import Like
-from .._checks import check_dim_given, check_positive_int, given_dim, refuse
+from .._checks import check_dim, check_positive_int, given_dim, refuse
 from ..elementwise import check_real
 
 __all__ = ["Abs", "Augment", "Noise", "Slice", "Surjection", "fair_coin", "standard_normal", "zero_and_one"]
@@ -142,11 +142,8 @@ class _Features(Surjection):
 
     def check_argument(self, argument: str, x: Tensor) -> None:
         check_real(self, argument, x)
-        check_dim_given(self, x)
         at_least = 0 if self.draws == (argument == "x") else self.features
-        if self.dim == 0 or not -x.ndim < self.dim < x.ndim or x.shape[self.dim] < at_least:
-            entries = f", with at least {at_least} entries" if at_least else ""
-            refuse(self, argument, f"have a dim {self.dim} behind the batch{entries}", f"shape {tuple(x.shape)}")
+        check_dim(self, argument, x, self.dim, at_least, inner=True)
 
     def lose(self, x: Tensor) -> tuple[Tensor, Tensor]:
         left, lost = x.split((x.shape[self.dim] - self.features, self.features), self.dim)
