@@ -93,7 +93,8 @@ class Entry:
         log_det: the log-determinant in words; ``"none"`` if the layer is no bijection.
         cases: one for each variant.
         cost: of the inverse, in runs of the forward.
-        keeps: what a call in mode ``invert`` keeps.
+        keeps: what a call in mode ``invert`` keeps; by default its input if the first case's layer is ``saturating`` or
+            has a ``slow_inverse``, and else nothing.
     """
 
     def __init__(
@@ -103,9 +104,9 @@ class Entry:
         log_det: str,
         *cases: Case,
         cost: str = "1x",
-        keeps: str = "nothing",
+        keeps: str = "",
     ) -> None:
-        self.layer, self.map, self.log_det, self.cases, self.cost, self.keeps = layer, map, log_det, cases, cost, keeps
+        self.layer, self.map, self.log_det, self.cases, self.cost, self._keeps = layer, map, log_det, cases, cost, keeps
         for case in cases:
             case.name = f"{self.name}[{case.id}]" if case.id else self.name
 
@@ -123,6 +124,12 @@ class Entry:
         """The values that the layer takes, in words."""
         domain = self.cases[0].layer().domain
         return ", ".join(map(in_words, domain)) if isinstance(domain, tuple) else in_words(domain)
+
+    @property
+    def keeps(self) -> str:
+        """What a call in mode ``invert`` keeps, in words."""
+        layer = self.cases[0].layer()
+        return self._keeps or ("its input" if layer.saturating or layer.slow_inverse else "nothing")
 
     def __repr__(self) -> str:
         return f"Entry({self.name}, {self.map!r})"

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from ..engine import Mode, tuple_of
 from ..module import InvertibleModule, mode
 from .memory import track_memory
-from .running import assert_near, assertion, calls, clones, expect, has_log_det, leaves, named, seed
+from .running import Call, assert_near, assertion, clones, expect, leaf, seed
 
 __all__ = ["assert_memory", "assert_modes_agree"]
 
@@ -28,33 +29,27 @@ def assert_modes_agree(layer: InvertibleModule, *inputs: Tensor, modes_tolerance
         modes_tolerance: the relative error allowed.
         side: the side inputs.
     """
-    layer, sides = layer.double(), named(leaves, side)
-    outputs = tuple_of(copy.deepcopy(layer)(*clones(inputs, torch.float64), **sides))
-    log_det = has_log_det(layer, inputs, outputs)
-    for inverted, given in ((False, leaves(inputs)), (True, leaves(outputs))):
-        for name in calls(layer, log_det):
-            expected = _run(layer, Mode.store, name, inverted, given, sides)
-            for value in Mode:
-                actual = _run(layer, value, name, inverted, given, sides)
-                for what, values in actual.items():
-                    words = f"{what} of {'inv.' * inverted}{name} in mode {value} to be that of mode store"
-                    assert_near(layer, words, values, expected[what], modes_tolerance)
+    call = Call(layer, inputs, side).to(torch.float64)
+    outputs = call.anew().run()
+    for one in (*call.kinds(outputs), *call.back(outputs).kinds(inputs)):
+        given = one.each(leaf)
+        expected = _run(given, Mode.store)
+        for value in Mode:
+            for what, values in _run(given, value).items():
+                words = f"{what} of {one} in mode {value} to be that of mode store"
+                assert_near(layer, words, values, expected[what], modes_tolerance)
 
 
-def _run(
-    layer: InvertibleModule, value: Mode, name: str, inverted: bool, inputs: tuple[Tensor, ...], side: dict[str, Any]
-) -> dict[str, Any]:
-    layer = copy.deepcopy(layer)
-    _trust(layer)
+def _run(call: Call, value: Mode) -> dict[str, Any]:
+    call = call.anew()
+    _trust(call.layer)
     seed()
-    with mode(layer, value):
-        outputs = calls(layer.inv if inverted else layer, True)[name](*inputs, **side)
-        wanted = {f"input {i}": x for i, x in enumerate(inputs)} | {f"side input {n}": s for n, s in side.items()}
-        wanted |= {f"parameter {n}": p for n, p in layer.named_parameters()}
-        wanted = {n: t for n, t in wanted.items() if isinstance(t, Tensor) and t.requires_grad}
+    with mode(call.layer, value):
+        outputs = call.run()
+        wanted = {n: t for n, t in call.tensors().items() if t.requires_grad}
         gradients = torch.autograd.grad(_loss(outputs), [*wanted.values()], allow_unused=True)
     found = {f"gradient of {n}": g for n, g in zip(wanted, gradients, strict=True)}
-    buffers = {f"buffer {n}": b for n, b in layer.named_buffers()}
+    buffers = {f"buffer {n}": b for n, b in call.layer.named_buffers()}
     return {"output": clones(outputs), **found, **buffers}
 
 
@@ -90,39 +85,39 @@ def assert_memory(layer: InvertibleModule, *inputs: Tensor, kept_bytes: int | No
         side: the side inputs.
     """
     _trust(layer)
-    outputs = tuple_of(layer(*inputs, **side))
+    call = Call(layer, inputs, side)
+    outputs = call.run()
     pair = 2 * kept_bytes if kept_bytes is not None else 0
     if kept_bytes is None and (layer.saturating or layer.slow_inverse):
         pair = sum(value.untyped_storage().nbytes() for value in (*inputs, *clones(outputs)))
-    for name in calls(layer, has_log_det(layer, inputs, outputs)):
-        grown = _growth(layer, Mode.invert, name, inputs, side)
-        expect(
-            grown <= 2 * pair, layer, f"4 more calls of {name} to keep at most {2 * pair} bytes in mode invert", grown
-        )
-    if not pair and _saves(layer, inputs, side):
-        stored = _growth(layer, Mode.store, "forward", inputs, side)
+    for one in call.kinds(outputs):
+        grown = _growth(one, Mode.invert)
+        most = f"at most {2 * pair} bytes in mode invert"
+        expect(grown <= 2 * pair, layer, f"4 more calls of {one} to keep {most}", grown)
+    if not pair and _saves(call):
+        stored = _growth(call, Mode.store)
         expect(stored > 0, layer, "4 more calls of forward to keep more than 0 bytes in mode store", stored)
 
 
-def _growth(layer: InvertibleModule, value: Mode, name: str, inputs: tuple[Tensor, ...], side: dict[str, Any]) -> int:
+def _growth(call: Call, value: Mode) -> int:
     """Count the bytes that a chain of the layer and its inverse in turn holds after 8 calls more than after 4."""
-    layers = [copy.deepcopy(layer) for _ in range(8)]
-    values, sides, total = leaves(inputs, None), named(leaves, side, None), torch.zeros(())
+    layers = [copy.deepcopy(call.layer) for _ in range(8)]
+    call, total = call.each(leaf), torch.zeros(())
     held = []
-    with track_memory(include=[*layers, *(t for t in (*values, *sides.values()) if isinstance(t, Tensor))]) as memory:
-        for index, one in enumerate(layers):
-            with mode(one, value):
-                values = calls(one.inv if index % 2 else one, True)[name](*values, **sides)
-            if name != "forward":
+    with track_memory(include=[*layers, *call.tensors().values()]) as memory:
+        for layer in layers:
+            with mode(layer, value):
+                values = replace(call, layer=layer).run()
+            if call.log_det:
                 total, values = total + values[-1], values[:-1]
+            call = call.back(values)
             held.append(memory.current)
     return held[7] - held[3]
 
 
-def _saves(layer: InvertibleModule, inputs: tuple[Tensor, ...], side: dict[str, Any]) -> bool:
+def _saves(call: Call) -> bool:
     """Whether autograd saves anything of a pair of calls that nobody else holds."""
-    given, sides = leaves(inputs, None), named(leaves, side, None)
-    known = [*given, *sides.values(), *layer.parameters(), *layer.buffers()]
+    call, layer = call.each(leaf), call.layer
     saved: list[Tensor] = []
 
     def pack(tensor: Tensor) -> Tensor:
@@ -130,6 +125,7 @@ def _saves(layer: InvertibleModule, inputs: tuple[Tensor, ...], side: dict[str, 
         return tensor
 
     with mode(layer, Mode.store), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        outputs = tuple_of(layer.inverse(*tuple_of(layer.function(*given, **sides)), **sides))
-    held = {t.untyped_storage().data_ptr() for t in (*known, *outputs) if isinstance(t, Tensor)}
+        outputs = tuple_of(layer.inverse(*tuple_of(layer.function(*call.inputs, **call.side)), **call.side))
+    known = [*call.tensors().values(), *layer.buffers(), *outputs]
+    held = {t.untyped_storage().data_ptr() for t in known if isinstance(t, Tensor)}
     return any(t.untyped_storage().data_ptr() not in held for t in saved if t.numel())

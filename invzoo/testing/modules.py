@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..engine import Mode, tuple_of
 from ..module import InvertibleModule, mode
-from .running import assert_near, assertion, calls, clones, expect, has_log_det, leaves, named, seed
+from .running import Call, assert_near, assertion, clone, clones, expect, leaf, seed
 from .values import assert_log_det, assert_round_trip
 
 __all__ = ["assert_inputs_unchanged", "assert_portable", "assert_trainable"]
@@ -24,22 +24,18 @@ def assert_inputs_unchanged(layer: InvertibleModule, *inputs: Tensor, **side: An
     It tries tensors with gradients and without, strided ones, and channels-last images, in every mode, and wants the
     same values of each.
     """
-    outputs = tuple_of(copy.deepcopy(layer)(*inputs, **side))
-    log_det = has_log_det(layer, inputs, outputs)
+    call = Call(layer, inputs, side)
+    outputs = call.anew().run()
     images = any(value.ndim in {4, 5} for value in (*inputs, *outputs))
     forms = {form: make for form, make in _FORMS.items() if images or form != "channels-last"}
-    for inverted, given in ((False, inputs), (True, clones(outputs))):
+    for one in (*call.kinds(outputs), *call.back(clones(outputs)).kinds(inputs)):
         for value in Mode:
-            for name in calls(layer, log_det):
-                expected: Any = None
-                for form, make in forms.items():
-                    fresh = copy.deepcopy(layer)
-                    with mode(fresh, value):
-                        run = calls(fresh.inv if inverted else fresh, True)[name]
-                        where = f"{'inv.' * inverted}{name} on {form} inputs in mode {value}"
-                        got = _watch(fresh, run, where, tuple(map(make, given)), {n: make(s) for n, s in side.items()})
-                    expected = got if expected is None else expected
-                    assert_near(layer, f"output of {where} to be that of other forms", got, expected)
+            expected: Any = None
+            for form, make in forms.items():
+                where = f"{one} on {form} inputs in mode {value}"
+                got = _watch(one.anew().each(make), value, where)
+                expected = got if expected is None else expected
+                assert_near(layer, f"output of {where} to be that of other forms", got, expected)
 
 
 def _strided(x: Any) -> Any:
@@ -52,38 +48,31 @@ def _channels_last(x: Any) -> Any:
 
 
 _FORMS: dict[str, Callable[[Any], Any]] = {
-    "plain": lambda x: clones([x])[0],
-    "leaf": lambda x: leaves([x], None)[0],
-    "strided": lambda x: _strided(leaves([x], None)[0]),
-    "channels-last": lambda x: _channels_last(leaves([x], None)[0]),
+    "plain": clone,
+    "leaf": leaf,
+    "strided": lambda x: _strided(leaf(x)),
+    "channels-last": lambda x: _channels_last(leaf(x)),
 }
 
 
-def _watch(
-    layer: InvertibleModule,
-    run: Callable[..., tuple[Any, ...]],
-    where: str,
-    inputs: tuple[Any, ...],
-    side: dict[str, Any],
-) -> tuple[Any, ...]:
+def _watch(call: Call, value: Mode, where: str) -> tuple[Any, ...]:
     """Run forward and backward, and see that inputs, side inputs, parameters and outputs stay what they were."""
-    given = {f"input {i}": x for i, x in enumerate(inputs)} | {f"side input {n}": s for n, s in side.items()}
-    given |= {f"parameter {n}": p for n, p in layer.named_parameters()}
-    given = {n: t for n, t in given.items() if isinstance(t, Tensor)}
+    given = call.tensors()
     before = _state(given)
     seed()
-    outputs = run(*inputs, **side)
-    given |= {f"output {i}": y for i, y in enumerate(outputs)}
-    before |= _state({n: t for n, t in given.items() if n not in before})
-    if any(y.requires_grad for y in outputs):
-        torch.autograd.backward([y.abs().sum() for y in outputs if y.requires_grad])
-    for name, tensor in given.items():
-        version, requires_grad, values = before[name]
-        what = f"{name} of {where} to be left alone"
-        expect(tensor._version == version, layer, what, "a write into it")
-        expect(tensor.requires_grad == requires_grad, layer, what, f"requires_grad={tensor.requires_grad}")
-        expect(torch.equal(tensor, values), layer, what, "other values")
-    return tuple(y.detach().clone() for y in outputs)
+    with mode(call.layer, value):
+        outputs = call.run()
+        given |= {f"output {i}": y for i, y in enumerate(outputs)}
+        before |= _state({n: t for n, t in given.items() if n not in before})
+        if any(y.requires_grad for y in outputs):
+            torch.autograd.backward([y.abs().sum() for y in outputs if y.requires_grad])
+    for what, tensor in given.items():
+        version, requires_grad, values = before[what]
+        alone = f"{what} of {where} to be left alone"
+        expect(tensor._version == version, call.layer, alone, "a write into it")
+        expect(tensor.requires_grad == requires_grad, call.layer, alone, f"requires_grad={tensor.requires_grad}")
+        expect(torch.equal(tensor, values), call.layer, alone, "other values")
+    return clones(outputs)
 
 
 def _state(tensors: dict[str, Tensor]) -> dict[str, tuple[int, bool, Tensor]]:
@@ -142,28 +131,25 @@ def assert_trainable(
         steps: how many.
         side: the side inputs.
     """
-    layer, given = layer.double(), clones(inputs, torch.float64)
-    sides = named(clones, side, torch.float64)
+    call = Call(layer, inputs, side).to(torch.float64)
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    log_det = has_log_det(layer, given, copy.deepcopy(layer)(*given, **sides))
+    call = call.kinds(call.anew().run())[-1]
     if any(p.requires_grad for p in layer.parameters()):
-        _train(layer, given, sides, log_det, steps)
-    assert_round_trip(layer, *given, round_trip_tolerance=trained_tolerance, **sides)
-    assert_log_det(layer, *given, log_det_tolerance=trained_tolerance, **sides)
+        _train(call, steps)
+    assert_round_trip(layer, *call.inputs, round_trip_tolerance=trained_tolerance, **call.side)
+    assert_log_det(layer, *call.inputs, log_det_tolerance=trained_tolerance, **call.side)
 
 
-def _train(
-    layer: InvertibleModule, inputs: tuple[Tensor, ...], side: dict[str, Any], log_det: bool, steps: int
-) -> None:
-    optimizer = torch.optim.Adam(layer.parameters(), lr=1e-2)
+def _train(call: Call, steps: int) -> None:
+    optimizer = torch.optim.Adam(call.layer.parameters(), lr=1e-2)
     for _ in range(steps):
-        outputs = calls(layer, log_det)["forward_and_log_det" if log_det else "forward"](*inputs, **side)
-        loss = sum(y.abs().square().mean() for y in outputs[: -1 if log_det else None])
+        *outputs, log_det = call.run() if call.log_det else (*call.run(), torch.zeros(()))
+        loss = sum(y.abs().square().mean() for y in outputs) - 0.1 * log_det.mean()
         optimizer.zero_grad()
-        (loss - 0.1 * outputs[-1].mean() if log_det else loss).backward()
-        for name, parameter in layer.named_parameters():
+        loss.backward()
+        for name, parameter in call.layer.named_parameters():
             finite = parameter.grad is None or bool(parameter.grad.isfinite().all())
-            expect(finite, layer, f"a finite gradient of {name}", parameter.grad)
+            expect(finite, call.layer, f"a finite gradient of {name}", parameter.grad)
         optimizer.step()

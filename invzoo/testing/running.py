@@ -1,9 +1,10 @@
-"""What the assertions have in common: copies to run on, comparisons, and messages that name the layer."""
+"""What the assertions have in common: calls on copies, comparisons, and messages that name the layer."""
 
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, cast
 
 import torch
@@ -15,19 +16,18 @@ from ..module import InvertibleModule
 
 __all__ = [
     "Assertion",
+    "Call",
     "assert_near",
     "assertion",
-    "calls",
     "check_log_det",
+    "clone",
     "clones",
     "expect",
     "flat",
     "has_log_det",
-    "leaves",
-    "named",
+    "leaf",
     "seed",
     "shapes",
-    "to_dtype",
     "tolerance_of",
 ]
 
@@ -59,9 +59,9 @@ def assertion(function: Callable[..., None]) -> Assertion:
         devices = {value.device for value in values if value.is_cuda}
         with torch.random.fork_rng(devices=devices), torch.enable_grad():
             seed()
-            copies = {name: _copy(value) for name, value in arguments.items()}
+            copies = {name: clone(value) for name, value in arguments.items()}
             try:
-                function(copy.deepcopy(layer), *map(_copy, inputs), **copies)
+                function(copy.deepcopy(layer), *clones(inputs), **copies)
             except AssertionError as error:
                 error.add_note(f"in {function.__name__} of {layer}")
                 raise
@@ -80,41 +80,82 @@ def seed() -> None:
     torch.default_generator.manual_seed(0)
 
 
-def _copy(value: Any) -> Any:
-    return value.detach().clone() if isinstance(value, Tensor) else value
+def clone(value: Any, dtype: torch.dtype | None = None) -> Any:
+    """Copy a tensor: a floating one in another dtype if one is given, a complex one in the complex dtype of that."""
+    if not isinstance(value, Tensor):
+        return value
+    copied = value.detach().clone()
+    if dtype is None or not _floats(copied):
+        return copied
+    return copied.to(dtype.to_complex() if copied.is_complex() else dtype)
 
 
 def clones(values: Iterable[Any], dtype: torch.dtype | None = None) -> tuple[Any, ...]:
-    """Copy the tensors, the floating ones in another dtype if one is given."""
-    return tuple(to_dtype(_copy(value), dtype) for value in values)
+    """Copy the tensors."""
+    return tuple(clone(value, dtype) for value in values)
 
 
-def to_dtype(value: Any, dtype: torch.dtype | None) -> Any:
-    """Change the dtype of a floating tensor, of a complex one to the complex dtype of that precision."""
-    if dtype is None or (isinstance(value, Tensor) and not _floats(value)):
-        return value
-    if isinstance(value, Tensor):
-        return value.to(dtype.to_complex() if value.is_complex() else dtype)
-    return value
-
-
-def leaves(values: Iterable[Any], dtype: torch.dtype | None = torch.float64) -> tuple[Any, ...]:
-    """Copy the tensors as leaves that require gradients, in float64 unless told otherwise."""
-    return tuple(
-        value.requires_grad_() if isinstance(value, Tensor) and _floats(value) else value
-        for value in clones(values, dtype)
-    )
-
-
-def named(
-    copies: Callable[..., tuple[Any, ...]], side: Mapping[str, Any], dtype: torch.dtype | None = torch.float64
-) -> dict[str, Any]:
-    """Make :func:`clones` or :func:`leaves` of side inputs."""
-    return dict(zip(side, copies(side.values(), dtype), strict=True))
+def leaf(value: Any) -> Any:
+    """Copy a tensor as a leaf, which requires gradients if it can."""
+    copied = clone(value)
+    return copied.requires_grad_() if isinstance(copied, Tensor) and _floats(copied) else copied
 
 
 def _floats(value: Tensor) -> bool:
     return value.is_floating_point() or value.is_complex()
+
+
+@dataclass(frozen=True)
+class Call:
+    """A layer, what it is called with, in which direction, and whether for its log-determinant, too."""
+
+    layer: InvertibleModule
+    inputs: tuple[Any, ...]
+    side: dict[str, Any]
+    inverted: bool = False
+    log_det: bool = False
+
+    def __str__(self) -> str:
+        return f"{'inv.' * self.inverted}forward{'_and_log_det' * self.log_det}"
+
+    @property
+    def module(self) -> InvertibleModule:
+        """What is called: the layer or its inverse."""
+        return self.layer.inv if self.inverted else self.layer
+
+    def run(self) -> tuple[Any, ...]:
+        """Return outputs, and behind them the log-determinant if it is asked for."""
+        if self.log_det:
+            return flat(*self.module.forward_and_log_det(*self.inputs, **self.side))
+        return tuple_of(self.module(*self.inputs, **self.side))
+
+    def kinds(self, outputs: Any) -> list["Call"]:
+        """Return the call without the log-determinant, and the one with it if there is any."""
+        any_log_det = has_log_det(self.layer, self.inputs, outputs)
+        return [replace(self, log_det=log_det) for log_det in (False, True)[: 1 + any_log_det]]
+
+    def back(self, outputs: tuple[Any, ...]) -> "Call":
+        """Call the other direction."""
+        return replace(self, inputs=outputs, inverted=not self.inverted)
+
+    def anew(self) -> "Call":
+        """Call a copy of the layer."""
+        return replace(self, layer=copy.deepcopy(self.layer))
+
+    def each(self, change: Callable[[Any], Any]) -> "Call":
+        """Change every input and every side input."""
+        return replace(self, inputs=tuple(map(change, self.inputs)), side={n: change(s) for n, s in self.side.items()})
+
+    def to(self, dtype: torch.dtype) -> "Call":
+        """Change the layer's dtype, and copy all that it is called with in that dtype."""
+        return replace(self, layer=self.layer.to(dtype)).each(lambda value: clone(value, dtype))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the inputs, side inputs and parameters by name."""
+        values = {f"input {i}": x for i, x in enumerate(self.inputs)}
+        values |= {f"side input {name}": value for name, value in self.side.items()}
+        values |= {f"parameter {name}": value for name, value in self.layer.named_parameters()}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
 
 def shapes(values: Any) -> list[tuple[int, ...]]:
@@ -168,14 +209,6 @@ def has_log_det(layer: InvertibleModule, inputs: Any, outputs: Any) -> bool:
     """Whether the layer maps as many values as it returns, and says that it has a log-determinant."""
     sizes = [sum(value[0].numel() for value in tuple_of(values)) for values in (inputs, outputs)]
     return layer.has_log_det() and sizes[0] == sizes[1]
-
-
-def calls(layer: InvertibleModule, log_det: bool) -> Mapping[str, Callable[..., tuple[Any, ...]]]:
-    """Return, by name, the calls of a layer that backward can go through; each returns a flat tuple."""
-    named: dict[str, Callable[..., tuple[Any, ...]]] = {"forward": lambda *x, **side: tuple_of(layer(*x, **side))}
-    if log_det:
-        named["forward_and_log_det"] = lambda *x, **side: flat(*layer.forward_and_log_det(*x, **side))
-    return named
 
 
 def flat(outputs: Any, log_det: Tensor) -> tuple[Any, ...]:

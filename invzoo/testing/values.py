@@ -1,7 +1,7 @@
 """Assertions on what a layer computes: inverse, log-determinant and derivatives, in every dtype and batch."""
 
-import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,15 +11,15 @@ from ..domains import of_each
 from ..engine import tuple_of
 from ..module import InvertibleModule, mode
 from .running import (
+    Call,
     assert_near,
     assertion,
     check_log_det,
+    clone,
     clones,
     expect,
-    flat,
     has_log_det,
-    leaves,
-    named,
+    leaf,
     seed,
     shapes,
     tolerance_of,
@@ -46,12 +46,13 @@ def assert_round_trip(
     _check_domain(layer, "inputs in its domain", layer.domain, inputs)
     _check_domain(layer, "outputs in its codomain", layer.codomain, outputs)
     tolerance = round_trip_tolerance or tolerance_of(*inputs, *outputs, *layer.parameters(), *layer.buffers())
+    tolerance = 0.0 if layer.exact else tolerance
     for inverse in (layer.inverse, layer.inv):
         back = tuple_of(inverse(*clones(outputs), **side))
-        assert_near(layer, "the inverse to return the inputs", back, inputs, 0.0 if layer.exact else tolerance)
+        assert_near(layer, "the inverse to return the inputs", back, inputs, tolerance)
     with torch.no_grad():
         again = layer(*back, **side)
-    assert_near(layer, "the output of the inverse to be the output", again, outputs, 0.0 if layer.exact else tolerance)
+    assert_near(layer, "the output of the inverse to be the output", again, outputs, tolerance)
 
 
 def _check_domain(layer: InvertibleModule, what: str, domain: Any, values: tuple[Any, ...]) -> None:
@@ -74,80 +75,51 @@ def assert_log_det(
         log_det_tolerance: the relative error allowed.
         side: the side inputs.
     """
-    layer, inputs, side = _in_float64(layer, inputs, side)
-    outputs = tuple_of(layer(*clones(inputs), **side))
+    call = Call(layer, inputs, side).to(torch.float64)
+    outputs = call.each(clone).run()
     if not has_log_det(layer, inputs, outputs):
-        _assert_refuses(layer, inputs, side)
+        _assert_refuses(replace(call, log_det=True))
         return
-    y, log_det = layer.forward_and_log_det(*clones(inputs), **side)
-    check_log_det(layer, inputs[0], log_det)
-    assert_near(layer, "the output beside the log-determinant to be that of forward", y, outputs)
-    expected = jacobian_log_det(layer, inputs, side)
-    found = [log_det, layer.log_det(*clones(inputs), **side)]
-    for value in found:
-        assert_near(layer, "the log-determinant to be that of autograd's Jacobian", value, expected, log_det_tolerance)
-    x, inverse_log_det = layer.inverse_and_log_det(*clones(outputs), **side)
-    check_log_det(layer, outputs[0], inverse_log_det)
-    assert_near(
-        layer,
-        "the inverse beside its log-determinant to be that of inverse",
-        x,
-        layer.inverse(*clones(outputs), **side),
-    )
-    expected = jacobian_log_det(layer.inv, outputs, side)
-    assert_near(
-        layer,
-        "the inverse's log-determinant to be that of autograd's Jacobian",
-        inverse_log_det,
-        expected,
-        log_det_tolerance,
-    )
+    for one, whose in ((call, "the"), (call.back(outputs), "the inverse's")):
+        *values, log_det = replace(one, log_det=True).each(clone).run()
+        check_log_det(layer, one.inputs[0], log_det)
+        assert_near(layer, f"{whose} output beside a log-determinant to be that without", values, one.each(clone).run())
+        expected = jacobian_log_det(one)
+        for value in (log_det, one.module.log_det(*clones(one.inputs), **call.side)):
+            words = f"{whose} log-determinant to be that of autograd's Jacobian"
+            assert_near(layer, words, value, expected, log_det_tolerance)
     if layer.domain is torch.distributions.constraints.real:
-        _assert_finite_far_out(layer, inputs, side, largest)
+        _assert_finite_far_out(replace(call, log_det=True), largest)
 
 
-def _in_float64(
-    layer: InvertibleModule, inputs: tuple[Tensor, ...], side: dict[str, Any]
-) -> tuple[InvertibleModule, tuple[Tensor, ...], dict[str, Any]]:
-    wide = named(clones, side, torch.float64)
-    return layer.double(), clones(inputs, torch.float64), wide
-
-
-def _assert_refuses(layer: InvertibleModule, inputs: tuple[Tensor, ...], side: dict[str, Any]) -> None:
-    names = {type(module).__name__ for module in layer.modules()}
+def _assert_refuses(call: Call) -> None:
+    names = {type(module).__name__ for module in call.layer.modules()}
     try:
-        layer.forward_and_log_det(*inputs, **side)
+        call.run()
     except TypeError as error:
-        expect(any(name in str(error) for name in names), layer, "a TypeError that names the layer", error)
+        expect(any(name in str(error) for name in names), call.layer, "a TypeError that names the layer", error)
     else:
-        expect(False, layer, "a TypeError, since it has no log-determinant", "one")
+        expect(False, call.layer, "a TypeError, since it has no log-determinant", "one")
 
 
-def _assert_finite_far_out(
-    layer: InvertibleModule, inputs: tuple[Tensor, ...], side: dict[str, Any], largest: float
-) -> None:
-    far = tuple(x * (largest / x.abs().max().clamp_min(1e-9)) for x in inputs)
-    log_det = layer.forward_and_log_det(*far, **side)[1]
+def _assert_finite_far_out(call: Call, largest: float) -> None:
+    layer, inputs = call.layer, tuple(x * (largest / x.abs().max().clamp_min(1e-9)) for x in call.inputs)
+    far = replace(call, inputs=inputs)
+    log_det = far.run()[-1]
     expect(bool(log_det.isfinite().all()), layer, f"finite log-determinants at inputs up to {largest}", log_det)
-    narrow = named(clones, side, torch.float32)
-    low = layer.float().forward_and_log_det(*clones(far, torch.float32), **narrow)[1]
-    assert_near(
-        layer,
-        f"the float32 log-determinant at inputs up to {largest} to be that in float64",
-        low.double(),
-        log_det,
-        1e-3,
-    )
+    low = far.to(torch.float32).run()[-1]
+    words = f"the float32 log-determinant at inputs up to {largest} to be that in float64"
+    assert_near(layer, words, low.double(), log_det, 1e-3)
 
 
-def jacobian_log_det(layer: InvertibleModule, inputs: tuple[Tensor, ...], side: dict[str, Any]) -> Tensor:
+def jacobian_log_det(call: Call) -> Tensor:
     """Compute log abs det of the Jacobian of each sample, row by row."""
-    wanted = leaves(inputs)
-    with mode(layer, "store"):
-        outputs = tuple_of(layer(*wanted, **side))
+    call = call.each(leaf)
+    with mode(call.layer, "store"):
+        outputs = call.run()
     values = torch.cat([_flatten(y) for y in outputs], 1)
     rows = [
-        torch.autograd.grad(value, wanted, retain_graph=True, allow_unused=True, materialize_grads=True)
+        torch.autograd.grad(value, call.inputs, retain_graph=True, allow_unused=True, materialize_grads=True)
         for value in values.sum(0)
     ]
     jacobian = torch.stack([torch.cat([_flatten(g) for g in row], 1) for row in rows], 1)
@@ -165,39 +137,34 @@ def assert_gradients(layer: InvertibleModule, *inputs: Tensor, **side: Any) -> N
     Those of outputs and log-determinants, with respect to inputs, side inputs and parameters. The inverse of a layer
     that returns more values than it takes is left out: it inverts on the layer's range, which differences leave.
     """
-    layer, inputs, side = _in_float64(layer, inputs, side)
-    outputs = tuple_of(layer(*inputs, **side))
-    log_det = has_log_det(layer, inputs, outputs)
-    _check_derivatives(layer, leaves(inputs), named(leaves, side), log_det)
+    call = Call(layer, inputs, side).to(torch.float64)
+    outputs = call.run()
+    call = call.kinds(outputs)[-1]
+    _check_derivatives(call.each(leaf))
     if sum(x.numel() for x in inputs) == sum(y.numel() for y in outputs):
-        _check_derivatives(layer.inv, leaves(outputs), named(leaves, side), log_det)
+        _check_derivatives(call.back(outputs).each(leaf))
 
 
-def _check_derivatives(
-    layer: InvertibleModule, inputs: tuple[Tensor, ...], side: dict[str, Any], log_det: bool
-) -> None:
-    wanted = [*inputs, *side.values(), *layer.parameters()]
-    tensors = tuple(t for t in wanted if isinstance(t, Tensor) and t.requires_grad)
+def _check_derivatives(call: Call) -> None:
+    tensors = tuple(t for t in call.tensors().values() if t.requires_grad)
 
     def run(*_: Tensor) -> tuple[Tensor, ...]:  # gradcheck moves the tensors themselves
         seed()
-        if log_det:
-            return flat(*layer.forward_and_log_det(*inputs, **side))
-        return tuple_of(layer(*inputs, **side))
+        return call.run()
 
     def run_with_graphs(*_: Tensor) -> tuple[Tensor, ...]:  # gradcheck leaves out outputs without one
         nothing = sum(0 * t.real.sum() if t.is_complex() else 0 * t.sum() for t in tensors)
         return tuple(y + nothing if y.is_floating_point() and not y.requires_grad else y for y in run())
 
     torch.autograd.gradcheck(run_with_graphs, tensors, fast_mode=True)
-    _check_second_derivatives(layer, run, tensors)
+    _check_second_derivatives(call.module, run, tensors)
 
 
 def _check_second_derivatives(
     layer: InvertibleModule, run: Callable[..., tuple[Tensor, ...]], tensors: tuple[Tensor, ...]
 ) -> None:
     """Compare along one random direction of all tensors at once: `gradgradcheck` runs the layer for each of them."""
-    weights = leaves(torch.randn_like(y) for y in run() if y.requires_grad)
+    weights = tuple(leaf(torch.randn_like(y)) for y in run() if y.requires_grad)
     moving = (*tensors, *weights)
     along, across = (tuple(map(torch.randn_like, moving)) for _ in range(2))
 
@@ -239,35 +206,27 @@ def assert_dtypes(
         side: the side inputs.
     """
     for dtype in dtypes:
-        there = layer.to(dtype)
-        narrow = named(clones, side, dtype)
-        given = clones(inputs, dtype)
-        outputs = tuple_of(there(*given, **narrow))
-        _assert_like_float64(there, given, narrow, outputs, dtype)
-        back = tuple_of(there.inverse(*outputs, **narrow))
-        _assert_like_float64(there.inv, clones(outputs), narrow, back, dtype)
+        call = Call(layer, inputs, side).to(dtype)
+        outputs = call.run()
+        _assert_like_float64(call, outputs, dtype)
+        back = call.back(clones(outputs))
+        returned = back.run()
+        _assert_like_float64(back, returned, dtype)
         if not layer.saturating:
-            assert_near(layer, f"the {dtype} inverse to return the inputs", back, given)
+            assert_near(layer, f"the {dtype} inverse to return the inputs", returned, call.inputs)
 
 
-def _assert_like_float64(
-    layer: InvertibleModule,
-    inputs: tuple[Tensor, ...],
-    side: dict[str, Any],
-    outputs: tuple[Any, ...],
-    dtype: torch.dtype,
-) -> None:
-    for x, y in zip(inputs[:1] * len(outputs), outputs, strict=True):
+def _assert_like_float64(call: Call, outputs: tuple[Any, ...], dtype: torch.dtype) -> None:
+    layer, (x, *_) = call.module, call.inputs
+    for y in outputs:
         expect(y.dtype == x.dtype, layer, f"outputs of dtype {x.dtype}", y.dtype)
         expect(bool(y.isfinite().all()), layer, f"finite outputs in {dtype}", y)
-    wide, wide_inputs, wide_side = _in_float64(copy.deepcopy(layer), inputs, side)
-    exact = tuple_of(wide(*wide_inputs, **wide_side))
-    tolerance = tolerance_of(*inputs)
+    wide = call.anew().to(torch.float64)
+    tolerance, exact = tolerance_of(*call.inputs), wide.run()
     assert_near(layer, f"the {dtype} output to be that in float64", clones(outputs, torch.float64), exact, tolerance)
-    if has_log_det(layer, inputs, outputs):
-        log_det = layer.forward_and_log_det(*inputs, **side)[1]
-        check_log_det(layer, inputs[0], log_det)
-        expected = wide.forward_and_log_det(*wide_inputs, **wide_side)[1]
+    if has_log_det(layer, call.inputs, outputs):
+        log_det, expected = (replace(one, log_det=True).run()[-1] for one in (call, wide))
+        check_log_det(layer, x, log_det)
         assert_near(layer, f"the {dtype} log-determinant to be that in float64", log_det.double(), expected, tolerance)
 
 
@@ -288,30 +247,28 @@ def assert_batch_sizes(
         independent_samples: false for a layer that normalises over the batch.
         side: the side inputs; those whose first size is the batch's are cut as it is.
     """
-    layer, inputs, side = _in_float64(layer, inputs, side)
-    outputs = tuple_of(layer(*inputs, **side))
-    for module, given in ((layer, inputs), (layer.inv, outputs)):
-        log_det = has_log_det(layer, inputs, outputs)
-        whole = _run_batch(module, given, side, log_det, slice(None))
+    call = Call(layer, inputs, side).to(torch.float64)
+    outputs = call.run()
+    call = call.kinds(outputs)[-1]
+    for one in (call, call.back(outputs)):
+        whole = _run_batch(one, slice(None))
         for size in batch_sizes:
-            part = _run_batch(module, given, side, log_det, slice(-size, None) if size else slice(0, 0))
+            part = _run_batch(one, slice(-size, None) if size else slice(0, 0))
             for what, values in part.items():
                 expected = tuple(y[len(y) - size :] for y in whole[what])
                 wanted, got = shapes(expected), shapes(values)
-                expect(got == wanted, module, f"{what} of shapes {wanted}", got)
+                expect(got == wanted, one.module, f"{what} of shapes {wanted}", got)
                 if independent_samples:
                     words = f"the {what} of a batch of {size} to be those in a larger one"
-                    assert_near(module, words, values, expected)
+                    assert_near(one.module, words, values, expected)
 
 
-def _run_batch(
-    layer: InvertibleModule, inputs: tuple[Tensor, ...], side: dict[str, Any], log_det: bool, part: slice
-) -> dict[str, tuple[Tensor, ...]]:
-    batch = len(inputs[0])
-    cut: Callable[[Any], Any] = lambda v: v[part] if isinstance(v, Tensor) and v.ndim and len(v) == batch else v  # noqa: E731
-    given, sides = leaves(cut(x) for x in inputs), {name: cut(value) for name, value in side.items()}
-    outputs = flat(*layer.forward_and_log_det(*given, **sides)) if log_det else tuple_of(layer(*given, **sides))
-    gradients = torch.autograd.grad(sum(y.abs().sum() for y in outputs), given, allow_unused=True)
+def _run_batch(call: Call, part: slice) -> dict[str, tuple[Tensor, ...]]:
+    batch = len(call.inputs[0])
+    call = call.each(lambda v: v[part] if isinstance(v, Tensor) and v.ndim and len(v) == batch else v)
+    call = replace(call, inputs=tuple(map(leaf, call.inputs)))
+    outputs = call.run()
+    gradients = torch.autograd.grad(sum(y.abs().sum() for y in outputs), call.inputs, allow_unused=True)
     used = all(gradient is not None for gradient in gradients)
-    expect(used, layer, f"gradients of all inputs of shapes {shapes(given)}", gradients)
-    return {"outputs": tuple(y.detach() for y in outputs), "gradients": gradients}
+    expect(used, call.module, f"gradients of all inputs of shapes {shapes(call.inputs)}", gradients)
+    return {"outputs": clones(outputs), "gradients": gradients}

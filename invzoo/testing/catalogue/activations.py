@@ -5,6 +5,7 @@ from torch import nn
 import invzoo as iz
 
 from ..entries import Case, Entry
+from .nets import with_context
 
 __all__ = ["ACTIVATIONS"]
 
@@ -22,12 +23,7 @@ ACTIVATIONS: tuple[Entry, ...] = (
         "sum of log a and log b",
         Case(lambda: iz.InvertiblePReLU(3, dim=1), (3, 4)),
         Case(lambda: iz.InvertiblePReLU(4, 2.0, dim=-1), (3, 4), id="last"),
-        Case(
-            lambda: iz.InvertiblePReLU(3, dim=1, conditioner=nn.Linear(2, 6)),
-            (3, 2),
-            id="context",
-            side={"context": (2,)},
-        ),
+        with_context(2, lambda: iz.InvertiblePReLU(3, dim=1, conditioner=nn.Linear(2, 6)), (3, 2)),
     ),
     Entry(
         iz.SneakyReLU,
@@ -41,7 +37,6 @@ ACTIVATIONS: tuple[Entry, ...] = (
         "sum of x + log alpha over x < 0",
         Case(iz.InvertibleELU, (3, 4)),
         Case(lambda: iz.InvertibleELU(0.5), (5,), id="alpha"),
-        keeps="its input",
     ),
     Entry(
         iz.InvertibleSigmoid,
@@ -49,7 +44,6 @@ ACTIVATIONS: tuple[Entry, ...] = (
         "-sum(softplus(x) + softplus(-x))",
         Case(iz.InvertibleSigmoid, (3, 4)),
         Case(lambda: iz.InvertibleSigmoid(eps=0.25), (3,), id="eps"),
-        keeps="its input",
     ),
     Entry(
         iz.InvertibleLogit,
@@ -57,46 +51,25 @@ ACTIVATIONS: tuple[Entry, ...] = (
         "-sum(log(x) + log(1 - x))",
         Case(iz.InvertibleLogit, (3, 4)),
         Case(lambda: iz.InvertibleLogit(eps=0.25), (3,), id="eps"),
-        keeps="its input",
     ),
-    Entry(
-        iz.InvertibleTanh,
-        "tanh(x)",
-        "2 sum(log 2 - x - softplus(-2 x))",
-        Case(iz.InvertibleTanh, (3, 4)),
-        keeps="its input",
-    ),
-    Entry(
-        iz.InvertibleAtanh,
-        "atanh(x)",
-        "-sum(log(1 + x) + log(1 - x))",
-        Case(iz.InvertibleAtanh, (3, 4)),
-        keeps="its input",
-    ),
-    Entry(
-        iz.InvertibleSoftplus,
-        "log(1 + exp(x))",
-        "-sum softplus(-x)",
-        Case(iz.InvertibleSoftplus, (3, 4)),
-        keeps="its input",
-    ),
-    Entry(iz.InvertibleExp, "exp(x)", "sum of x", Case(iz.InvertibleExp, (3, 4)), keeps="its input"),
-    Entry(iz.InvertibleLog, "log(x)", "-sum log(x)", Case(iz.InvertibleLog, (3, 4)), keeps="its input"),
+    Entry(iz.InvertibleTanh, "tanh(x)", "2 sum(log 2 - x - softplus(-2 x))", Case(iz.InvertibleTanh, (3, 4))),
+    Entry(iz.InvertibleAtanh, "atanh(x)", "-sum(log(1 + x) + log(1 - x))", Case(iz.InvertibleAtanh, (3, 4))),
+    Entry(iz.InvertibleSoftplus, "log(1 + exp(x))", "-sum softplus(-x)", Case(iz.InvertibleSoftplus, (3, 4))),
+    Entry(iz.InvertibleExp, "exp(x)", "sum of x", Case(iz.InvertibleExp, (3, 4))),
+    Entry(iz.InvertibleLog, "log(x)", "-sum log(x)", Case(iz.InvertibleLog, (3, 4))),
     Entry(
         iz.SinhArcsinh,
         "sinh(exp(t) asinh(x) + s), s and t learned",
         "sum of t + log cosh(exp(t) asinh(x) + s) - log cosh(asinh(x))",
         Case(lambda: iz.SinhArcsinh(3, dim=1), (3, 4)),
-        Case(
-            lambda: iz.SinhArcsinh(3, dim=1, conditioner=nn.Linear(2, 6)), (3, 2), id="context", side={"context": (2,)}
-        ),
+        with_context(2, lambda: iz.SinhArcsinh(3, dim=1, conditioner=nn.Linear(2, 6)), (3, 2)),
     ),
     Entry(
         iz.Snake,
         "x + sin(a x)^2 / (2 a), a learned",
         "sum log(1 + sin(2 a x) / 2)",
         Case(lambda: iz.Snake(3, dim=1), (3, 4)),
-        Case(lambda: iz.Snake(3, dim=1, conditioner=nn.Linear(2, 3)), (3, 2), id="context", side={"context": (2,)}),
+        with_context(2, lambda: iz.Snake(3, dim=1, conditioner=nn.Linear(2, 3)), (3, 2)),
         cost="about 8 evaluations",
     ),
 )

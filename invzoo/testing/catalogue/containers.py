@@ -3,7 +3,7 @@
 import invzoo as iz
 
 from ..entries import Case, Entry
-from .nets import Conditioned, after_a_batch, convolutions, subnet
+from .nets import Conditioned, after_a_batch, convolutions, subnet, with_context
 
 __all__ = ["CONTAINERS"]
 
@@ -20,12 +20,7 @@ CONTAINERS: tuple[Entry, ...] = (
             ),
             (4,),
         ),
-        Case(
-            lambda: iz.InvertibleSequential(iz.AffineCoupling(Conditioned(2, 3, 4)), iz.Reverse()),
-            (4,),
-            id="context",
-            side={"context": (3,)},
-        ),
+        with_context(3, lambda: iz.InvertibleSequential(iz.AffineCoupling(Conditioned(2, 3, 4)), iz.Reverse()), (4,)),
         cost="sum of its layers'",
         keeps="what its layers keep",
     ),
@@ -73,19 +68,14 @@ CONTAINERS: tuple[Entry, ...] = (
         "sum over its couplings",
         Case(lambda: iz.HINTCoupling(5, subnet), (5,)),
         Case(lambda: iz.HINTCoupling(4, convolutions, depth=1), (4, 2, 2), id="images"),
-        Case(
-            lambda: iz.HINTCoupling(4, lambda n, m: Conditioned(n, 3, m), depth=2),
-            (4,),
-            id="context",
-            side={"context": (3,)},
-        ),
+        with_context(3, lambda: iz.HINTCoupling(4, lambda n, m: Conditioned(n, 3, m), depth=2), (4,)),
     ),
     Entry(
         iz.Inverse,
         "layer.inverse(x)",
         "minus its layer's",
         Case(lambda: iz.Inverse(iz.InvertibleLinear(4, kind="plu")), (4,)),
-        Case(lambda: iz.Inverse(iz.AffineCoupling(Conditioned(2, 3, 4))), (4,), id="context", side={"context": (3,)}),
+        with_context(3, lambda: iz.Inverse(iz.AffineCoupling(Conditioned(2, 3, 4))), (4,)),
         cost="1x",
         keeps="what its layer keeps",
     ),

@@ -5,7 +5,7 @@ import invzoo as iz
 from ...layers.maps.mixture import MixtureOfLogistics
 from ...layers.maps.spline import RationalQuadratic
 from ..entries import Case, Entry
-from .nets import Conditioned, convolutions, subnet
+from .nets import Conditioned, convolutions, subnet, with_context
 
 __all__ = ["COUPLINGS"]
 
@@ -21,7 +21,7 @@ COUPLINGS: tuple[Entry, ...] = (
         Case(lambda: iz.AdditiveCoupling(subnet(4, 1), subnet(1, 4), split=(1, 4)), (5,), id="sizes"),
         Case(lambda: iz.AdditiveCoupling(subnet(2, 2), subnet(2, 2), swap=True), (2,), (2,), id="streams"),
         Case(lambda: iz.AdditiveCoupling(convolutions(2, 2), split="checkerboard"), (2, 3, 2), id="checkerboard"),
-        Case(lambda: iz.AdditiveCoupling(Conditioned(2, 3, 2)), (4,), id="context", side={"context": (3,)}),
+        with_context(3, lambda: iz.AdditiveCoupling(Conditioned(2, 3, 2)), (4,)),
     ),
     Entry(
         iz.AffineCoupling,
@@ -34,7 +34,7 @@ COUPLINGS: tuple[Entry, ...] = (
         Case(lambda: iz.AffineCoupling(subnet(2, 4), scale="exp", swap=True), (4,), id="exp"),
         Case(lambda: iz.AffineCoupling(subnet(1, 6), subnet(3, 2), split=0.25, swap=True), (4,), id="fraction"),
         Case(lambda: iz.AffineCoupling(convolutions(2, 4), split="checkerboard"), (2, 3, 2), id="checkerboard"),
-        Case(lambda: iz.AffineCoupling(Conditioned(2, 3, 4)), (4,), id="context", side={"context": (3,)}),
+        with_context(3, lambda: iz.AffineCoupling(Conditioned(2, 3, 4)), (4,)),
     ),
     Entry(
         iz.GINCoupling,
@@ -54,14 +54,14 @@ COUPLINGS: tuple[Entry, ...] = (
             (2, 3, 2),
             id="checkerboard",
         ),
-        Case(lambda: iz.RationalQuadraticCoupling(Conditioned(2, 3, 46)), (4,), id="context", side={"context": (3,)}),
+        with_context(3, lambda: iz.RationalQuadraticCoupling(Conditioned(2, 3, 46)), (4,)),
     ),
     Entry(
         iz.MixtureLogisticCoupling,
         "y1 = e^a logit(F(x1)) + b, F a mixture of logistics from x2, y2 likewise",
         "sum of log slopes",
         Case(lambda: iz.MixtureLogisticCoupling(subnet(3, 24), subnet(3, 24), components=2), (6,)),
-        Case(lambda: iz.MixtureLogisticCoupling(Conditioned(2, 3, 28)), (4,), id="context", side={"context": (3,)}),
+        with_context(3, lambda: iz.MixtureLogisticCoupling(Conditioned(2, 3, 28)), (4,)),
         cost="a run, and 10 to 25 of the mixture",
     ),
     # ---- autoregressive layers ----
@@ -74,10 +74,7 @@ COUPLINGS: tuple[Entry, ...] = (
         Case(lambda: iz.MaskedAutoregressive(3, (4,), map="spline", order="random"), (3,), id="spline"),
         Case(lambda: iz.MaskedAutoregressive(3, (4,), map=MixtureOfLogistics(2)), (3,), id="mixture"),
         Case(lambda: iz.MaskedAutoregressive(3, (4,), map=RationalQuadratic(3, tails=None)), (3,), id="no_tails"),
-        Case(
-            lambda: iz.MaskedAutoregressive(3, (6, 4), context_features=2), (3,), id="context", side={"context": (2,)}
-        ),
+        with_context(2, lambda: iz.MaskedAutoregressive(3, (6, 4), context_features=2), (3,)),
         cost="a run, in a step for each feature",
-        keeps="its input",
     ),
 )

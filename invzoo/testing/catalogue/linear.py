@@ -7,6 +7,7 @@ import invzoo as iz
 from ...module import InvertibleModule
 from ..entries import Case, Entry
 from ..inputs import Shape
+from .nets import with_context
 
 __all__ = ["LINEAR"]
 
@@ -60,12 +61,7 @@ LINEAR: tuple[Entry, ...] = (
         Case(lambda: iz.InvertiblePatchConv(2, None, (1, 2)), (2, 2, 4)),
         Case(lambda: iz.InvertiblePatchConv(1, kind="plu"), (1, 2, 4), id="plu"),
         Case(lambda: iz.InvertiblePatchConv(2, 5, (2,), kind="cayley"), (2, 4), id="wide"),
-        Case(
-            lambda: iz.InvertiblePatchConv(1, kind="scaled", conditioner=nn.Linear(3, 40)),
-            (1, 2, 4),
-            id="context",
-            side={"context": (3,)},
-        ),
+        with_context(3, lambda: iz.InvertiblePatchConv(1, kind="scaled", conditioner=nn.Linear(3, 40)), (1, 2, 4)),
     ),
     Entry(
         iz.OrthogonalDownsample,
@@ -90,7 +86,6 @@ LINEAR: tuple[Entry, ...] = (
         Case(lambda: iz.EmergingConv(2, (3,), bias=False), (2, 4), id="sequence"),
         Case(lambda: iz.EmergingConv(2, 2, mask="corner"), (2, 2, 3), id="corner"),
         cost="a run and one step for each pixel of an edge",
-        keeps="its input",
     ),
     Entry(
         iz.PeriodicConv,

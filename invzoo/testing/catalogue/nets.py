@@ -1,11 +1,15 @@
-"""Subnets of the catalogue's layers, and how a layer sees its first batch."""
+"""Subnets of the catalogue's layers, and how a layer sees its first batch or a context."""
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from ...module import InvertibleModule
+from ..entries import Case
+from ..inputs import Shape
 
-__all__ = ["Conditioned", "after_a_batch", "convolutions", "subnet"]
+__all__ = ["Conditioned", "after_a_batch", "convolutions", "subnet", "with_context"]
 
 
 def subnet(inputs: int, outputs: int) -> nn.Module:
@@ -34,3 +38,8 @@ def after_a_batch(layer: InvertibleModule, *shape: int) -> InvertibleModule:
     with torch.no_grad():
         layer(1 + 2 * torch.randn(20, *shape))
     return layer
+
+
+def with_context(features: int, make: Callable[[], InvertibleModule], *shapes: Shape) -> Case:
+    """Make the case of a layer that sees a context of so many features."""
+    return Case(make, *shapes, id="context", side={"context": (features,)})

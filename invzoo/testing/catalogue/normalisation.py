@@ -8,7 +8,7 @@ import invzoo as iz
 
 from ...module import InvertibleModule
 from ..entries import Case, Entry
-from .nets import after_a_batch, convolutions
+from .nets import after_a_batch, convolutions, with_context
 
 __all__ = ["NORMALISATION"]
 
@@ -46,12 +46,7 @@ NORMALISATION: tuple[Entry, ...] = (
         "pixels times the sum of s",
         Case(lambda: iz.ElementwiseAffine(3, dim=1), (3, 2)),
         Case(lambda: iz.ElementwiseAffine(3, dim=-1, bias=False), (2, 3), id="last"),
-        Case(
-            lambda: iz.ElementwiseAffine(3, dim=1, conditioner=nn.Linear(2, 6)),
-            (3, 2),
-            id="context",
-            side={"context": (2,)},
-        ),
+        with_context(2, lambda: iz.ElementwiseAffine(3, dim=1, conditioner=nn.Linear(2, 6)), (3, 2)),
     ),
     Entry(
         iz.ConditionalAffine,

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 import invzoo as iz
 
 from ..entries import Case, Entry
-from .nets import Conditioned, subnet
+from .nets import Conditioned, subnet, with_context
 
 __all__ = ["RESIDUAL"]
 
@@ -43,22 +43,21 @@ RESIDUAL: tuple[Entry, ...] = (
         _estimated("series", 2, 3),
         _estimated("roulette", 3),
         Case(lambda: iz.InvertibleResidual(_Contraction(3), solve=True), (3,), id="solve"),
-        Case(lambda: iz.InvertibleResidual(_Contraction(2, 3)), (2,), id="context", side={"context": (3,)}),
+        with_context(3, lambda: iz.InvertibleResidual(_Contraction(2, 3)), (2,)),
         cost="about 10 runs",
-        keeps="its input",
     ),
     Entry(
         iz.Leapfrog,
         "(x_prev, x) -> (x, 2 x - x_prev + h^2 f(x))",
         "0",
         Case(lambda: iz.Leapfrog(subnet(3, 3), 0.5), (3,), (3,)),
-        Case(lambda: iz.Leapfrog(Conditioned(2, 3, 2)), (2,), (2,), id="context", side={"context": (3,)}),
+        with_context(3, lambda: iz.Leapfrog(Conditioned(2, 3, 2)), (2,), (2,)),
     ),
     Entry(
         iz.MomentumResidual,
         "v' = gamma v + (1 - gamma) f(x), x' = x + v'",
         "log gamma times the size of x",
         Case(lambda: iz.MomentumResidual(subnet(3, 3)), (3,), (3,)),
-        Case(lambda: iz.MomentumResidual(Conditioned(2, 3, 2), 0.5), (2,), (2,), id="context", side={"context": (3,)}),
+        with_context(3, lambda: iz.MomentumResidual(Conditioned(2, 3, 2), 0.5), (2,), (2,)),
     ),
 )

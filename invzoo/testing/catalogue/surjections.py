@@ -62,7 +62,6 @@ SURJECTIONS: tuple[Entry, ...] = (
         _surjection(lambda: iz.Slice(2), (4,)),
         _surjection(lambda: iz.Slice(1, -1), (2, 3), id="last"),
         _surjection(lambda: iz.Slice(2, distribution=_Gaussian(2, 3, 2)), (4,), id="context", side={"context": (3,)}),
-        keeps="its input",
     ),
     Entry(
         iz.Augment,
@@ -70,7 +69,6 @@ SURJECTIONS: tuple[Entry, ...] = (
         "-log q(e | x)",
         _surjection(lambda: iz.Augment(2), (3,)),
         _surjection(lambda: iz.Augment(2, distribution=_Gaussian(2, 3, 2)), (2,), id="context", side={"context": (3,)}),
-        keeps="its input",
     ),
     Entry(
         iz.Abs,
@@ -78,7 +76,6 @@ SURJECTIONS: tuple[Entry, ...] = (
         "log p(sign | y)",
         _surjection(iz.Abs, (4,)),
         _surjection(lambda: iz.Abs(distribution=_Coin(4, 4)), (4,), id="net"),
-        keeps="its input",
     ),
     Entry(
         iz.Dequantize,
@@ -92,6 +89,5 @@ SURJECTIONS: tuple[Entry, ...] = (
             assert_modes_agree="floor has no gradient",
             assert_batch_sizes="floor has no gradient",
         ),
-        keeps="its input",
     ),
 )
