@@ -22,12 +22,12 @@ from invzoo.testing.memory import track_memory
 from tests.reference import (
     FEATURES,
     HALF,
+    Called,
     Case,
     PlainAdditive,
     PlainAffine,
     assert_near,
     assert_same_step,
-    gradients,
     make,
     mlp,
     train_step,
@@ -35,151 +35,114 @@ from tests.reference import (
 
 MATMULS = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
 
-
-def reentrant(net: Callable, *args: Tensor) -> Tensor:
-    return checkpoint(net, *args, use_reentrant=True)
+How = Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]
 
 
-def nonreentrant(net: Callable, *args: Tensor) -> Tensor:
-    return checkpoint(net, *args, use_reentrant=False)
+def reentrant(net: Callable, x: Tensor) -> Tensor:
+    return checkpoint(net, x, use_reentrant=True)
 
 
-def selective(net: Callable, *args: Tensor) -> Tensor:
-    return checkpoint(
-        net, *args, use_reentrant=False, context_fn=partial(create_selective_checkpoint_contexts, MATMULS)
-    )
+def nonreentrant(net: Callable, x: Tensor, policy: object = None, **options: object) -> Tensor:
+    if policy is not None:
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, policy)
+    return checkpoint(net, x, use_reentrant=False, **options)
 
 
 def prefer(ctx, op, *args, **kwargs) -> CheckpointPolicy:
-    return (
-        CheckpointPolicy.MUST_SAVE
-        if op in (*MATMULS, torch.ops.aten.tanh.default)
-        else CheckpointPolicy.PREFER_RECOMPUTE
-    )
+    saved = op in (*MATMULS, torch.ops.aten.tanh.default)
+    return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def by_policy(net: Callable, *args: Tensor) -> Tensor:
-    return checkpoint(net, *args, use_reentrant=False, context_fn=partial(create_selective_checkpoint_contexts, prefer))
+selective = partial(nonreentrant, policy=MATMULS)
+# What it caches goes through the hooks of others: opt-in from torch 2.14 on, announced as the default.
+RESPECT = {"respect_saved_tensors_hooks"} & inspect.signature(checkpoint).parameters.keys()
+CHECKPOINTS = {
+    "reentrant": reentrant,
+    "nonreentrant": nonreentrant,
+    "selective": selective,
+    "by policy": partial(nonreentrant, policy=prefer),
+    "respectful": partial(nonreentrant, policy=prefer, **dict.fromkeys(RESPECT, True)),
+}
 
 
-def respectful(net: Callable, *args: Tensor) -> Tensor:
-    """What it caches goes through the hooks of others: opt-in from torch 2.14 on, announced as the default."""
-    options = {"respect_saved_tensors_hooks"} & inspect.signature(checkpoint).parameters.keys()
-    contexts = partial(create_selective_checkpoint_contexts, prefer)
-    return checkpoint(net, *args, use_reentrant=False, context_fn=contexts, **dict.fromkeys(options, True))
-
-
-CHECKPOINTS = [reentrant, nonreentrant, selective, by_policy, respectful]
-
-
-class Checkpointed(nn.Module):
-    """A subnet that checkpoints itself."""
-
-    def __init__(self, net: nn.Module, how: Callable) -> None:
-        super().__init__()
-        self.net, self.how = net, how
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.how(self.net, x)
+@pytest.fixture(params=CHECKPOINTS)
+def how(request: pytest.FixtureRequest) -> How:
+    return CHECKPOINTS[request.param]
 
 
 # ---- checkpoint -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("how", CHECKPOINTS)
-def test_inside_checkpoint(case: Case, how: Callable):
-    assert_same_step(case, lambda net, x: how(net, x))
+def test_inside_checkpoint(case: Case, how: How):
+    assert_same_step(case, how)
 
 
-@pytest.mark.parametrize("how", CHECKPOINTS)
-def test_inside_checkpoint_with_neighbours(case: Case, how: Callable):
+def test_inside_checkpoint_with_neighbours(case: Case, how: How):
     head = nn.Linear(FEATURES, FEATURES)
     assert_same_step(case, lambda net, x: how(lambda v: head(net(v.exp())).sigmoid(), x))
 
 
-@pytest.mark.parametrize("how", CHECKPOINTS)
-def test_checkpointed_output_is_all_that_the_loss_sees(case: Case, how: Callable):
+def test_checkpointed_output_is_all_that_the_loss_sees(case: Case, how: How):
     """No op after the stack saves anything, so the stack's own handles are the first to be unpacked."""
 
-    def step(net: nn.Module) -> list[Tensor | None]:
-        net.zero_grad()
+    def program(net: nn.Module) -> Tensor:
         x = case.x.clone().requires_grad_()
         how(net, x).sum().backward()
-        return gradients(net, x)
+        return x.grad
 
-    for _ in range(2):
-        assert_near(step(case.net), step(case.plain))
+    case.holds(program)
 
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # in inverses, which need no gradients
-@pytest.mark.parametrize("how", CHECKPOINTS)
 @pytest.mark.parametrize("name", ["affine", "sequential", "stack", "streams"])
-def test_checkpoint_inside_subnets(name: str, mode: str, how: Callable):
-    case = make(name, lambda *sizes: Checkpointed(mlp(*sizes), how))
-    with iz.mode(case.net, mode):
-        assert_same_step(case)
+def test_checkpoint_inside_subnets(name: str, mode: str, how: How):
+    assert_same_step(make(name, lambda *sizes: Called(mlp(*sizes), how), mode))
 
 
-@pytest.mark.parametrize("how", CHECKPOINTS)
-def test_checkpoint_of_checkpointed_subnets_with_dropout(mode: str, how: Callable):
-    case = make("stack", lambda *sizes: Checkpointed(mlp(*sizes, nn.Dropout(0.5)), nonreentrant))
-    with iz.mode(case.net, mode):
-        for seed in range(2):
-            torch.manual_seed(seed)
-            actual = train_step(case.net, case.x, how)
-            after = torch.rand(3)
-            torch.manual_seed(seed)
-            assert_near(actual, train_step(case.plain, case.x, how))
-            assert_near([after], [torch.rand(3)])
+def test_checkpoint_of_checkpointed_subnets_with_dropout(mode: str, how: How):
+    case = make("stack", lambda *sizes: Called(mlp(*sizes, nn.Dropout(0.5)), nonreentrant), mode)
+    case.holds(lambda net: train_step(net, case.x, how))
 
 
-@pytest.mark.parametrize("how", [nonreentrant, selective, by_policy, respectful])
-def test_two_checkpointed_forwards_in_flight(case: Case, how: Callable):
+def test_two_checkpointed_forwards_in_flight(case: Case, how: How):
     """The second backward recomputes after the first one has verified the replay: its recomputation must not differ."""
     head = nn.Linear(FEATURES, FEATURES, bias=False)
 
-    def step(net: nn.Module) -> list[Tensor | None]:
-        net.zero_grad()
+    def program(net: nn.Module) -> Tensor:
         x = case.x.clone().requires_grad_()
         first = how(lambda v: head(net(v.exp())).sin(), x).square().sum()
         second = how(lambda v: head(net(v.cos())).sin(), x).square().sum()
         second.backward()
         first.backward()
-        return gradients(net, x)
+        return x.grad
 
-    for _ in range(2):
-        assert_near(step(case.net), step(case.plain))
+    case.holds(program)
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_checkpoint_sequential(mode: str, use_reentrant: bool):
-    case = make("sequential")
-    with iz.mode(case.net, mode):
-        assert_same_step(case, lambda net, x: checkpoint_sequential(net, 2, x, use_reentrant=use_reentrant))
+    case = make("sequential", mode=mode)
+    assert_same_step(case, lambda net, x: checkpoint_sequential(net, 2, x, use_reentrant=use_reentrant))
 
 
 @pytest.mark.parametrize("how", [reentrant, nonreentrant])
-def test_batch_norm_in_a_checkpointed_stack(mode: str, how: Callable):
-    case = make("stack", lambda *sizes: mlp(*sizes, nn.BatchNorm1d(5)))
-    with iz.mode(case.net, mode):
-        assert_same_step(case, how)
-    if (
-        how is nonreentrant
-    ):  # its recomputation stops early; here it has less to recompute, so statistics move less often
+def test_batch_norm_in_a_checkpointed_stack(mode: str, how: How):
+    case = make("stack", lambda *sizes: mlp(*sizes, nn.BatchNorm1d(5)), mode)
+    assert_same_step(case, how)
+    if how is reentrant:
+        assert_near([*case.net.buffers()], [*case.plain.buffers()])
+    else:  # its recomputation stops early; here it has less to recompute, so statistics move less often
         assert all(b in (2, 4) for b in case.net.buffers() if not b.is_floating_point())
-        return
-    assert_near([b.double() for b in case.net.buffers()], [b.double() for b in case.plain.buffers()])
 
 
 def test_checkpointed_subnets_hold_nothing():
     """What a non-reentrant checkpoint saves of its input goes through the stack's hooks as well."""
 
     def held(depth: int) -> int:
-        nets = [Checkpointed(mlp(HALF, 3), nonreentrant) for _ in range(2 * depth)]
-        net = iz.InvertibleSequential(*(iz.AdditiveCoupling(f, g, check="never") for f, g in zip(*[iter(nets)] * 2)))
-        x = torch.randn(64, FEATURES)
+        nets = [Called(mlp(HALF, HALF), nonreentrant) for _ in range(depth)]
+        net = iz.InvertibleSequential(*(iz.AdditiveCoupling(f, check="never") for f in nets))
         with track_memory() as memory:
-            y = net(x)
+            y = net(torch.randn(64, FEATURES))
             current = memory.current
         del y
         return current
@@ -191,71 +154,50 @@ def test_checkpointed_subnets_hold_nothing():
 # ---- saved-tensor hooks around the step -----------------------------------------------------------------------------
 
 
+def offloaded(net: nn.Module, x: Tensor) -> Tensor:
+    with save_on_cpu():
+        return net(x)
+
+
 def test_save_on_cpu_around_forward(case: Case):
-    def call(net: nn.Module, x: Tensor) -> Tensor:
-        with save_on_cpu():
-            return net(x)
-
-    assert_same_step(case, call)
-
-
-@pytest.mark.parametrize("pin", [False])
-def test_save_on_cpu_around_the_step(case: Case, pin: bool):
-    for _ in range(2):
-        with save_on_cpu(pin_memory=pin):
-            actual = train_step(case.net, case.x)
-            expected = train_step(case.plain, case.x)
-        assert_near(actual, expected)
+    assert_same_step(case, offloaded)
 
 
 def test_save_on_cpu_inside_subnets(case: Case):
-    class Offloaded(nn.Module):
-        def __init__(self, net: nn.Module) -> None:
-            super().__init__()
-            self.net = net
-
-        def forward(self, x: Tensor) -> Tensor:
-            with save_on_cpu():
-                return self.net(x)
-
-    made = make(case.subject.form, lambda *sizes: Offloaded(mlp(*sizes)))
-    with iz.mode(made.net, case.subject.mode):
-        assert_same_step(made)
+    assert_same_step(make(case.subject.form, lambda *sizes: Called(mlp(*sizes), offloaded), case.subject.mode))
 
 
-def test_hooks_that_change_what_is_saved_around_the_step(case: Case):
-    """Hooks around a stack see what is saved outside calls; they must give it back to the right place."""
-    for _ in range(2):
-        with saved_tensors_hooks(lambda t: t.clone().numpy(), torch.from_numpy):
-            actual, expected = train_step(case.net, case.x), train_step(case.plain, case.x)
-        assert_near(actual, expected)
+@pytest.mark.parametrize(
+    "hooks", [save_on_cpu, lambda: saved_tensors_hooks(lambda t: t.clone().numpy(), torch.from_numpy)]
+)
+def test_hooks_around_the_step(case: Case, hooks: Callable[[], saved_tensors_hooks]):
+    """They see what is saved outside calls too, and must get it back in the right place."""
+
+    def program(net: nn.Module) -> list[Tensor]:
+        with hooks():
+            return train_step(net, case.x)
+
+    case.holds(program)
 
 
 def test_anomaly_mode(case: Case):
-    torch.autograd.set_detect_anomaly(True)
-    try:
-        assert_same_step(case)
+    def program(net: nn.Module) -> Tensor:
         x = case.x.clone().requires_grad_()
-        (grad,) = torch.autograd.grad(case.net(x).square().sum(), x, create_graph=True)
-        grad.square().sum().backward()
-    finally:
-        torch.autograd.set_detect_anomaly(False)
+        with torch.autograd.set_detect_anomaly(True):
+            train_step(net, x)
+            (g,) = torch.autograd.grad(net(x).square().sum(), x, create_graph=True)
+            g.square().sum().backward()
+        return x.grad
+
+    case.holds(program)
 
 
 def test_anomaly_mode_names_the_function_that_made_a_nan(mode: str):
-    class Bad(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return ((x * 0).sqrt() - 1).sqrt()
-
-    net = iz.AdditiveCoupling(Bad(), check="never")
-    torch.autograd.set_detect_anomaly(True)
-    try:
-        with iz.mode(net, mode), pytest.warns(UserWarning, match="Error detected in SqrtBackward0"):
-            y = net(torch.randn(4, FEATURES, requires_grad=True))
-            with pytest.raises(RuntimeError, match="Function 'SqrtBackward0' returned nan values in its 0th output"):
-                y.sum().backward()
-    finally:
-        torch.autograd.set_detect_anomaly(False)
+    net = iz.AdditiveCoupling(lambda x: ((x * 0).sqrt() - 1).sqrt(), check="never", mode=mode)
+    with torch.autograd.set_detect_anomaly(True), pytest.warns(UserWarning, match="Error detected in SqrtBackward0"):
+        y = net(torch.randn(4, FEATURES, requires_grad=True))
+        with pytest.raises(RuntimeError, match="Function 'SqrtBackward0' returned nan values in its 0th output"):
+            y.sum().backward()
 
 
 # ---- dispatch modes -------------------------------------------------------------------------------------------------
@@ -263,17 +205,11 @@ def test_anomaly_mode_names_the_function_that_made_a_nan(mode: str):
 
 @pytest.mark.parametrize("seed", [False, True])
 def test_fake_tensors(case: Case, seed: bool):
-    """A step under fake tensors, as memory planners run it; values are never looked at."""
+    """A step under fake tensors, as memory planners run it; values are never looked at, and real steps left alone."""
     case.net.seed = seed
     with FakeTensorMode(allow_non_fake_inputs=True):
         grads = train_step(case.net, torch.randn(4, FEATURES))
     assert [g.shape for g in grads] == [g.shape for g in train_step(case.plain, case.x)]
-
-
-def test_fake_tensors_leave_real_steps_alone(case: Case):
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        case.net(torch.randn(4, FEATURES, requires_grad=True)).sum().backward()
-    case.net.zero_grad()
     assert_same_step(case)
 
 
@@ -284,104 +220,82 @@ def test_meta_tensors(case: Case):
 
 
 def test_flops_of_forward_are_those_of_a_plain_net(case: Case):
-    with FlopCounterMode(display=False) as ours:
-        case.net(case.x)
-    with FlopCounterMode(display=False) as theirs:
-        case.plain(case.x)
-    assert ours.get_total_flops() == theirs.get_total_flops()
+    counts = []
+    for net in (case.net, case.plain):
+        with FlopCounterMode(display=False) as counter:
+            net(case.x)
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
 
 
 # ---- stacks in stacks -----------------------------------------------------------------------------------------------
 
 
-def inner_stack(plain: bool, features: int, depth: int = 2) -> nn.Module:
-    layer = PlainAdditive if plain else iz.AdditiveCoupling
-    nets = [
-        layer(nn.Linear(features // 2, features // 2), nn.Linear(features // 2, features // 2)) for _ in range(depth)
-    ]
-    return (nn.Sequential if plain else iz.InvertibleSequential)(*nets)
+def both(build: Callable[..., nn.Module], mode: str, x: Tensor) -> Case:
+    """Build a net of a container and two couplings: of ours, and of plain ones."""
+    net = build(iz.InvertibleSequential, iz.AdditiveCoupling, iz.AffineCoupling)
+    plain = build(nn.Sequential, PlainAdditive, PlainAffine)
+    plain.load_state_dict(net.state_dict())
+    iz.mode(net, mode)
+    return Case(net, plain, x)
 
 
-def outer_stack(plain: bool, features: int, depth: int = 3) -> nn.Module:
+def inner_stack(container: Callable, additive: Callable, features: int) -> nn.Module:
+    half = features // 2
+    return container(*(additive(nn.Linear(half, half), nn.Linear(half, half)) for _ in range(2)))
+
+
+def outer_stack(container: Callable, additive: Callable, *_: object, features: int = 8, depth: int = 3) -> nn.Module:
     def block() -> nn.Module:
-        return nn.Sequential(inner_stack(plain, features // 2), nn.Tanh())
+        return nn.Sequential(inner_stack(container, additive, features // 2), nn.Tanh())
 
-    layer = PlainAdditive if plain else iz.AdditiveCoupling
-    return (nn.Sequential if plain else iz.InvertibleSequential)(*(layer(block(), block()) for _ in range(depth)))
+    return container(*(additive(block(), block()) for _ in range(depth)))
 
 
 @pytest.mark.parametrize("inner", ["store", "recompute", "invert"])
 def test_stack_in_a_block(mode: str, inner: str):
-    net, plain = outer_stack(False, 8), outer_stack(True, 8)
-    plain.load_state_dict(net.state_dict())
-    net.mode = mode
-    for layer in net:
-        layer.f[0].mode = layer.g[0].mode = inner
-    assert_same_step(Case(net, plain, torch.randn(4, 8)))
+    case = both(outer_stack, inner, torch.randn(4, 8))
+    case.net.mode = mode  # of the outer layers alone
+    assert_same_step(case)
 
 
 def test_stack_in_a_block_holds_one_activation_of_the_outer_stack():
-    def held(depth: int) -> int:
-        net = outer_stack(False, 8, depth)
-        net.check = "never"
-        x = torch.randn(64, 8)
-        with track_memory() as memory:
-            y = net(x)
-            assert memory.current == x.nbytes  # the merged output and nothing else
-            current = memory.current
-        del y
-        return current
+    """And the peak of its backward does not grow with depth."""
 
-    held(1)
-    assert held(2) == held(5)
-
-
-def test_peak_of_a_stack_in_a_block_does_not_grow_with_depth():
-    def peak(depth: int) -> int:
-        net = outer_stack(False, 32, depth)
+    def measure(depth: int) -> int:
+        net = outer_stack(iz.InvertibleSequential, iz.AdditiveCoupling, features=32, depth=depth)
         net.check = "never"
         for p in net.parameters():
             p.grad = torch.zeros_like(p)
         x = torch.randn(256, 32)
         with track_memory() as memory:
-            loss = net(x).sum()
+            y = net(x)
+            assert memory.current == x.nbytes  # the merged output and nothing else
             memory.reset_peak()
-            loss.backward()
+            y.sum().backward()
         return memory.peak
 
-    peak(1)
-    assert peak(6) == peak(3)
+    measure(1)
+    assert measure(6) == measure(3)
 
 
 def test_a_stack_as_a_layer_of_a_stack(mode: str):
-    def build(plain: bool) -> nn.Module:
-        seq = nn.Sequential if plain else iz.InvertibleSequential
-        affine = PlainAffine if plain else iz.AffineCoupling
-        return seq(inner_stack(plain, FEATURES), affine(mlp(HALF, 6), mlp(HALF, 6)), seq(inner_stack(plain, FEATURES)))
+    def build(container: Callable, additive: Callable, affine: Callable) -> nn.Module:
+        inner, last = (inner_stack(container, additive, FEATURES) for _ in range(2))
+        return container(inner, affine(mlp(HALF, 6), mlp(HALF, 6)), container(last))
 
-    net, plain = build(False), build(True)
-    plain.load_state_dict(net.state_dict())
-    with iz.mode(net, mode):
-        assert_same_step(Case(net, plain, torch.randn(4, FEATURES)))
+    assert_same_step(both(build, mode, torch.randn(4, FEATURES)))
 
 
 def test_a_checkpointed_stack_in_a_block_of_a_checkpointed_stack(mode: str):
-    class Block(nn.Module):
-        def __init__(self, plain: bool) -> None:
-            super().__init__()
-            self.stack = inner_stack(plain, 4)
+    def again(stack: nn.Module, x: Tensor) -> Tensor:
+        return nonreentrant(lambda v: nonreentrant(stack, v.sigmoid()).sin(), x)
 
-        def forward(self, x: Tensor) -> Tensor:
-            return nonreentrant(lambda v: nonreentrant(self.stack, v.sigmoid()).sin(), x)
+    def build(container: Callable, additive: Callable, _: Callable) -> nn.Module:
+        blocks = [Called(inner_stack(container, additive, 4), again) for _ in range(4)]
+        return container(*map(additive, blocks[:2], blocks[2:]))
 
-    def build(plain: bool) -> nn.Module:
-        layer = PlainAdditive if plain else iz.AdditiveCoupling
-        return (nn.Sequential if plain else iz.InvertibleSequential)(*(layer(Block(plain), Block(plain)) for _ in "ab"))
-
-    net, plain = build(False), build(True)
-    plain.load_state_dict(net.state_dict())
-    with iz.mode(net, mode):
-        assert_same_step(Case(net, plain, torch.randn(4, 8)), nonreentrant)
+    assert_same_step(both(build, mode, torch.randn(4, 8)), nonreentrant)
 
 
 def test_what_a_selective_checkpoint_saved_is_not_taken_for_something_else(mode: str):
