@@ -8,57 +8,15 @@ import torch
 from torch import Tensor, nn
 
 import invzoo as iz
-from tests.reference import FEATURES, HALF, PlainAdditive, Subject, assert_near, assert_same_run, mlp, run
+from tests.behaviours.helpers import Subnet, all_gradients, holds, some_loss, twice_the_same
+from tests.reference import FEATURES, HALF, MODES, PlainAdditive, Subject, assert_near, mlp, run
 
 grad = torch.autograd.grad
 
 
-def leaf(x: Tensor) -> Tensor:
-    return x.detach().clone().requires_grad_()
-
-
-def some_loss(y: Tensor) -> Tensor:
-    return (y * torch.linspace(-1, 2, y.numel()).view_as(y)).sum() + y.square().mean()
-
-
-# ---- what needs a gradient ------------------------------------------------------------------------------------------
-
-
-def test_the_input_needs_a_gradient(subject, x):
-    def program(net):
-        here = leaf(x)
-        y = net(here)
-        some_loss(y).backward()
-        return y, here.grad
-
-    subject.holds(program)
-
-
-def test_raw_data_trains(subject, data):
-    def program(net):
-        y = net(data)
-        some_loss(y).backward()
-        return y
-
-    subject.holds(program)
-
-
-def test_the_input_alone_needs_a_gradient(subject, x):
-    def program(net):
-        net.requires_grad_(False)
-        y = net(x)
-        return y, grad(some_loss(y), x)
-
-    subject.holds(program)
-
-
-def test_nothing_needs_a_gradient(subject, data):
-    subject.holds(lambda net: net.requires_grad_(False)(data))
-
-
-@pytest.mark.parametrize("needs_grad", [True, False])
+@pytest.mark.parametrize("needs_grad", [True, False], ids=["leaf", "data"])
 def test_every_subset_of_parameters_frozen(subject, data, needs_grad):
-    plain, ours = subject.pair(depth=2)
+    plain, ours = subject.pair()
     count = len([*plain.parameters()])
     for subset in itertools.product([True, False], repeat=4):
         flags = [*subset, *[subset[0]] * (count - 4)]
@@ -72,105 +30,72 @@ def test_every_subset_of_parameters_frozen(subject, data, needs_grad):
                 some_loss(y).backward()
             return y, x.grad
 
-        assert_same_run(program, plain, ours)
-
-
-class WithUnused(nn.Module):
-    def __init__(self, *sizes: int) -> None:
-        super().__init__()
-        self.net, self.unused = mlp(*sizes), nn.Linear(2, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
-
-
-def test_parameters_never_used(subject, x):
-    subject.holds(lambda net: some_loss(net(x)).backward(), WithUnused)
-
-
-def test_requires_grad_of_the_output_is_true(subject, data):
-    def program(net):
-        before = net(data).requires_grad
-        net.requires_grad_(False)
-        after = net(data).requires_grad
-        net.requires_grad_(True)
-        return before, after
-
-    subject.holds(program)
+        twice_the_same(program, plain, ours)
 
 
 # ---- how the output is used -----------------------------------------------------------------------------------------
 
-
-@pytest.mark.parametrize(
-    "use",
-    [
-        lambda y: y.sum(),
-        lambda y: y[:, :2].square().sum(),
-        lambda y: y[2].exp().sum(),
-        lambda y: y.sum() + y.square().sum(),
-        lambda y: (y * y.detach()).sum(),
-        lambda y: (y.exp() * y.sin()).sum(),
-        lambda y: y.view(-1)[::3].sum() + y.t().matmul(y).sum(),
-        lambda y: sum(part.square().sum() for part in y.chunk(2, 1)),
-        lambda y: y.chunk(2, 1)[0].sum(),
-        lambda y: y.chunk(2, 1)[1].sum(),
-        lambda y: (0 * y).sum(),
-    ],
-    ids=["sum", "columns", "row", "twice", "detached", "product", "views", "streams", "first", "second", "zero"],
-)
-def test_the_output_is_used(subject, x, use):
-    subject.holds(lambda net: grad(use(net(x)), [x, *net.parameters()], allow_unused=True))
+LOSSES = {
+    "sum": lambda net, x: net(x).sum(),
+    "row": lambda net, x: net(x)[2].exp().sum(),
+    "zero": lambda net, x: (0 * net(x)).sum(),
+    "first stream": lambda net, x: net(x).chunk(2, 1)[0].sum(),
+    "second stream": lambda net, x: net(x).chunk(2, 1)[1].square().sum(),
+    "both streams": lambda net, x: sum(part.square().sum() for part in net(x).chunk(2, 1)),
+    "twice": lambda net, x: net(net(x)).square().sum(),
+    "twice beside itself": lambda net, x: some_loss(net(x) * net(x)) + some_loss(net(x) - 2 * net(x)),
+}
+USES = {
+    "detached": lambda y: (y * y.detach()).sum(),
+    "product": lambda y: (y.exp() * y.sin()).sum() + y.square().sum(),
+    "views": lambda y: y.view(-1)[::3].sum() + y.t().matmul(y).sum(),
+}
 
 
-def test_an_intermediate_output_is_in_the_loss_too(subject, x):
-    def program(net):
-        middle = net(x)
-        y = net(middle)
-        (some_loss(middle) + some_loss(y)).backward()
-        return grad(some_loss(net(net(x))), x)
-
-    subject.holds(program)
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+@holds
+def test_losses(net, x, loss):
+    return grad(loss(net, x), [x, *net.parameters()], allow_unused=True)
 
 
-def test_intermediate_outputs_retain_their_gradients(subject, x):
-    def program(net):
-        middle = net(x)
-        middle.retain_grad()
-        y = net(middle)
-        y.retain_grad()
-        some_loss(y).backward()
-        return middle.grad, y.grad
-
-    subject.holds(program)
+@pytest.mark.parametrize("use", USES.values(), ids=USES)
+@holds
+def test_uses_of_an_output(net, x, use):
+    return grad(use(net(x)), [x, *net.parameters()])
 
 
-def test_the_output_is_detached_and_goes_on(subject, x):
-    def program(net):
-        y = net(x)
-        z = net(y.detach())
-        some_loss(z).backward()
-        some_loss(y).backward()
-
-    subject.holds(program)
-
-
-def test_branches_from_one_activation(subject, x):
-    def program(net):
-        y = net(x)
-        a, b = net(y), net(y)
-        (some_loss(a) + some_loss(b.exp()) + some_loss(y)).backward()
-
-    subject.holds(program)
+@holds
+def test_intermediate_outputs_are_in_the_loss_too_and_retain_their_gradients(net, x):
+    middle = net(x)
+    middle.retain_grad()
+    y = net(middle)
+    y.retain_grad()
+    (some_loss(middle) + some_loss(y)).backward()
+    return middle.grad, y.grad
 
 
-@pytest.mark.parametrize("mode", ["store", "recompute", "invert"])
+@holds
+def test_the_output_is_detached_and_goes_on(net, x):
+    y = net(x)
+    z = net(y.detach())
+    some_loss(z).backward()
+    some_loss(y).backward()
+
+
+@holds
+def test_branches_from_one_activation(net, x):
+    y = net(x)
+    a, b = net(y), net(y)
+    (some_loss(a) + some_loss(b.exp()) + some_loss(y)).backward()
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_one_activation_is_both_streams(mode, data):
     """And twice over: of its layer's output there is one, whoever moves it."""
     f, g = mlp(FEATURES, FEATURES), mlp(FEATURES, FEATURES)
     layers = [iz.AdditiveCoupling(net, mode=mode) for net in (mlp(HALF, HALF), f)]
     both, plain = iz.AdditiveCoupling(f, g, mode=mode), PlainAdditive(f, g)
-    x = leaf(data)
+    x = data.requires_grad_()
     y = layers[0](x)
     results = []
     for outputs in ([*both(y, y), *layers[1](y, y)], [*plain(y, y), *PlainAdditive(f)(y, y)]):
@@ -179,164 +104,113 @@ def test_one_activation_is_both_streams(mode, data):
     assert_near(*results)
 
 
-def test_one_branch_is_dropped(subject, x):
-    def program(net):
-        y = net(x)
-        a, b = net(y), net(y)
-        del a
-        some_loss(b).backward()
-
-    subject.holds(program)
-
-
-def test_a_later_activation_is_dropped_before_backward(subject, x):
-    def program(net):
-        y = net(x)
-        z = net(y)
-        del z
-        some_loss(y).backward()
-
-    subject.holds(program)
+@holds
+def test_later_activations_are_dropped_before_backward(net, x):
+    y = net(x)
+    dropped, kept = net(y), net(y)
+    del dropped
+    some_loss(kept).backward(retain_graph=True)
+    del kept
+    some_loss(y).backward()
 
 
 # ---- how backward is called -----------------------------------------------------------------------------------------
 
 
-def test_grad_for_parameters_leaves_their_grad_alone(subject, x):
-    def program(net):
-        grads = grad(some_loss(net(x)), [*net.parameters()])
-        assert all(p.grad is None for p in net.parameters())
-        return grads
-
-    subject.holds(program)
-
-
-def test_grad_for_the_input_leaves_parameters_alone(subject, x):
-    def program(net):
-        gradient = grad(some_loss(net(x)), x)
-        assert all(p.grad is None for p in net.parameters())
-        return gradient
-
-    subject.holds(program)
+@pytest.mark.parametrize(
+    "wanted",
+    [lambda x, *p: p, lambda x, *_: [x], lambda *p: p[-1]],
+    ids=["parameters", "input", "the last one"],
+)
+@holds
+def test_grad_leaves_the_grad_of_parameters_alone(net, x, wanted):
+    grads = grad(some_loss(net(x)), wanted(x, *net.parameters()))
+    assert all(p.grad is None for p in net.parameters())
+    return grads
 
 
-def test_grad_for_one_parameter_at_a_time(subject, x):
-    def program(net):
-        loss = some_loss(net(x))
-        return [grad(loss, p, retain_graph=True) for p in net.parameters()]
-
-    subject.holds(program)
-
-
-def test_grad_for_one_parameter_at_a_time_from_the_last(subject, x):
-    def program(net):
-        loss = some_loss(net(x))
-        return [grad(loss, p, retain_graph=True) for p in [*net.parameters()][::-1]]
-
-    subject.holds(program)
+@pytest.mark.parametrize("step", [1, -1], ids=["from the first", "from the last"])
+@holds
+def test_grad_for_one_parameter_at_a_time(net, x, step):
+    loss = some_loss(net(x))
+    return [grad(loss, p, retain_graph=True) for p in [*net.parameters()][::step]]
 
 
-def test_grad_of_one_parameter_frees_only_a_part_of_the_graph(subject, x):
-    def program(net):
-        loss = some_loss(net(x))
-        return grad(loss, [*net.parameters()][-1])
-
-    subject.holds(program)
+@holds
+def test_backward_with_inputs(net, x):
+    some_loss(net(x)).backward(inputs=[*net.parameters()][::2])
 
 
-def test_backward_with_inputs(subject, x):
-    def program(net):
-        inputs = [*net.parameters()][::2]
-        some_loss(net(x)).backward(inputs=inputs)
-
-    subject.holds(program)
-
-
-def test_retain_graph_and_a_second_backward(subject, x):
-    def program(net):
-        loss = some_loss(net(x))
-        loss.backward(retain_graph=True)
-        first = [p.grad.clone() for p in net.parameters()]
-        loss.backward()
-        return first
-
-    subject.holds(program)
+@holds
+def test_retain_graph_and_a_second_backward(net, x):
+    loss = some_loss(net(x))
+    loss.backward(retain_graph=True)
+    first = [p.grad.clone() for p in net.parameters()]
+    loss.backward()
+    return first
 
 
-def test_retain_graph_then_much_more(subject, x):
-    def program(net):
-        y = net(x)
-        some_loss(y).backward(retain_graph=True)
-        z = net(y)
-        first = grad(some_loss(z), [x, *net.parameters()], retain_graph=True)
-        some_loss(y.exp()).backward(retain_graph=True)
-        some_loss(z.exp()).backward(retain_graph=True)
-        second = grad(some_loss(z), x)
-        return first, second
-
-    subject.holds(program)
+@holds
+def test_retain_graph_then_much_more(net, x):
+    y = net(x)
+    some_loss(y).backward(retain_graph=True)
+    z = net(y)
+    first = grad(some_loss(z), [x, *net.parameters()], retain_graph=True)
+    some_loss(y.exp()).backward(retain_graph=True)
+    some_loss(z.exp()).backward(retain_graph=True)
+    second = grad(some_loss(z), x)
+    return first, second
 
 
-def test_two_losses_one_after_the_other(subject, x):
-    def program(net):
-        y = net(x)
-        y[:, 0].sum().backward(retain_graph=True)
-        y[:, -1].square().sum().backward()
-
-    subject.holds(program)
+@holds
+def test_two_losses_one_after_the_other(net, x):
+    y = net(x)
+    y[:, 0].sum().backward(retain_graph=True)
+    y[:, -1].square().sum().backward()
 
 
-def test_a_vector_jacobian_product(subject, x):
-    def program(net):
-        y = net(x)
-        y.backward(torch.linspace(0, 1, y.numel()).view_as(y))
-
-    subject.holds(program)
-
-
-def test_expanded_and_noncontiguous_output_gradients(subject, x):
-    def program(net):
-        y = net(x)
-        y.backward(torch.ones(()).expand_as(y), retain_graph=True)
-        y.backward(torch.randn(y.shape[::-1]).t())
-
-    subject.holds(program)
+@holds
+def test_expanded_and_noncontiguous_output_gradients(net, x):
+    y = net(x)
+    y.backward(torch.ones(()).expand_as(y), retain_graph=True)
+    y.backward(torch.randn(y.shape[::-1]).t())
 
 
 # ---- higher order ---------------------------------------------------------------------------------------------------
 
 
-def test_gradient_penalty(subject, x):
-    def program(net):
-        y = net(x)
-        (gradient,) = grad(some_loss(y), x, create_graph=True)
-        (some_loss(y) + gradient.square().sum()).backward()
-        return gradient
-
-    subject.holds(program)
+@holds
+def test_gradient_penalty(net, x):
+    y = net(x)
+    (gradient,) = grad(some_loss(y), x, create_graph=True)
+    (some_loss(y) + gradient.square().sum()).backward()
+    return gradient
 
 
-def test_gradient_penalty_alone(subject, x):
-    def program(net):
-        (gradient,) = grad(some_loss(net(x)), x, create_graph=True)
-        (gradient.norm() - 1).square().backward()
-
-    subject.holds(program)
+@holds
+def test_gradient_penalty_alone(net, x):
+    (gradient,) = grad(some_loss(net(x)), x, create_graph=True)
+    (gradient.norm() - 1).square().backward()
 
 
-def test_gradient_of_parameter_gradients(subject, x):
-    def program(net):
-        grads = grad(some_loss(net(x)), [*net.parameters()], create_graph=True)
-        sum(g.square().sum() for g in grads).backward()
-
-    subject.holds(program)
+@holds
+def test_gradient_of_parameter_gradients(net, x):
+    grads = grad(some_loss(net(x)), [*net.parameters()], create_graph=True)
+    sum(g.square().sum() for g in grads).backward()
 
 
-def test_hessian_vector_product(subject, data):
-    def program(net):
-        return torch.autograd.functional.hvp(lambda x: some_loss(net(x)), data, torch.ones_like(data))
+@holds
+def test_hessian_vector_product(net, data):
+    return torch.autograd.functional.hvp(lambda x: some_loss(net(x)), data, torch.ones_like(data))
 
-    subject.holds(program)
+
+# ---- what blocks do inside ------------------------------------------------------------------------------------------
+
+
+class Unused(Subnet):
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes)
+        self.unused = nn.Linear(2, 2)
 
 
 class Gradient(nn.Module):
@@ -353,17 +227,6 @@ class Gradient(nn.Module):
         return self.last(gradient)
 
 
-@pytest.mark.parametrize("needs_grad", [True, False])
-def test_a_function_that_differentiates_inside_itself(subject, data, needs_grad):
-    def program(net):
-        x = data.clone().requires_grad_(needs_grad)
-        y = net(x)
-        some_loss(y).backward()
-        return y, x.grad
-
-    subject.holds(program, Gradient)
-
-
 class Straight(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w):
@@ -376,112 +239,92 @@ class Straight(torch.autograd.Function):
         return g * w, g * x
 
 
-class StraightThrough(nn.Module):
-    def __init__(self, *sizes: int) -> None:
-        super().__init__()
-        self.net, self.scale = mlp(*sizes), nn.Parameter(torch.ones(()) * 3)
-
+class StraightThrough(Subnet):
     def forward(self, x: Tensor) -> Tensor:
-        h = self.net(x)
-        return Straight.apply(h, self.scale.expand_as(h))
+        h = self.net[0](x)
+        return self.net[1:](Straight.apply(h, self.net[0].bias.expand_as(h)))
 
 
-def test_a_custom_function_inside_a_block(subject, x):
-    subject.holds(lambda net: some_loss(net(x)).backward(), StraightThrough)
-
-
-class Branching(nn.Module):
+class Branching(Subnet):
     """The path through the block follows from the data."""
 
-    def __init__(self, *sizes: int) -> None:
-        super().__init__()
-        self.a, self.b = mlp(*sizes), nn.Linear(*sizes)
-
     def forward(self, x: Tensor) -> Tensor:
-        return self.a(x) if x.sum() > 0 else self.b(x)
+        return self.net(x) if x.sum() > 0 else 2 * self.net[::2](x)
 
 
-def test_control_flow_inside_a_block(subject, x):
-    def program(net):
-        for batch in (x, -x, 3 * x, x - x.mean()):
-            some_loss(net(batch)).backward()
-
-    subject.holds(program, Branching)
-
-
-class NoGradInside(nn.Module):
-    def __init__(self, *sizes: int) -> None:
-        super().__init__()
-        self.a, self.b = mlp(*sizes), mlp(*sizes)
-
+class NoGradInside(Subnet):
     def forward(self, x: Tensor) -> Tensor:
         with torch.no_grad():
-            scale = self.a(x)
-        return self.b(x) * scale
+            scale = self.net(x)
+        return self.net(x) * scale
 
 
-def test_no_grad_inside_a_block(subject, x):
-    subject.holds(lambda net: some_loss(net(x)).backward(), NoGradInside)
+class Constant(nn.Module):
+    """Returns a view of a parameter."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.randn(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bias.expand(len(x), -1)
+
+
+def in_place(inputs: int, outputs: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(inputs, 4), nn.ReLU(inplace=True), nn.Linear(4, outputs), nn.ELU(inplace=True))
+
+
+@pytest.mark.parametrize("needs_grad", [True, False], ids=["leaf", "data"])
+@pytest.mark.parametrize("block", [Unused, Gradient, StraightThrough, Branching, NoGradInside, Constant, in_place])
+@holds
+def test_blocks(net, data, block, needs_grad):
+    outputs = []
+    for scale in (1, -1):
+        x = (scale * data).requires_grad_(needs_grad)
+        y = net(x)
+        some_loss(y).backward()
+        outputs += [y, x.grad]
+    return outputs
 
 
 # ---- several passes -------------------------------------------------------------------------------------------------
 
 
-def test_accumulation_over_micro_batches(subject, data):
-    def program(net):
-        for part in data.split(2):
-            some_loss(net(part)).backward()
-
-    subject.holds(program)
+@holds
+def test_accumulation_over_micro_batches(net, data):
+    for part in data.split(2):
+        some_loss(net(part)).backward()
 
 
 @pytest.mark.parametrize("order", [*itertools.permutations(range(3))], ids=str)
-def test_forwards_in_flight_in_any_order(subject, x, order):
-    def program(net):
-        losses = [some_loss(net(x * scale)) for scale in (1, 2, 3)]
-        for i in order:
-            losses[i].backward()
-
-    subject.holds(program)
-
-
-def test_the_stack_applied_twice(subject, x):
-    subject.holds(lambda net: (some_loss(net(net(x))).backward(), grad(some_loss(net(net(x))), x)))
-
-
-def test_the_stack_applied_twice_to_one_input(subject, x):
-    subject.holds(lambda net: (some_loss(net(x) * net(x)).backward(), grad(some_loss(net(x) - 2 * net(x)), x)))
+@holds
+def test_forwards_in_flight_in_any_order(net, x, order):
+    losses = [some_loss(net(x * scale)) for scale in (1, 2, 3)]
+    for i in order:
+        losses[i].backward()
 
 
 def test_two_stacks_on_one_input(subject, x):
-    plain, ours = zip(subject.pair(), subject.pair(), strict=True)
-    plain, ours = nn.ModuleList(plain), nn.ModuleList(ours)
+    plain, ours = map(nn.ModuleList, zip(subject.pair(), subject.pair(), strict=True))
 
     def program(nets):
         (some_loss(nets[0](x)) + some_loss(nets[1](x))).backward()
         return grad(some_loss(nets[0](x) * nets[1](x)), x)
 
-    for _ in range(2):
-        assert_same_run(program, plain, ours)
+    twice_the_same(program, plain, ours)
 
 
 def test_a_tied_block(subject, x):
-    class Shared(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.nets = {}
+    def shared():
+        nets = {}
+        return lambda *sizes: nets.setdefault(sizes, mlp(*sizes))
 
-        def __call__(self, *sizes: int) -> nn.Module:
-            return self.nets.setdefault(sizes, mlp(*sizes))
-
-    plain = subject.pair(Shared())[0]
-    ours = subject.pair(Shared())[1]
+    plain, ours = subject.pair(shared())[0], subject.pair(shared())[1]
     ours.load_state_dict(plain.state_dict())
-    for _ in range(2):
-        assert_same_run(lambda net: some_loss(net(x)).backward(), plain, ours)
+    twice_the_same(lambda net: some_loss(net(x)).backward(), plain, ours)
 
 
-@pytest.mark.parametrize("mode", ["store", "recompute", "invert"])
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("container", [nn.Sequential, iz.InvertibleSequential])
 def test_a_tied_layer(mode, container, x):
     def net(make, container):
@@ -491,39 +334,25 @@ def test_a_tied_layer(mode, container, x):
 
     plain, ours = net(PlainAdditive, nn.Sequential), net(iz.AdditiveCoupling, container)
     with iz.mode(ours, mode):
-        for _ in range(2):
-            assert_same_run(lambda net: grad(some_loss(net(x)), [x, *net.parameters()]), plain, ours)
+        twice_the_same(lambda net: all_gradients(net, x), plain, ours)
 
 
-def test_training(subject, data):
-    def program(net):
-        optimizer = torch.optim.Adam(net.parameters(), 1e-3)
-        losses = []
-        for _ in range(5):
-            optimizer.zero_grad()
-            loss = some_loss(net(data))
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.detach())
-        return losses
+@pytest.mark.parametrize(
+    "make",
+    [lambda p: torch.optim.Adam(p, 1e-3), lambda p: torch.optim.LBFGS(p, lr=1e-3, max_iter=4)],
+    ids=["adam", "lbfgs"],
+)
+@holds
+def test_training(net, data, make):
+    optimizer = make(net.parameters())
 
-    subject.holds(program)
+    def closure():
+        optimizer.zero_grad()
+        loss = some_loss(net(data))
+        loss.backward()
+        return loss
 
-
-def test_lbfgs(subject, data):
-    def program(net):
-        optimizer = torch.optim.LBFGS(net.parameters(), lr=1e-3, max_iter=4)
-
-        def closure():
-            optimizer.zero_grad()
-            loss = some_loss(net(data))
-            loss.backward()
-            return loss
-
-        optimizer.step(closure)
-        return optimizer.step(closure).detach()
-
-    subject.holds(program)
+    return [optimizer.step(closure).detach() for _ in range(5)]
 
 
 # ---- the other direction --------------------------------------------------------------------------------------------
@@ -539,8 +368,7 @@ def test_the_inverse_trains(subject, data):
         lambda net: some_loss(net.inverse(data)).backward(),
         lambda net: some_loss(net.inv(data)).backward(),
     ):
-        for _ in range(2):
-            assert_near(run(program, ours), run(program, stored))
+        twice_the_same(program, stored, ours)
     torch.testing.assert_close(ours.inverse(ours(data)).detach(), data, rtol=0, atol=1e-12)
 
 
