@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 from .blocks import GlowStep, HINTCoupling, InvertiblePatchConv
 from .containers import InvertibleSequential, MultiScale, Parallel, Repeat
-from .contract import requires_grad
 from .engine import Mode, checkpoint
 from .flows import as_transform
+from .invtorch import requires_grad
 from .layers.activations.activation import Identity, InvertibleELU, InvertibleLeakyReLU, SneakyReLU
 from .layers.activations.adaptive import InvertiblePReLU, SinhArcsinh, Snake
 from .layers.activations.squash import (

@@ -14,10 +14,10 @@ from torch.distributions import constraints
 
 from . import engine
 from .compiling import CompiledMethods
-from .contract import Finding, check_function, check_inverse
 from .domains import Domain
 from .engine import Mode, Operation, Policy, SideNames, Tape
 from .errors import refuse
+from .invtorch import Flags
 from .log_dets import LogDets, zero_log_det
 from .own_hooks import check_hook
 from .protocol import WORDS, BaseMap, Bijection, ByHand, Run, defines, run_of, side_names_of
@@ -25,21 +25,7 @@ from .protocol import WORDS, BaseMap, Bijection, ByHand, Run, defines, run_of, s
 __all__ = ["Composite", "Inverse", "InvertibleModule", "mode", "modules_behind"]
 
 
-def _option(name: str, doc: str, convert: Callable[[Any], Any] = lambda value: value) -> Any:
-    """Make a property of an option in a module's policy; a container has its layers', or None where they differ."""
-
-    def read(self: "InvertibleModule") -> Any:
-        values = {getattr(policy, name) for policy in self._policies()}
-        return values.pop() if len(values) == 1 else None
-
-    def write(self: "InvertibleModule", value: Any) -> None:
-        for policy in self._policies():
-            setattr(policy, name, convert(value))
-
-    return property(read, write, doc=doc)
-
-
-class InvertibleModule(Bijection, nn.Module):
+class InvertibleModule(Flags, Bijection, nn.Module):
     """A layer ``y = function(x)`` that rebuilds what its backward needs with ``x = inverse(y)``.
 
     A subclass writes :meth:`function` and :meth:`inverse`; ``forward`` belongs to this class. Both directions take one
@@ -93,13 +79,8 @@ class InvertibleModule(Bijection, nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in WORDS and isinstance(value, nn.Module):  # which Python would never find behind the method
-            refuse(
-                self,
-                name,
-                "be the method of that name: call the module something else",
-                type(value).__name__,
-                TypeError,
-            )
+            rule = "be the method of that name: call the module something else"
+            refuse(self, name, rule, type(value).__name__, TypeError)
         super().__setattr__(name, value)
 
     def __init__(
@@ -117,9 +98,10 @@ class InvertibleModule(Bijection, nn.Module):
             got = f"forward, whose activations nobody would free. Write {lines}"
             refuse(self, "class", "define function, which forward runs", got, TypeError)
         super().__init__()
-        self._policy = Policy(checkpoint, invertible, engine.check_of(check), seed, free_input)
-        if mode is not None:
-            self._policy.mode = mode
+        freeing = Mode.invert if invertible else Mode.recompute
+        self._policy = Policy(freeing, engine.check_of(check), seed, free_input, freeing=freeing)
+        if mode is not None or not checkpoint:
+            self._policy.set_mode(engine.mode_of(mode or Mode.store))
 
     def function(self, *inputs: Any, **side: Any) -> Any:
         """Map inputs to outputs: by `move`, unless a subclass writes it."""
@@ -211,18 +193,6 @@ class InvertibleModule(Bijection, nn.Module):
     def _frees_input(self) -> bool:
         return self._policy.free_input
 
-    def check_function(self, *inputs: Any, **side: Any) -> Finding:
-        """Say whether :meth:`function` keeps its contract on these inputs; true or false, and printed, why.
-
-        It must give the same values twice from the same random state, leave its inputs as they are, return tensors or a
-        tuple, and, if it has the argument ``strict_forward``, set ``requires_grad`` of its outputs as autograd would.
-        """
-        return check_function(self, inputs, side)
-
-    def check_inverse(self, *inputs: Any, **side: Any) -> Finding:
-        """Say whether :meth:`inverse` rebuilds these inputs from their outputs; true or false, and printed, why."""
-        return check_inverse(self, inputs, side)
-
     def through_engine(
         self, values: tuple[Any, ...], side: dict[str, Any], *, inverted: bool = False, log_det: bool = False
     ) -> Any:
@@ -238,9 +208,6 @@ class InvertibleModule(Bijection, nn.Module):
         values = [v for name, v in vars(self).items() if name not in _COMPILED and not isinstance(v, _DATA)]
         functions = [v for v in values if callable(v)]
         return (self, *modules_behind(self, *functions)) if functions else (self,)
-
-    def _policies(self) -> list[Policy]:
-        return [self._policy]
 
     def side_names(self) -> SideNames:
         """Return the names of the side inputs that the layer takes."""
@@ -264,13 +231,6 @@ class InvertibleModule(Bijection, nn.Module):
     def inv(self) -> "InvertibleModule":
         """This layer with its directions swapped, its parameters and mode shared."""
         return Inverse(self)
-
-    mode = _option("mode", "How the layer keeps what backward needs; a name will do, at any time between calls.")
-    checkpoint = _option("checkpoint", "Whether anything is freed, as it is not in mode ``store``.", bool)
-    invertible = _option("invertible", "Whether inputs are freed too, as they are not in mode ``recompute``.", bool)
-    seed = _option("seed", "Whether the random number generators' state is kept on every call, used or not.", bool)
-    check = _option("check", "When a replay is compared with its forward (first, always or never).", engine.check_of)
-    free_input = _option("free_input", "Whether a call frees the memory of its input until backward.", bool)
 
 
 _COMPILED = ("_compiled", "_compiled_call_impl")
@@ -538,13 +498,13 @@ class mode:  # noqa: N801 - reads as the word that it is, like torch.set_grad_en
             refuse("iz.mode", "module", "be an InvertibleModule or hold one", got)
         otherwise = Mode.recompute if value is Mode.invert else value
         self._modes = [(layer._policy, value if layer._has_inverse() else otherwise) for layer in layers]
-        self._before = [(policy, policy.checkpoint, policy.invertible) for policy, _ in self._modes]
+        self._before = [(policy, policy.mode, policy.freeing) for policy, _ in self._modes]
         self.__enter__()
 
     def __enter__(self) -> None:
         for policy, value in self._modes:
-            policy.mode = value
+            policy.set_mode(value)
 
     def __exit__(self, *error: object) -> None:
-        for policy, checkpoint, invertible in self._before:
-            policy.checkpoint, policy.invertible = checkpoint, invertible
+        for policy, before, freeing in self._before:
+            policy.mode, policy.freeing = before, freeing

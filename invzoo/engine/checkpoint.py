@@ -9,7 +9,7 @@ from torch import nn
 from .eager.call import call
 from .eager.freeing import freeing
 from .operation import Operation
-from .policy import Policy, check_of
+from .policy import Mode, Policy, check_of
 from .signatures import SideNames, modules_of
 
 __all__ = ["checkpoint"]
@@ -53,7 +53,8 @@ def checkpoint(
         >>> x.grad
         tensor([2.7183, 2.7183, 2.7183])
     """
-    policy = Policy(enabled, inverse is not None, check_of(check), seed, free_input, _verified_of(function))
+    mode = Mode.store if not enabled else Mode.recompute if inverse is None else Mode.invert
+    policy = Policy(mode, check_of(check), seed, free_input, _verified_of(function))
     name = getattr(function, "__name__", type(function).__name__)
     saved = inverse is not None and "saved" in SideNames.of(inverse).names
     roots = modules_of(function, inverse)

@@ -30,33 +30,25 @@ class Policy:
     """The options of one module, as the engine reads them at each call.
 
     Args:
-        checkpoint: whether anything is freed at all.
-        invertible: whether inputs are freed too, and rebuilt with the inverse.
+        mode: how the module keeps what its backward needs.
         check: on which calls a replay is compared with its forward.
         seed: keep the random number generators' state even if the call seems not to use it.
         free_input: free the memory of the input as well, which the caller holds.
         verified: the operations whose replay was right once.
+        freeing: the mode that was set last and is not ``store``.
     """
 
-    checkpoint: bool
-    invertible: bool
+    mode: Mode
     check: Check
     seed: bool
     free_input: bool
     verified: set[str] = field(default_factory=set)
+    freeing: Mode = Mode.invert
 
-    @property
-    def mode(self) -> Mode:
-        if not self.checkpoint:
-            return Mode.store
-        return Mode.invert if self.invertible else Mode.recompute
-
-    @mode.setter
-    def mode(self, value: Mode | str) -> None:
-        mode = mode_of(value)
-        self.checkpoint = mode is not Mode.store
-        if self.checkpoint:
-            self.invertible = mode is Mode.invert
+    def set_mode(self, mode: Mode) -> None:
+        self.mode = mode
+        if mode is not Mode.store:
+            self.freeing = mode
 
 
 def mode_of(value: Mode | str) -> Mode:

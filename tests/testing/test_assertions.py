@@ -11,7 +11,7 @@ from torch.distributions import constraints
 
 import invzoo as iz
 from invzoo import testing
-from invzoo.engine import Policy
+from invzoo.engine import Mode, Policy
 from invzoo.log_dets import sum_per_sample
 
 X = torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -410,7 +410,7 @@ def test_memory(defect):
 
 
 class NeverStores(Scale):
-    _policy = property(lambda self: Policy(True, True, "never", False, False), lambda self, policy: None)
+    _policy = property(lambda self: Policy(Mode.invert, "never", False, False), lambda self, policy: None)
 
 
 def test_memory_of_mode_store_is_that_of_autograd():

@@ -1,4 +1,8 @@
-"""Whether a layer keeps its contract on some inputs, and if not, what fails and where."""
+"""The interface of invtorch, the system that this one follows: flags, `requires_grad`, checks of a layer's contract.
+
+It also calls an inverse that has the argument ``saved`` with the positions of the inputs that need no computing, and
+takes ``strict_forward`` in `forward`, which has nothing to do here: the graph of a call is the real one.
+"""
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
@@ -10,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .engine import SideNames, map_tensors, tolerance, tuple_of
+from .engine import Mode, Policy, SideNames, map_tensors, tolerance, tuple_of
+from .options import Options, option
 
-__all__ = ["Finding", "check_function", "check_inverse", "requires_grad"]
+__all__ = ["Finding", "Flags", "requires_grad"]
 
 
 @dataclass(frozen=True)
@@ -111,7 +116,7 @@ def _error(a: Tensor, b: Tensor) -> float:
     return (torch.linalg.vector_norm(a - b) / torch.linalg.vector_norm(a).clamp_min(1e-300)).item()
 
 
-def check_function(layer: Any, inputs: Sequence[Any], side: dict[str, Any]) -> Finding:
+def _check_function(layer: Any, inputs: Sequence[Any], side: dict[str, Any]) -> Finding:
     """Check that the function is deterministic, leaves its inputs alone and returns tensors."""
     given, problems = _clone(inputs), list[str]()
     layer = copy.deepcopy(layer)
@@ -134,7 +139,7 @@ def check_function(layer: Any, inputs: Sequence[Any], side: dict[str, Any]) -> F
 
 
 @torch.no_grad()
-def check_inverse(layer: Any, inputs: Sequence[Any], side: dict[str, Any]) -> Finding:
+def _check_inverse(layer: Any, inputs: Sequence[Any], side: dict[str, Any]) -> Finding:
     """Check that the inverse rebuilds the inputs, and, with ``saved``, those of them that are asked for."""
     layer = copy.deepcopy(layer)
     outputs = _run(layer.function, _clone(inputs), side)
@@ -146,3 +151,40 @@ def check_inverse(layer: Any, inputs: Sequence[Any], side: dict[str, Any]) -> Fi
             some[position : position + 1] = [inputs[position]]
             problems += _differences(f"input (saved={position})", inputs, some)
     return Finding(tuple(problems))
+
+
+def _set_checkpoint(policy: Policy, value: Any) -> None:
+    policy.mode = policy.freeing if value else Mode.store
+
+
+def _set_invertible(policy: Policy, value: Any) -> None:
+    policy.freeing = Mode.invert if value else Mode.recompute
+    if policy.mode is not Mode.store:
+        policy.mode = policy.freeing
+
+
+class Flags(Options):
+    """The mode as two flags, and the checks of a layer."""
+
+    checkpoint = option(
+        lambda policy: policy.mode is not Mode.store,
+        _set_checkpoint,
+        "Whether anything is freed, as it is not in mode ``store``.",
+    )
+    invertible = option(
+        lambda policy: policy.freeing is Mode.invert,
+        _set_invertible,
+        "Whether inputs are freed too, as they are not in mode ``recompute``.",
+    )
+
+    def check_function(self, *inputs: Any, **side: Any) -> Finding:
+        """Say whether :meth:`function` keeps its contract on these inputs; true or false, and printed, why.
+
+        It must give the same values twice from the same random state, leave its inputs as they are, return tensors or a
+        tuple, and, if it has the argument ``strict_forward``, set ``requires_grad`` of its outputs as autograd would.
+        """
+        return _check_function(self, inputs, side)
+
+    def check_inverse(self, *inputs: Any, **side: Any) -> Finding:
+        """Say whether :meth:`inverse` rebuilds these inputs from their outputs; true or false, and printed, why."""
+        return _check_inverse(self, inputs, side)
