@@ -2,10 +2,9 @@
 
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from types import MethodType
 from typing import Any, ClassVar, NoReturn
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from . import engine
-from .compiling import CompiledMethods
+from .compiling import Compilable
 from .domains import Domain
 from .engine import Mode, Operation, Policy, SideNames, Tape
 from .errors import refuse
@@ -25,7 +24,7 @@ from .protocol import WORDS, BaseMap, Bijection, ByHand, Run, defines, run_of, s
 __all__ = ["Composite", "Inverse", "InvertibleModule", "mode", "modules_behind"]
 
 
-class InvertibleModule(Flags, Bijection, nn.Module):
+class InvertibleModule(Flags, Compilable, Bijection, nn.Module):
     """A layer ``y = function(x)`` that rebuilds what its backward needs with ``x = inverse(y)``.
 
     A subclass writes :meth:`function` and :meth:`inverse`; ``forward`` belongs to this class. Both directions take one
@@ -68,7 +67,6 @@ class InvertibleModule(Flags, Bijection, nn.Module):
     two_way: ClassVar[bool] = True  # the function undoes the inverse too, whatever that was given
     assumes_dim: bool = False  # whether `dim` was not given, and is 1, for which one tensor of three dims is refused
     streams: Any = None  # how the layer splits one tensor into two streams, if it takes either
-    _compiled: CompiledMethods | None = None  # what compiles the layer's methods
     _looked_behind: bool = False  # whether somebody has asked who trains the modules behind its functions
 
     by_hand: ClassVar[bool] = True  # whether calls run `function` and `inverse`, not the words; derived from the class
@@ -157,23 +155,6 @@ class InvertibleModule(Flags, Bijection, nn.Module):
             self.prepare(outputs, inverted=True)
             *inputs, log_det = self.through_engine(outputs, side, inverted=True, log_det=True)
         return (inputs[0] if len(inputs) == 1 else tuple(inputs)), log_det
-
-    def compile(self, *args: Any, **options: Any) -> None:
-        """Compile in place, with the arguments of `torch.compile`; memory is saved as before.
-
-        What the engine calls is compiled, in forward and in replay: the subnets, where they are modules and not plain
-        functions; or, of a layer that takes no subnets, the function, the inverse and the log-determinant. Layers of
-        one structure share their compilations. A container is compiled as one function instead.
-        """
-        subnets = [*_callable(self.children())]
-        for subnet in subnets:
-            # As nn.Module.compile does, which by itself does nothing for torch's own modules.
-            subnet._compiled_call_impl = CompiledMethods(subnet, *args, **options)(MethodType(_call, subnet))
-        self._compiled = None if subnets else CompiledMethods(self, *args, **options)
-
-    def __getstate__(self) -> dict[str, Any]:
-        state: dict[str, Any] = super().__getstate__()
-        return {name: value for name, value in state.items() if name != "_compiled"}  # a copy is compiled anew
 
     def register_forward_pre_hook(self, hook: Callable[..., Any], *args: Any, **options: Any) -> Any:
         """Register a hook that ``layer(x)`` calls first; one that computes a parameter of the layer is refused."""
@@ -309,19 +290,6 @@ def _takes(layer: InvertibleModule, inverted: bool) -> float:
     """Return how many values a direction takes by position, at most."""
     method = "inverse" if inverted else "function"
     return (side_names_of(layer) if _is_in_words(layer, method) else SideNames.of(getattr(layer, method))).inputs
-
-
-def _call(module: nn.Module, *args: Any, **options: Any) -> Any:
-    return module._call_impl(*args, **options)
-
-
-def _callable(modules: Iterable[nn.Module]) -> Iterator[nn.Module]:
-    """Yield modules that can be called, and what is in others instead of them: lists of modules, or matrices."""
-    for module in modules:
-        if type(module).forward is nn.Module.forward or not getattr(module, "subnet", True):
-            yield from _callable(module.children())
-        else:
-            yield module
 
 
 def _is_by_hand(kind: type[InvertibleModule]) -> bool:

@@ -203,10 +203,6 @@ class Call:
             raise error
         return value  # type: ignore[return-value]
 
-    def release(self) -> None:
-        """Forget what the handles hold."""
-        self.saved.release()
-
     def rebuild(self) -> None:
         """Replay the call, and give the graph what it saved (rules 3 and 4)."""
         keep = keeps_graph()

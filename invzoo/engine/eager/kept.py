@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Protocol
 
 from .._torch import at_end_of_backward, backward_id
+from .saved import Saved
 from .slots import Slot
 
 __all__ = ["kept"]
@@ -15,11 +16,10 @@ __all__ = ["kept"]
 class Rebuilt(Protocol):
     """A call whose handles hold what its replay made."""
 
+    saved: Saved
+
     @property
     def lock(self) -> threading.RLock: ...
-
-    def release(self) -> None:
-        """Forget what the handles hold."""
 
 
 class _Kept(threading.local):
@@ -35,7 +35,7 @@ class _Kept(threading.local):
         last, self.last = self.last(), weakref.ref(call)
         # Another thread that has the lock releases the call when it is done with it; waiting could wait for ever.
         if last is not None and last is not call and last.lock.acquire(blocking=False):
-            last.release()
+            last.saved.release()
             last.lock.release()
         if not self.inside:
             self._join()
@@ -59,7 +59,7 @@ class _Kept(threading.local):
     def end(self) -> None:
         if (last := self.last()) is not None:
             with last.lock:
-                last.release()
+                last.saved.release()
         for ref in self.slots:
             if (slot := ref()) is not None:
                 with slot.lock:
