@@ -16,10 +16,10 @@ __all__ = ["ElementwiseMap", "PerFeatureMap", "per_feature"]
 
 
 def per_feature(values: Tensor, x: Like, dim: int) -> Tensor:
-    """View one value per feature so that it broadcasts to ``x``, whose features are in ``dim``."""
-    shape = [1] * x.ndim
-    shape[dim] = -1
-    return values.view(shape)
+    """View values of features, or samples and features, so that they broadcast to ``x`` with features in ``dim``."""
+    shape = [*values.shape[:-1], *[1] * (x.ndim - values.ndim + 1)]
+    shape[dim] = values.shape[-1]
+    return values.reshape(shape)
 
 
 class ElementwiseMap(Conditioned):
@@ -83,31 +83,14 @@ class ElementwiseMap(Conditioned):
         """Return what the conditioner returned in the dims of ``x`` and in at least float32."""
         shape = [*x.shape]
         shape[self.dim] *= self.map.parameters
-        aligned = _aligned(h, x.ndim, self.dim)
-        if not _broadcasts(aligned, shape, self.dim):
+        aligned = per_feature(h, x, self.dim) if h.ndim == 2 <= x.ndim else h
+        fits = aligned.ndim == x.ndim and aligned.shape[self.dim] == shape[self.dim]
+        if not fits or any(m not in (1, n) for m, n in zip(aligned.shape, shape, strict=True)):
             shapes = dict.fromkeys(((shape[0], shape[self.dim]), tuple(shape)))
             refuse(self, "conditioner", f"return shape {' or '.join(map(str, shapes))}", tuple(h.shape))
         if h.is_complex():
             refuse(self, "conditioner", "return real numbers", h.dtype, TypeError)
         return aligned.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _aligned(h: Tensor, ndim: int, dim: int) -> Tensor:
-    """View (B, features) as a tensor of ``ndim`` dims that has its features in ``dim``."""
-    if h.ndim != 2 or ndim < 2:
-        return h
-    shape = [len(h), *[1] * (ndim - 1)]
-    shape[dim] = h.shape[1]
-    return h.reshape(shape)
-
-
-def _broadcasts(h: Tensor, shape: list[int], dim: int) -> bool:
-    """Whether ``h`` broadcasts to ``shape``, and has the very size of it in ``dim``."""
-    return (
-        h.ndim == len(shape)
-        and h.shape[dim] == shape[dim]
-        and all(m in (1, n) for m, n in zip(h.shape, shape, strict=True))
-    )
 
 
 class PerFeatureMap(ElementwiseMap):

@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from ...dtypes import widen
-from ...module import InvertibleModule
 from .._checks import check_positive
 from ..elementwise import Elementwise
+from ..rearrangements.base import Rearrangement
 
 __all__ = [
     "Identity",
@@ -23,7 +23,7 @@ __all__ = [
 _FAR = 2.0**60
 
 
-class Identity(InvertibleModule):
+class Identity(Rearrangement):
     """Return the inputs themselves, ``x -> x``.
 
     Shapes: any, of any number of inputs: one is returned as it is, several as a tuple.
@@ -34,15 +34,10 @@ class Identity(InvertibleModule):
         True
     """
 
-    volume_preserving = True
-    rearranges = True
-    exact = True
-
     def function(self, *inputs: Any) -> Any:
         return inputs[0] if len(inputs) == 1 else inputs
 
-    def inverse(self, *outputs: Any) -> Any:
-        return outputs[0] if len(outputs) == 1 else outputs
+    inverse = function
 
 
 class InvertibleLeakyReLU(Elementwise):

@@ -147,9 +147,7 @@ class BernsteinIntegral(Integral):
     def order(self) -> int:
         return max(self.degree - 1, 1)
 
-    @property
-    def slopes(self) -> tuple[float, float]:
-        return math.exp(-self.max_log_slope), math.exp(self.max_log_slope)
+    slopes = NetIntegral.slopes
 
     def log_density(self, t: Tensor, p: Tensor) -> Tensor:
         u = (t / self.tail_bound + 1) / 2
