@@ -83,12 +83,12 @@ def _zoo(*, markdown: bool) -> None:
 
 def _print_table(head: Row, rows: Sequence[Row]) -> None:
     """Print a table with rich if it is installed, and else in columns."""
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     try:
         from rich import box, console, table, text  # noqa: PLC0415 - an extra
     except ModuleNotFoundError:
-        widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
         for row in (head, *rows):
-            print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+            print("  ".join(map(str.ljust, row, widths)).rstrip())
         return
     printed = table.Table(*head, box=box.SIMPLE_HEAD)
     printed.columns[0].no_wrap = True
@@ -96,7 +96,7 @@ def _print_table(head: Row, rows: Sequence[Row]) -> None:
         printed.add_row(*map(text.Text, row))
     printer = console.Console()
     if not printer.is_terminal:  # a file is as wide as the table
-        printer = console.Console(width=sum(max(map(len, column)) + 4 for column in zip(head, *rows, strict=True)))
+        printer = console.Console(width=sum(width + 4 for width in widths))
     printer.print(printed)
 
 
@@ -219,57 +219,54 @@ def _add_check(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     add("--without", type=_reason, action="append", default=[], metavar="ASSERTION=REASON", help=what)
 
 
+def _expect(condition: bool, what: str, text: str) -> None:
+    if not condition:
+        raise argparse.ArgumentTypeError(f"expected {what}; got {text!r}")
+
+
 def _factory(text: str) -> str:
     module, _, name = text.partition(":")
-    if not (module and name):
-        raise argparse.ArgumentTypeError(f"expected package.module:name; got {text!r}")
+    _expect(bool(module and name), "package.module:name", text)
     return text
 
 
 def _shape(text: str) -> testing.Shape:
     sizes = text.split(",")
-    if not all(size.isdecimal() and int(size) > 0 for size in sizes):
-        raise argparse.ArgumentTypeError(f"expected sizes such as 4,8,16,16; got {text!r}")
+    _expect(all(size.isdecimal() and int(size) > 0 for size in sizes), "sizes such as 4,8,16,16", text)
     return tuple(map(int, sizes))
 
 
 def _batch(text: str) -> testing.Shape:
     shape = _shape(text)
-    if shape[0] < 2:  # one sample cannot show that samples depend on each other
-        raise argparse.ArgumentTypeError(f"expected a batch of at least 2; got {text!r}")
+    _expect(shape[0] > 1, "a batch of at least 2", text)  # one sample cannot show that samples depend on each other
     return shape
 
 
 def _side(text: str) -> tuple[str, testing.Shape]:
     name, _, sizes = text.partition("=")
-    if not name.isidentifier():
-        raise argparse.ArgumentTypeError(f"expected a name and a shape such as context=4,8; got {text!r}")
+    _expect(name.isidentifier(), "a name and a shape such as context=4,8", text)
     return name, _shape(sizes)
 
 
 def _dtype(text: str) -> torch.dtype:
     dtypes = {"float64": torch.float64, "float32": torch.float32}
-    if text not in dtypes:
-        raise argparse.ArgumentTypeError(f"expected one of {', '.join(dtypes)}; got {text!r}")
+    _expect(text in dtypes, f"one of {', '.join(dtypes)}", text)
     return dtypes[text]
 
 
 def _reason(text: str) -> tuple[str, str]:
     name, _, reason = text.partition("=")
-    if not reason.strip():
-        raise argparse.ArgumentTypeError(f"expected an assertion and the reason to leave it out; got {text!r}")
+    _expect(bool(reason.strip()), "an assertion and the reason to leave it out", text)
     return name, reason.strip()
 
 
 def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"expected a positive integer; got {text!r}")
+    _expect(text.isdecimal() and int(text) > 0, "a positive integer", text)
     return int(text)
 
 
 def _seed(text: str) -> int:
-    if not text.isdecimal() or int(text) >= 2**63:
-        raise argparse.ArgumentTypeError(f"expected an integer from 0 to 2**63 - 1; got {text!r}")
+    _expect(text.isdecimal() and int(text) < 2**63, "an integer from 0 to 2**63 - 1", text)
     return int(text)
 
 
@@ -288,8 +285,7 @@ def _device(text: str) -> torch.device:
 
 def _picture(text: str) -> Path:
     path = Path(text)
-    if path.suffix.lower() not in _PICTURES:
-        raise argparse.ArgumentTypeError(f"expected a name that ends in {', '.join(_PICTURES)}; got {text!r}")
+    _expect(path.suffix.lower() in _PICTURES, f"a name that ends in {', '.join(_PICTURES)}", text)
     if not path.parent.is_dir():
         raise argparse.ArgumentTypeError(f"no such directory: {path.parent}")
     return path

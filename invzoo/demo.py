@@ -6,7 +6,6 @@ slows them alike. Memory is counted in bytes of live tensors, never read from an
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
@@ -14,7 +13,7 @@ import torch
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
@@ -117,23 +116,16 @@ def peak_bytes(net: nn.Module, batch: Batch, mode: iz.Mode) -> int:
     return memory.peak
 
 
-@dataclass
 class _Run:
     """One net that trains in one mode, and what its steps took."""
 
-    mode: iz.Mode
-    net: nn.Module
-    optimizer: torch.optim.Optimizer
-    schedule: torch.optim.lr_scheduler.LRScheduler
-    seconds: list[float] = field(default_factory=list)
-    evaluations: tuple[int, int] = (0, 0)
-
-    @classmethod
-    def start(cls, mode: iz.Mode, net: nn.Module, steps: int) -> "_Run":
+    def __init__(self, mode: iz.Mode, net: nn.Module, steps: int) -> None:
+        self.mode, self.net = mode, net
         net.get_submodule("1").mode = mode  # type: ignore[assignment]
-        optimizer = torch.optim.AdamW(net.parameters(), weight_decay=0.01, fused=True)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.01, total_steps=steps)
-        return cls(mode, net, optimizer, schedule)
+        self.optimizer = torch.optim.AdamW(net.parameters(), weight_decay=0.01, fused=True)
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, max_lr=0.01, total_steps=steps)
+        self.seconds: list[float] = []
+        self.evaluations = 0, 0
 
     def step(self, batch: Batch) -> None:
         start, before = _now(batch[0].device), self._count()
@@ -190,22 +182,18 @@ def _check(net: nn.Module, batch: Batch, modes: list[iz.Mode], console: Console)
 
 
 def _table(runs: list[_Run], peaks: dict[iz.Mode, int], test: Batch) -> Table:
-    table = Table(title="One training step in each mode, and where training led")
-    table.add_column("mode")
-    for name in (
+    numbers = (
         "peak activation\nbytes",
         "evaluations\nin forward",
         "evaluations\nin backward",
         "median\nms",
         "test\naccuracy",
-    ):
-        table.add_column(name, justify="right")
+    )
+    columns = (Column(name, justify="right") for name in numbers)
+    table = Table("mode", *columns, title="One training step in each mode, and where training led")
     for run in runs:
-        forward, backward = run.evaluations
-        milliseconds, accuracy = 1000 * median(run.seconds), run.accuracy(test)
-        table.add_row(
-            run.mode, f"{peaks[run.mode]:,}", f"{forward}", f"{backward}", f"{milliseconds:.1f}", f"{accuracy:.2%}"
-        )
+        milliseconds, accuracy = f"{1000 * median(run.seconds):.1f}", f"{run.accuracy(test):.2%}"
+        table.add_row(run.mode, f"{peaks[run.mode]:,}", *map(str, run.evaluations), milliseconds, accuracy)
     return table
 
 
@@ -234,7 +222,7 @@ def run(
     _check(build(depth, seed).to(device), batches[0], modes, console)
     depths = sorted({max(1, depth * part // 8) for part in (1, 2, 4, 8)})
     peaks = {d: {mode: peak_bytes(build(d, seed).to(device), batches[0], mode) for mode in modes} for d in depths}
-    runs = [_Run.start(mode, build(depth, seed).to(device), len(batches)) for mode in modes]
+    runs = [_Run(mode, build(depth, seed).to(device), len(batches)) for mode in modes]
     _train(runs, batches, console)
     console.print(_table(runs, peaks[depth], test))
     _draw(picture, peaks)

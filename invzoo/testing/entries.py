@@ -2,6 +2,7 @@
 
 import zlib
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -59,14 +60,10 @@ class Case:
 
     def inputs(self, batch: int = 3, dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple[Tensor, ...]:
         """Draw the inputs."""
-        layer, generator = self.layer(), torch.Generator().manual_seed(seed)
-        domains = of_each(layer.domain, len(self.shapes))
-        return tuple(
-            (self.draw((batch, *shape), generator) if self.draw else draw_from(domain, (batch, *shape), generator)).to(
-                dtype
-            )
-            for shape, domain in zip(self.shapes, domains, strict=True)
-        )
+        generator = torch.Generator().manual_seed(seed)
+        draws = [self.draw or partial(draw_from, domain) for domain in of_each(self.layer().domain, len(self.shapes))]
+        pairs = zip(draws, self.shapes, strict=True)
+        return tuple(draw((batch, *shape), generator).to(dtype) for draw, shape in pairs)
 
     def side_inputs(self, batch: int = 3, dtype: torch.dtype = torch.float64, seed: int = 0) -> dict[str, Tensor]:
         """Draw the side inputs."""

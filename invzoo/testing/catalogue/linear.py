@@ -1,5 +1,7 @@
 """Linear layers and convolutions."""
 
+from functools import partial
+
 from torch import nn
 
 import invzoo as iz
@@ -15,22 +17,18 @@ __all__ = ["LINEAR"]
 def _matrix_cases(
     layer: type[iz.InvertibleLinear | iz.InvertibleConv1x1], size: int, shape: Shape, wide: int
 ) -> list[Case]:
-    """Return a case for each kind of matrix, and a wide one."""
-    kinds = ("householder", "cayley", "scaled", "plu", "free")
-    square = [Case(lambda kind=kind: layer(size, kind=kind), shape, id=kind) for kind in kinds]  # type: ignore[misc]
+    """Return a case for each kind of matrix, a wide one of those that can be, and one with a context."""
 
     def conditioned(kind: str) -> InvertibleModule:
         numbers = layer(size, kind=kind).num_parameters
         return layer(size, kind=kind, conditioner=nn.Linear(2, numbers))
 
-    contexts = [
-        Case(lambda kind=kind: conditioned(kind), shape, id=f"{kind}, context", side={"context": (2,)})  # type: ignore[misc]
-        for kind in kinds
-    ]
-    wider = [
-        Case(lambda kind=kind: layer(size, wide, kind=kind), shape, id=f"wide {kind}")  # type: ignore[misc]
-        for kind in ("householder", "cayley", "scaled")
-    ]
+    orthonormal = ("householder", "cayley", "scaled")
+    kinds = (*orthonormal, "plu", "free")
+    square = [Case(partial(layer, size, kind=kind), shape, id=kind) for kind in kinds]
+    wider = [Case(partial(layer, size, wide, kind=kind), shape, id=f"wide {kind}") for kind in orthonormal]
+    side: dict[str, Shape] = {"context": (2,)}
+    contexts = [Case(partial(conditioned, kind), shape, id=f"{kind}, context", side=side) for kind in kinds]
     return [*square, *wider, *contexts]
 
 

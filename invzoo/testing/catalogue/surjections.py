@@ -1,6 +1,6 @@
 """Surjections."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ import invzoo as iz
 
 from ...module import InvertibleModule
 from ..entries import Case, Entry
-from ..inputs import Draw, Shape
+from ..inputs import Shape
 from .nets import Conditioned
 
 __all__ = ["SURJECTIONS"]
@@ -36,22 +36,15 @@ class _Coin(nn.Linear):
 
 
 def _surjection(
-    make: Callable[[], InvertibleModule],
-    shape: Shape,
-    *,
-    id: str = "",  # noqa: A002
-    side: dict[str, Shape] | None = None,
-    draw: Draw | None = None,
-    **without: str,
+    make: Callable[[], InvertibleModule], *shapes: Shape, without: Mapping[str, str] | None = None, **options: Any
 ) -> Case:
     reasons = {
         "assert_round_trip": "what is lost one way is drawn the other way",
         "assert_log_det": "it is a term of a bound, not of a Jacobian",
         "assert_dtypes": "two runs draw two values",
         "assert_trainable": "it asserts a round trip",
-        **without,
     }
-    return Case(make, shape, id=id, side=side, draw=draw, independent_samples=False, without=reasons)
+    return Case(make, *shapes, independent_samples=False, without={**reasons, **(without or {})}, **options)
 
 
 SURJECTIONS: tuple[Entry, ...] = (
@@ -85,9 +78,9 @@ SURJECTIONS: tuple[Entry, ...] = (
             lambda: iz.Dequantize(8, dtype=torch.float64),
             (4,),
             draw=lambda shape, generator: torch.randint(8, shape, generator=generator).double(),
-            assert_gradients="floor has no gradient",
-            assert_modes_agree="floor has no gradient",
-            assert_batch_sizes="floor has no gradient",
+            without=dict.fromkeys(
+                ("assert_gradients", "assert_modes_agree", "assert_batch_sizes"), "floor has no gradient"
+            ),
         ),
     ),
 )
