@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import invzoo as iz
 from invzoo.testing.memory import track_memory
-from tests.reference import FEATURES, HALF, Case, assert_near, gradients, make, mlp, train_step
+from tests.reference import FEATURES, HALF, Case, assert_near, make, mlp, train_step
 
 
 def together(*functions: Callable[[], object]) -> list[object]:
@@ -26,10 +26,25 @@ def together(*functions: Callable[[], object]) -> list[object]:
         return [future.result(120) for future in [pool.submit(run, f) for f in functions]]
 
 
+def while_another_draws(function: Callable[[], None]) -> None:
+    """Run a function beside a thread that draws random numbers."""
+    stop = threading.Event()
+
+    def draw() -> None:
+        while not stop.is_set():
+            torch.rand(10)
+
+    def run() -> None:
+        try:
+            function()
+        finally:
+            stop.set()
+
+    together(run, draw)
+
+
 def stack(depth: int) -> nn.Module:
-    return iz.InvertibleSequential(
-        *(iz.AdditiveCoupling(mlp(HALF, 3), mlp(HALF, 3), check="never") for _ in range(depth))
-    )
+    return iz.InvertibleSequential(*(iz.AdditiveCoupling(mlp(HALF, HALF), check="never") for _ in range(depth)))
 
 
 def test_two_threads_train_two_models(case: Case):
@@ -66,56 +81,60 @@ def test_two_threads_keep_their_full_saving():
     assert together(lambda: held(6, barrier.wait), lambda: held(10, barrier.wait)) == [alone, alone]
 
 
-def test_backward_in_another_thread(case: Case):
-    def step(net: nn.Module) -> list[Tensor | None]:
-        net.zero_grad()
-        x = case.x.clone().requires_grad_()
-        loss = net(x.sigmoid()).square().sum()
-        together(loss.backward)
-        return gradients(net, x)
-
-    for _ in range(2):
-        assert_near(step(case.net), step(case.plain))
+def loss_of(net: nn.Module, x: Tensor) -> Tensor:
+    return net(x.sigmoid()).square().sum()
 
 
-def test_double_backward_in_another_thread(case: Case):
-    def step(net: nn.Module) -> list[Tensor | None]:
-        net.zero_grad()
-        x = case.x.clone().requires_grad_()
-        loss = net(x.sigmoid()).square().sum()
-        ((g,),) = together(lambda: torch.autograd.grad(loss, x, create_graph=True))
-        together((loss + g.square().sum()).backward)
-        return gradients(net, x)
-
-    for _ in range(2):
-        assert_near(step(case.net), step(case.plain))
+def backward_in_another(net: nn.Module, x: Tensor) -> None:
+    together(loss_of(net, x).backward)
 
 
-def test_forward_in_two_threads_and_backward_in_a_third(mode: str):
-    case = make("sequential")
-
-    def step(net: nn.Sequential) -> list[Tensor | None]:
-        net.zero_grad()
-        x = case.x.clone().requires_grad_()
-        (middle,) = together(lambda: net[0](x.sigmoid()))
-        (y,) = together(lambda: net[1:](middle))
-        together(y.square().sum().backward)
-        return gradients(net, x)
-
-    with iz.mode(case.net, mode):
-        for _ in range(2):
-            assert_near(step(case.net), step(case.plain))
+def double_backward_in_another(net: nn.Module, x: Tensor) -> None:
+    loss = loss_of(net, x)
+    ((g,),) = together(lambda: torch.autograd.grad(loss, x, create_graph=True))
+    together((loss + g.square().sum()).backward)
 
 
-def test_one_graph_walked_by_four_threads(case: Case):
+def forward_in_two_and_backward_in_a_third(net: nn.Module, x: Tensor) -> None:
+    (middle,) = together(lambda: net(x.sigmoid()))
+    (y,) = together(lambda: net(middle))
+    together(y.square().sum().backward)
+
+
+def one_graph_walked_by_four(net: nn.Module, x: Tensor) -> list[object]:
     """A graph that is kept may be walked by several threads at once."""
-    x = case.x.clone().requires_grad_()
-    wanted = [x, *case.net.parameters()]
-    expected = torch.autograd.grad(case.plain(x.sigmoid()).square().sum(), [x, *case.plain.parameters()])
-    for _ in range(15):
-        loss = case.net(x.sigmoid()).square().sum()
-        for found in together(*[lambda loss=loss: torch.autograd.grad(loss, wanted, retain_graph=True)] * 4):
-            assert_near(found, expected)
+    wanted, found = [x, *net.parameters()], []
+    for _ in range(8):
+        loss = loss_of(net, x)
+        found += together(*[lambda loss=loss: torch.autograd.grad(loss, wanted, retain_graph=True)] * 4)
+    return found
+
+
+def one_model_shared(net: nn.Module, x: Tensor) -> list[object]:
+    """As in lock-free training: the parameters are shared, the graphs are not."""
+
+    def train() -> list[object]:
+        return [torch.autograd.grad(loss_of(net, x), [x, *net.parameters()]) for _ in range(5)]
+
+    return together(train, train, train)
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        backward_in_another,
+        double_backward_in_another,
+        forward_in_two_and_backward_in_a_third,
+        one_graph_walked_by_four,
+        one_model_shared,
+    ],
+)
+def test_threads_do_what_one_does(case: Case, program: Callable[[nn.Module, Tensor], object]):
+    def watched(net: nn.Module) -> object:
+        x = case.x.clone().requires_grad_()
+        return program(net, x), x.grad
+
+    case.holds(watched)
 
 
 def test_saved_tensors_looked_at_by_four_threads(case: Case):
@@ -145,20 +164,18 @@ def test_saved_tensors_looked_at_by_four_threads(case: Case):
 
 
 def test_two_heads_of_one_trunk_walked_by_two_threads(mode: str):
-    trunk, left, right = make("stack"), make("sequential"), make("sequential")
+    cases = [make(form, mode=mode) for form in ("stack", "sequential", "sequential")]
+    both = Case(nn.ModuleList(c.net for c in cases), nn.ModuleList(c.plain for c in cases), cases[0].x)
+    x = both.x.clone().requires_grad_()
 
-    def step(trunk: nn.Module, left: nn.Module, right: nn.Module) -> list[Tensor | None]:
-        x = trunk_x.clone().requires_grad_()
-        y = trunk(x.sigmoid())
-        losses = [left(y).square().sum(), right(y).sin().sum()]
-        wanted = [x, *trunk.parameters()]
-        found = together(*(lambda v=v: torch.autograd.grad(v, wanted, retain_graph=True) for v in losses))
-        return [t for group in found for t in group]
+    def program(nets: nn.ModuleList) -> list[object]:
+        y = nets[0](x.sigmoid())
+        losses = [nets[1](y).square().sum(), nets[2](y).sin().sum()]
+        wanted = [x, *nets[0].parameters()]
+        return together(*(lambda v=v: torch.autograd.grad(v, wanted, retain_graph=True) for v in losses))
 
-    trunk_x = trunk.x
-    with iz.mode(trunk.net, mode), iz.mode(left.net, mode), iz.mode(right.net, mode):
-        for _ in range(15):
-            assert_near(step(trunk.net, left.net, right.net), step(trunk.plain, left.plain, right.plain))
+    for _ in range(8):
+        both.holds(program)
 
 
 def test_one_thread_at_a_time_rebuilds_a_chain():
@@ -179,22 +196,9 @@ def test_one_thread_at_a_time_rebuilds_a_chain():
     assert max(most) == 1
 
 
-def test_one_model_shared_by_threads(case: Case):
-    """As in lock-free training: the parameters are shared, the graphs are not."""
-    x = case.x.clone().requires_grad_()
-    wanted = [x, *case.net.parameters()]
-    expected = torch.autograd.grad(case.plain(x.sigmoid()).square().sum(), [x, *case.plain.parameters()])
-
-    def train() -> None:
-        for _ in range(10):
-            assert_near(torch.autograd.grad(case.net(x.sigmoid()).square().sum(), wanted), expected)
-
-    together(train, train, train)
-
-
 def test_a_shared_model_with_hooks_fires_them_in_every_thread(mode: str):
     """A replay in one thread must not keep hooks or flags from the forward of another."""
-    case, count, lock = make("stack"), [0], threading.Lock()
+    case, count, lock = make("stack", mode=mode), [0], threading.Lock()
 
     def hook(*args: object) -> None:
         with lock:
@@ -208,19 +212,13 @@ def test_a_shared_model_with_hooks_fires_them_in_every_thread(mode: str):
             x = case.x.clone().requires_grad_()
             torch.autograd.grad(case.net(x).square().sum(), x)
 
-    with iz.mode(case.net, mode):
-        together(train, train)
+    together(train, train)
     assert count[0] == 2 * 20 * len(case.net)
 
 
 def test_batch_norm_beside_a_thread_that_draws_random_numbers(mode: str):
     """One thread trains with BatchNorm; another draws random numbers: no wrong number, though a replay may refuse."""
-    case = make("stack", lambda *sizes: mlp(*sizes, nn.BatchNorm1d(5)))
-    stop = threading.Event()
-
-    def draw() -> None:
-        while not stop.is_set():
-            torch.rand(1000)
+    case = make("stack", lambda *sizes: mlp(*sizes, nn.BatchNorm1d(5)), mode)
 
     def train() -> None:
         try:
@@ -228,11 +226,8 @@ def test_batch_norm_beside_a_thread_that_draws_random_numbers(mode: str):
                 assert_near(train_step(case.net, case.x), train_step(case.plain, case.x))
         except RuntimeError as error:
             assert "Another thread may have drawn" in str(error)  # noqa: PT017 - once in a while
-        finally:
-            stop.set()
 
-    with iz.mode(case.net, mode):
-        together(train, draw)
+    while_another_draws(train)
 
 
 class Recorded(nn.Module):
@@ -259,26 +254,18 @@ def test_random_numbers_drawn_by_another_thread_never_make_a_wrong_gradient(how:
 
     net = iz.InvertibleSequential(*(iz.AdditiveCoupling(net_of(3, 3), net_of(3, 3), check="never") for _ in range(3)))
     net.mode = how
-    stop = threading.Event()
-
-    def draw() -> None:
-        while not stop.is_set():
-            torch.rand(10)
 
     def train() -> None:
-        try:
-            for _ in range(60):
-                for mask in masks:
-                    mask.masks.clear()
-                y = net(torch.randn(256, FEATURES))
-                try:
-                    y.square().sum().backward()
-                except RuntimeError as error:
-                    assert "random" in str(error) or "thread" in str(error)  # noqa: PT017 - either is right
-                    continue
-                for mask in masks:
-                    assert_near(mask.masks[1:], mask.masks[:1] * (len(mask.masks) - 1))
-        finally:
-            stop.set()
+        for _ in range(60):
+            for mask in masks:
+                mask.masks.clear()
+            y = net(torch.randn(256, FEATURES))
+            try:
+                y.square().sum().backward()
+            except RuntimeError as error:
+                assert "random" in str(error) or "thread" in str(error)  # noqa: PT017 - either is right
+                continue
+            for mask in masks:
+                assert_near(mask.masks[1:], mask.masks[:1] * (len(mask.masks) - 1))
 
-    together(train, draw)
+    while_another_draws(train)

@@ -1,4 +1,4 @@
-"""The nets of a fuzz case: built of InvZoo's layers once, and run either as they are or as plain maths."""
+"""The nets of a fuzz case: built of InvZoo's layers once, and run either as they are or as their maths alone."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import invzoo as iz
+from invzoo.engine import tuple_of
+from invzoo.protocol import run_of
 from tests.fuzz.specs import Group, Leaf, Net
 
 __all__ = ["FuzzNet"]
@@ -88,133 +90,28 @@ def indices(split: Any, n: int) -> tuple[list[int], list[int]]:
     """Which features make the first stream, and which the second."""
     if split == "interleave":
         return [*range(0, n, 2)], [*range(1, n, 2)]
-    first = {"half": (n + 1) // 2}.get(split) if isinstance(split, str) else None
-    if isinstance(split, float):
-        first = min(n - 1, math.ceil(n * split))
-    elif not isinstance(split, str):
-        first = split[0]
+    if split == "half":
+        first = (n + 1) // 2
+    else:
+        first = min(n - 1, math.ceil(n * split)) if isinstance(split, float) else split[0]
     return [*range(first)], [*range(first, n)]
 
 
-def permuted(x: Tensor, order: list[int], dim: int, back: bool = False) -> Tensor:
-    if back:
-        order = sorted(range(len(order)), key=order.__getitem__)
-    return torch.stack([x.select(dim, i) for i in order], dim)
+def merged(streams: Values, indices: tuple[list[int], list[int]]) -> Tensor:
+    """Put streams back to where they were split from; a swap of unequal ones changes their sizes."""
+    joined = torch.cat(streams, 1)
+    first, second = indices
+    if streams[0].shape[1] != len(first):
+        return joined
+    order = first + second
+    return joined[:, sorted(range(len(order)), key=order.__getitem__)]
 
 
-def order_of(leaf: Leaf, layer: nn.Module, n: int) -> list[int]:
-    evens, odds = [*range(0, n, 2)], [*range(1, n, 2)]
-    half = (n + 1) // 2
-    match leaf.kind:
-        case "reverse":
-            return [*range(n)][::-1]
-        case "swap":
-            return [*range(half, n), *range(half)]
-        case "deinterleave":
-            return evens + odds
-        case "interleave":
-            return sorted(range(n), key=(evens + odds).__getitem__)
-    return layer.permutation.tolist()
-
-
-def checkerboard(x: Tensor, parity: int) -> Tensor:
-    rows, columns = torch.arange(x.shape[2])[:, None], torch.arange(x.shape[3])
-    return ((rows + columns) % 2 == parity).to(x.dtype)
-
-
-def shifted(leaf: Leaf, x: Tensor, h: Tensor, back: bool) -> Tensor:
-    if leaf.kind == "additive":
-        return x - h if back else x + h
-    raw, shift = h.split([h.shape[1] // 2] * 2, 1)
-    scale = {
-        "tanh": lambda: torch.exp(2 * torch.tanh(raw / 20)),
-        "softclip": lambda: torch.exp(4 / math.pi * torch.atan(raw / 2)),
-        "sigmoid": lambda: 0.1 + 0.9 / (1 + torch.exp(-raw - 2)),
-        "unit": lambda: (1 + 1 / (1 + torch.exp(-raw))) / 2,
-        "exp": lambda: torch.exp(raw),
-    }[leaf.scale]()
-    return (x - shift) / scale if back else x * scale + shift
-
-
-def coupled(leaf: Leaf, layer: nn.Module, values: Values, side: dict[str, Tensor], back: bool) -> Values:
-    def apply(net: nn.Module, x: Tensor) -> Tensor:
-        return net(x, **side) if isinstance(net, Conditioned) else net(x)
-
-    order = [(net, index ^ leaf.swap) for index, net in enumerate((layer.f, layer.g)) if net is not None]
-    order = order[::-1] if back else order
-    if leaf.split == "checkerboard":
-        (x,) = values
-        for net, target in order:
-            moving, still = checkerboard(x, target), checkerboard(x, 1 - target)
-            x = still * x + moving * shifted(leaf, x, apply(net, x * still), back)
-        return (x,)
-    if len(values) == 1:
-        first, second = indices(leaf.split, values[0].shape[1])
-        streams = [values[0][:, first], values[0][:, second]]
-    else:
-        streams = [*values]
-    for net, target in order:
-        streams[target] = shifted(leaf, streams[target], apply(net, streams[1 - target]), back)
-    if len(values) == 2:
-        return tuple(streams)
-    return (permuted(torch.cat(streams, 1), first + second, 1, back=True),)
-
-
-def weight_of(leaf: Leaf, layer: nn.Module) -> Tensor:
-    """The matrix of an invertible linear layer, from its parameters."""
-    p = dict(layer.matrix.named_parameters())
-    match leaf.matrix:
-        case "householder":
-            return reflections(p["vectors"])
-        case "cayley":
-            skew = p["generator"] - p["generator"].mT
-            eye = torch.eye(len(skew), dtype=skew.dtype)
-            return torch.linalg.inv(eye + skew) @ (eye - skew)
-        case "scaled":
-            return reflections(p["left"]) @ p["log_scale"].tanh().exp().diag() @ reflections(p["right"]).mT
-        case "plu":
-            n = len(p["packed"])
-            packed, scale = p["packed"] / math.sqrt(n), p["packed"].diagonal().tanh().exp()
-            lower = packed.tril(-1) + torch.eye(n, dtype=packed.dtype)
-            upper = packed.triu(1) + torch.diag(layer.matrix.sigma * scale)
-            return torch.stack([(lower @ upper)[i] for i in layer.matrix.permutation.tolist()])
-    return p["entries"]
-
-
-def reflections(vectors: Tensor) -> Tensor:
-    product = torch.eye(len(vectors), dtype=vectors.dtype)
-    for v in vectors.unbind(1):
-        product = product - 2 * torch.outer(product @ v, v) / (v @ v)
-    return product
-
-
-def mixed(leaf: Leaf, layer: nn.Module, x: Tensor, back: bool) -> Tensor:
-    weight, bias = weight_of(leaf, layer), layer.bias
-    rows = x.movedim(1, -1)
-    rows = (rows - bias) @ torch.linalg.inv(weight).mT if back else rows @ weight.mT + bias
-    return rows.movedim(-1, 1)
-
-
-def plain_leaf(leaf: Leaf, layer: nn.Module, values: Values, side: dict[str, Tensor], back: bool) -> Values:
-    if leaf.kind in ("additive", "affine"):
-        return coupled(leaf, layer, values, side, back)
-    if leaf.kind == "swap" and len(values) == 2:
-        return values[::-1]
-    (x,) = values
-    match leaf.kind:
-        case "matrix":
-            y = mixed(leaf, layer, x, back)
-        case "identity":
-            y = x
-        case "leaky":
-            y = torch.where(x > 0, x, x / leaf.slope if back else x * leaf.slope)
-        case "tanh" | "atanh":
-            y = torch.atanh(x) if back != (leaf.kind == "atanh") else torch.tanh(x)
-        case "sigmoid_layer" | "logit":
-            y = torch.log(x / (1 - x)) if back != (leaf.kind == "logit") else 1 / (1 + torch.exp(-x))
-        case _:
-            y = permuted(x, order_of(leaf, layer, x.shape[leaf.dim]), leaf.dim, back)
-    return (y,)
+def plain_leaf(layer: nn.Module, values: Values, side: dict[str, Tensor], back: bool) -> Values:
+    """Run the maths of a layer, without the engine; that they are right is for the layers' own tests to say."""
+    if not isinstance(layer, iz.InvertibleModule):
+        return (layer(*values),)
+    return tuple_of(run_of(layer, inverted=back).function(*values, **side))
 
 
 # ---- nets -----------------------------------------------------------------------------------------------------------
@@ -242,9 +139,7 @@ class Built:
     def plain(self, values: Values, side: dict[str, Tensor], back: bool = False) -> Values:
         spec, back = self.spec, back != self.spec.inv
         if isinstance(spec, Leaf):
-            if not isinstance(self.layer, iz.InvertibleModule):
-                return (self.layer(*values),)
-            return plain_leaf(spec, self.layer, values, side, back)
+            return plain_leaf(self.layer, values, side if self.takes_condition else {}, back)
         side, start = {} if spec.kind == "sequential" else side, values
         if spec.kind == "streams":
             (x,) = values
@@ -258,9 +153,7 @@ class Built:
         if spec.kind == "branch":
             return (results[0][0] + results[1][0],)
         if spec.kind == "streams":
-            sizes = len(first), len(second)
-            joined = torch.cat(values, 1)
-            return (permuted(joined, first + second, 1, back=True) if stays(values, sizes) else joined,)
+            return (merged(values, (first, second)),)
         return (start[0] + values[0],) if spec.kind == "residual" else values
 
     def walk(self) -> "Iterator[Built]":
@@ -269,19 +162,13 @@ class Built:
             yield from part.walk()
 
 
-def stays(streams: Values, sizes: tuple[int, int]) -> bool:
-    """Whether streams are of the sizes that they were split into; a swap of unequal ones changes that."""
-    return tuple(s.shape[1] for s in streams) == sizes
-
-
 class Around(nn.Module):
     """Groups that are no container of InvZoo's or torch's."""
 
-    def __init__(self, group: Group, parts: list[Built], features: int) -> None:
+    def __init__(self, group: Group, parts: list[Built]) -> None:
         super().__init__()
         self.group, self.parts = group, parts
         self.held = nn.ModuleList([p.module for p in parts])
-        self.sizes = tuple(map(len, indices(group.split, features)))
         self.cut, self.join = iz.Split(split=group.split), iz.Merge(split=group.split)
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
@@ -291,16 +178,13 @@ class Around(nn.Module):
             (a,), (b,) = (p.ours(values, side) for p in self.parts)
             return a + b
         if group.kind == "streams":
-            first, second = indices(group.split, x.shape[1])
-            values = self.cut(x) if group.flip else (x[:, first], x[:, second])
+            parts = indices(group.split, x.shape[1])
+            values = self.cut(x) if group.flip else tuple(x[:, part] for part in parts)
         for part in self.parts * group.repeat:
             values = part.ours(values, side)
         if group.kind == "streams":
-            if stays(values, self.sizes):
-                return (
-                    self.join(*values) if group.flip else permuted(torch.cat(values, 1), first + second, 1, back=True)
-                )
-            return torch.cat(values, 1)
+            stays = values[0].shape[1] == len(parts[0])
+            return self.join(*values) if group.flip and stays else merged(values, parts)
         if group.kind == "residual":
             return values[0] + x if group.flip else x + values[0]
         return values[0]
@@ -342,7 +226,7 @@ class FuzzNet(nn.Module):
             container = iz.InvertibleSequential if item.kind == "invertible" else nn.Sequential
             layer = container(*[p.module for p in parts * item.repeat])
         else:
-            layer = Around(item, parts, self.spec.features)
+            layer = Around(item, parts)
         out = None if item.kind == "streams" else inner
         if sizes and item.inv:
             out = sizes[::-1] if sum(i.kind == "swap" for i in item.items) % 2 else sizes
@@ -374,8 +258,7 @@ class FuzzNet(nn.Module):
 
     def _coupling(self, leaf: Leaf, sizes: tuple[int, int] | None, options: dict[str, Any]) -> nn.Module:
         n = self.spec.features
-        split = indices(leaf.split, n) if leaf.split != "checkerboard" else None
-        sizes = sizes or ((len(split[0]), len(split[1])) if split else (n, n))
+        sizes = sizes or ((n, n) if leaf.split == "checkerboard" else tuple(map(len, indices(leaf.split, n))))
         nets = []
         for index, kind in enumerate((leaf.f, leaf.g)):
             target = index ^ leaf.swap
