@@ -22,9 +22,13 @@ from .layers.activations.squash import (
     InvertibleTanh,
 )
 from .layers.couplings.autoregressive import MaskedAutoregressive
-from .layers.couplings.couplings import AdditiveCoupling, AffineCoupling, GINCoupling
-from .layers.couplings.mixture import MixtureLogisticCoupling
-from .layers.couplings.spline import RationalQuadraticCoupling
+from .layers.couplings.couplings import (
+    AdditiveCoupling,
+    AffineCoupling,
+    GINCoupling,
+    MixtureLogisticCoupling,
+    RationalQuadraticCoupling,
+)
 from .layers.linear.conv import InvertibleConv1x1
 from .layers.linear.emerging import EmergingConv
 from .layers.linear.linear import InvertibleLinear

@@ -15,7 +15,7 @@ from .._checks import check_callable, check_dim_given, check_returned, explain, 
 from ..maps.base import Map, by_map
 from ..rearrangements.split import Partition, SplitSpec, checkerboard, cut, join
 
-__all__ = ["Coupling", "Subnet", "zero_last"]
+__all__ = ["Coupling", "Subnet"]
 
 Subnet = Callable[..., Tensor]
 
@@ -30,6 +30,7 @@ class Coupling(Composite):
         f: a module or a function; it gets the side inputs as keyword arguments.
         g: likewise, or None.
         dim, split, swap: as for :class:`AdditiveCoupling`.
+        zero_init: set the last weighted module of each subnet to zero, so that the layer starts close to the identity.
         subnet_dtype: what streams are cast to for the subnets, whose values are cast back: with the subnets alone in
             bfloat16, rounding errors add up in float32 along a stack. None: streams come as they are.
         options: those of :class:`InvertibleModule`.
@@ -46,6 +47,7 @@ class Coupling(Composite):
         dim: int | None = None,
         split: SplitSpec = "half",
         swap: bool = False,
+        zero_init: bool = False,
         subnet_dtype: torch.dtype | None = None,
         **options: Any,
     ) -> None:
@@ -61,6 +63,8 @@ class Coupling(Composite):
         self.volume_preserving = map_.volume_preserving  # type: ignore[misc]
         # The streams of one tensor; a checkerboard has none: its subnets see the whole tensor with zeros.
         self.streams = None if split == "checkerboard" else Partition(split, self.dim)
+        for net in (f, g) if zero_init else ():
+            _zero_last(net)
 
     def side_names(self) -> SideNames:
         return SideNames.union(SideNames.of(net) for net in (self.f, self.g) if net is not None)
@@ -190,8 +194,8 @@ class Checkerboard(Update):
         return values.where(checkerboard(values, self.dim, colour), others)
 
 
-def zero_last(net: Any) -> None:
-    """Set the last weighted module of a subnet to zero, so that the layer starts close to the identity."""
+def _zero_last(net: Any) -> None:
+    """Set the last weighted module of a subnet to zero."""
     modules = [m for root in engine.modules_of(net) for m in root.modules()]
     weighted = [m for m in modules if isinstance(getattr(m, "weight", None), Tensor)]
     for parameter in weighted[-1].parameters() if weighted else ():

@@ -90,28 +90,37 @@ class _OrthogonalSampling(InvertibleModule):
     def __init__(
         self,
         channels: int,
-        stride: int | Sequence[int],
-        groups: int,
-        kind: str,
-        init: str,
-        reflections: int | None,
-        factory: dict[str, Any],
+        stride: int | Sequence[int] = 2,
+        *,
+        kind: str = "householder",
+        init: str = "haar",
+        reflections: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        check_choice(self, "kind", kind, KINDS)
-        check_choice(self, "init", init, INITS)
         self.channels, self.stride, self.init = channels, sizes_of(self, "stride", stride), init
-        if init == "haar" and any(n & (n - 1) for n in self.stride):
-            refuse(self, "stride", "be powers of two with init='haar'", self.stride)
-        if reflections is not None and kind != "householder":
-            refuse(self, "reflections", f"be None with kind={kind!r}", reflections)
-        settings = {} if reflections is None else {"reflections": reflections}
+        self._check_arguments(kind, reflections)
         cell = math.prod(self.stride)
-        self.matrix = KINDS[kind](type(self).__name__, cell, cell, batch=(groups,), **settings, **factory)
+        groups = channels if self.deep == "y" else channels // cell
+        settings: dict[str, Any] = {} if reflections is None else {"reflections": reflections}
+        settings |= {"batch": (groups,), "device": device, "dtype": dtype}
+        self.matrix = KINDS[kind](type(self).__name__, cell, cell, **settings)
         parameter = self.matrix.own()[0]
         self.register_buffer("basis", torch.empty(groups, cell, cell, device=parameter.device, dtype=parameter.dtype))
         self.reset_parameters()
+
+    def _check_arguments(self, kind: str, reflections: int | None) -> None:
+        check_positive_int(self, "channels", self.channels)
+        check_choice(self, "kind", kind, KINDS)
+        check_choice(self, "init", self.init, INITS)
+        if self.init == "haar" and any(n & (n - 1) for n in self.stride):
+            refuse(self, "stride", "be powers of two with init='haar'", self.stride)
+        if self.deep == "x" and self.channels % (cell := math.prod(self.stride)):
+            refuse(self, "channels", f"be a multiple of {cell}, the pixels of a cell", self.channels)
+        if reflections is not None and kind != "householder":
+            refuse(self, "reflections", f"be None with kind={kind!r}", reflections)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -182,23 +191,6 @@ class OrthogonalDownsample(_OrthogonalSampling):
     """
 
     deep = "y"
-
-    def __init__(
-        self,
-        channels: int,
-        stride: int | Sequence[int] = 2,
-        *,
-        kind: str = "householder",
-        init: str = "haar",
-        reflections: int | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        **options: Any,
-    ) -> None:
-        check_positive_int(self, "channels", channels)
-        factory = {"device": device, "dtype": dtype}
-        super().__init__(channels, stride, channels, kind, init, reflections, factory, **options)
-
     move, undo = _OrthogonalSampling._down, _OrthogonalSampling._up
 
 
@@ -232,24 +224,4 @@ class OrthogonalUpsample(_OrthogonalSampling):
     """
 
     deep = "x"
-
-    def __init__(
-        self,
-        channels: int,
-        stride: int | Sequence[int] = 2,
-        *,
-        kind: str = "householder",
-        init: str = "haar",
-        reflections: int | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        **options: Any,
-    ) -> None:
-        check_positive_int(self, "channels", channels)
-        cell = math.prod(sizes_of(self, "stride", stride))
-        if channels % cell:
-            refuse(self, "channels", f"be a multiple of {cell}, the pixels of a cell", channels)
-        factory = {"device": device, "dtype": dtype}
-        super().__init__(channels, stride, channels // cell, kind, init, reflections, factory, **options)
-
     move, undo = _OrthogonalSampling._up, _OrthogonalSampling._down  # type: ignore[assignment]  # words take any arguments
