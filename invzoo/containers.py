@@ -55,7 +55,7 @@ class _Container(Composite):
     def through(
         self, values: tuple[Any, ...], side: dict[str, Any], log_dets: LogDets | None, *, inverted: bool = False
     ) -> Any:
-        return engine.chain(self, self._policies, self._back if inverted else self._there, values, side, log_dets)
+        return engine.run_chain(self, self._policies, self._back if inverted else self._there, values, side, log_dets)
 
     def through_engine(
         self, values: tuple[Any, ...], side: dict[str, Any], *, inverted: bool = False, log_det: bool = False

@@ -2,7 +2,7 @@
 
 from ._torch import functorch_active, is_fake, tracing, version_of
 from .checkpoint import checkpoint
-from .dispatch import chain
+from .dispatch import run_chain
 from .eager.call import call
 from .eager.freeing import freeing
 from .eager.tape import Tape
@@ -22,7 +22,6 @@ __all__ = [
     "Tape",
     "Through",
     "call",
-    "chain",
     "check_of",
     "checkpoint",
     "freeing",
@@ -33,6 +32,7 @@ __all__ = [
     "mode_of",
     "modules_of",
     "place",
+    "run_chain",
     "steps_aside",
     "tolerance",
     "tracing",

@@ -227,7 +227,7 @@ def weights_cached() -> bool:
     return bool(getattr(parametrize, "_cache_enabled", 0))
 
 
-# Lets a module have other parameters and buffers for a while. Missing: chains step aside under the compiler.
+# Lets a module have other parameters and buffers for a while. Missing: chains are compiled in pieces, and store.
 with_tensors: Callable[..., Any] | None = getattr(stateless, "_reparametrize_module", None)
 
 

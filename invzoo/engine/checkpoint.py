@@ -67,6 +67,7 @@ def checkpoint(
 
 
 def _verified_of(function: Callable[..., Any]) -> set[str]:
+    """Return what a function's calls have verified so far, which lives as long as the function."""
     owner = getattr(function, "__self__", function)  # a bound method is made anew each time
     try:
         return _verified.setdefault(owner, set())

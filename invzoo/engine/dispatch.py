@@ -11,10 +11,10 @@ from ._torch import functorch_active, with_tensors
 from .operation import Through
 from .policy import Mode, Policy
 
-__all__ = ["chain"]
+__all__ = ["run_chain"]
 
 
-def chain(
+def run_chain(
     owner: nn.Module,
     policies: Callable[[], Iterable[Policy]],
     through: Through,
@@ -35,13 +35,14 @@ def chain(
     if not _traces(owner, policies):
         return through(values, side, log_dets)
     from .compiled.chain import run  # noqa: PLC0415
-    from .compiled.tracer import begin, steps_aside  # noqa: PLC0415 - imports the compiler
+    from .compiled.tracer import begin, gave_up  # noqa: PLC0415 - imports the compiler
 
     begin(type(owner).__name__)
-    return (through if steps_aside() else partial(run, owner, through))(values, side, log_dets)
+    return (through if gave_up() else partial(run, owner, through))(values, side, log_dets)
 
 
 def _traces(owner: nn.Module, policies: Callable[[], Iterable[Policy]]) -> bool:
+    """Whether the compiler traces the container, and can trace it as one function."""
     return (
         torch.compiler.is_dynamo_compiling()
         and torch.is_grad_enabled()  # not so inside a chain's forward

@@ -46,6 +46,7 @@ class Policy:
     freeing: Mode = Mode.invert
 
     def set_mode(self, mode: Mode) -> None:
+        """Set the mode, and remember one that frees."""
         self.mode = mode
         if mode is not Mode.store:
             self.freeing = mode

@@ -40,7 +40,7 @@ class _State(threading.local):
     def __init__(self) -> None:
         self.packing: list[Any] = []  # the pack hooks of the calls that run right now
         self.place: Place = ()  # where in its containers the running layer stands, for errors
-        self.chain: Any = None  # the record of the chain that the compiler traces
+        self.record: Any = None  # that of the chain that the compiler traces
         self.below = False  # whether a call runs below a transform
 
 
@@ -66,7 +66,7 @@ class place:  # noqa: N801 - reads as the word that it is, like torch.no_grad
         self._describe = describe
 
     def __enter__(self) -> None:
-        self._entered = state.chain is not None or not torch.compiler.is_compiling()  # a compiled backward may not
+        self._entered = state.record is not None or not torch.compiler.is_compiling()  # a compiled backward may not
         if self._entered:
             self._before = state.place
             state.place = (self._describe, self._before)

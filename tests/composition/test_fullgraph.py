@@ -42,7 +42,7 @@ def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
-    assert state.chain is None
+    assert state.record is None
 
 
 def compiled(net: Callable[..., Any], backend: Any = "aot_eager") -> Any:

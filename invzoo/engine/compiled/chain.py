@@ -60,6 +60,7 @@ class _Chain(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, record: Record, *tensors: Any) -> tuple[Tensor, ...]:
+        """Run the chain, and save its outputs and what no call rebuilds (rule 1)."""
         outputs = record.run(tensors)
         ctx.record = record
         n = record.weights
@@ -73,6 +74,7 @@ class _Chain(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """Go through the record in reverse (rule 3), with autocast as it was (rule 5)."""
         record = ctx.record
         replay = Replay(record, ctx.saved_tensors, gradients)
         device, dtype, enabled = record.autocast

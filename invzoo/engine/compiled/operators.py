@@ -73,6 +73,7 @@ def _(gradient: Tensor, was: Tensor, now: Tensor, allowed: float, number: int, n
 
 
 def _empty_rows(tensors: Sequence[Tensor]) -> Tensor:
+    """Make room for a fingerprint of each tensor."""
     dtypes = {precision_of(tensor.dtype) for tensor in tensors}
     dtype = torch.float64 if torch.float64 in dtypes else torch.float32
     return torch.empty(len(tensors), 5, dtype=dtype, device=tensors[0].device)

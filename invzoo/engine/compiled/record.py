@@ -66,13 +66,13 @@ class Record:
     width: int  # how many inputs
     side_names: list[str]  # of the tensors among the side inputs
     side: dict[str, Any]
-    positions: dict[Tensor, int]  # of the parameters that get gradients, and of the other tensors held
+    held: dict[Tensor, int]  # positions of the parameters that get gradients, and of the other tensors held
     weights: int  # how many get gradients: the first ones
     asked: bool  # for log-determinants
     others: list[Tensor] = field(default_factory=list)  # that are held: other parameters, and buffers
     steps: list[Step] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
-    places: dict[Tensor, int] = field(default_factory=dict)  # positions in values
+    positions: dict[Tensor, int] = field(default_factory=dict)  # positions in values
     log_det: Tensor | None = None
     has_log_det: bool = False
     single: bool = False
@@ -95,15 +95,15 @@ class Record:
         device = inputs[0].device.type
         self.autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
         side = {**self.side, **dict(zip(self.side_names, rest, strict=True))}
-        state.chain = self
+        state.record = self
         result = self.through(inputs, side, self if self.asked else None)
-        state.chain = None
+        state.record = None
         check_closures(tensors, self.name)
         self.single = not isinstance(result, tuple)
         outputs = tuple_of(result)
-        if any(y not in self.places for y in outputs):
+        if any(y not in self.positions for y in outputs):
             self._refuse_foreign("an output of the whole")
-        self.outputs = [self.places[y] for y in outputs]
+        self.outputs = [self.positions[y] for y in outputs]
         self.saved = self._unknown()
         checks = {step.operation.policy.check for step in self.steps if not step.keeps}
         if checks - {"never"}:
@@ -114,10 +114,10 @@ class Record:
 
     def put(self, value: Tensor) -> int:
         """Return the position of a value, a new one if need be."""
-        if value not in self.places:
-            self.places[value] = len(self.values)
+        if value not in self.positions:
+            self.positions[value] = len(self.values)
             self.values.append(value)
-        return self.places[value]
+        return self.positions[value]
 
     def add(self, log_det: Tensor) -> None:
         """Add a log-determinant to those that the layers gave; each gets the gradient of the sum."""
@@ -126,16 +126,16 @@ class Record:
     def call(self, operation: Any, inputs: tuple[Any, ...], side: dict[str, Any]) -> Any:
         """Run an operation that a layer gives to the engine."""
         where = " in ".join((operation.name, *_places()))
-        if any(not isinstance(x, Tensor) or x not in self.places for x in inputs):
+        if any(not isinstance(x, Tensor) or x not in self.positions for x in inputs):
             self._refuse_foreign(f"an input of {where}")
         keeps = operation.keeps_input or operation.policy.mode is Mode.recompute
         if operation.inverse is None and not keeps:
             stop(f"Expected a layer with an inverse for mode 'invert'; got {where}. Use mode 'recompute' or 'store'")
         places, tensors = _belongings(operation.roots)
         note_tensors(tensors)
-        state.chain = None  # the function is one piece, whatever it is made of
+        state.record = None  # the function is one piece, whatever it is made of
         result = getattr(frames, frame_named(where))(operation.function, inputs, side)
-        state.chain = self
+        state.record = self
         examine(tensors, where)
         moved = [places[k] for k in changed_tensors()]
         if reads_changed() or not all(_is_statistic(operation.roots[i], name) for i, name in moved):
@@ -148,7 +148,7 @@ class Record:
         self.steps.append(
             Step(
                 operation,
-                [self.places[x] for x in inputs],
+                [self.positions[x] for x in inputs],
                 [x.dtype for x in inputs],
                 [self.put(y) for y in outputs],
                 [j for j, y in enumerate(outputs) if is_float(y)],
@@ -164,12 +164,13 @@ class Record:
 
     def _hold(self, tensor: Tensor) -> int:
         """Return the position of a parameter or buffer among those that backward gets."""
-        if tensor not in self.positions:
-            self.positions[tensor] = len(self.positions)
+        if tensor not in self.held:
+            self.held[tensor] = len(self.held)
             self.others.append(tensor)
-        return self.positions[tensor]
+        return self.held[tensor]
 
     def _refuse_foreign(self, what: str) -> None:
+        """Stop at a value that no call returned (rule 2)."""
         stop(
             f"Expected {self.name} to pass on what its layers return, as it is, under torch.compile; got something "
             f"else as {what}. Use mode 'store' for the whole chain"

@@ -21,7 +21,7 @@ class Replay:
 
     def __init__(self, record: Record, saved: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
         gradients[0].stride()  # a compiler that learns in a backward of strides starts anew, and cannot inside a vjp
-        n, m = len(record.positions), len(record.side_names)
+        n, m = len(record.held), len(record.side_names)
         self.record = record
         if record.checked:
             self.prints, *saved = saved
@@ -119,6 +119,7 @@ class _Tape:
         n, parts = len(self.weights), _Parts()
 
         def piece(*tensors: Tensor) -> tuple[Tensor, ...]:
+            """Evaluate ``function`` as one of weights and arguments."""
             now = dict(zip(self.weights, tensors[:n], strict=True))
             held = [now.get(k, t) for k, t in enumerate(self.held)]
             new = dict(zip(at, tensors[n:], strict=True))
@@ -184,10 +185,12 @@ class _Parts:
     at: list[int]
 
     def split(self, value: Any) -> tuple[Tensor, ...]:
+        """Return the tensors, and remember the rest."""
         self.leaves, self.structure = tree_flatten(value)
         self.at = [j for j, leaf in enumerate(self.leaves) if isinstance(leaf, Tensor) and is_float(leaf)]
         return tuple([self.leaves[j] for j in self.at])
 
     def join(self, tensors: tuple[Tensor, ...]) -> Any:
+        """Put others in place of the tensors."""
         new = dict(zip(self.at, tensors, strict=True))
         return tree_unflatten([new.get(j, leaf) for j, leaf in enumerate(self.leaves)], self.structure)

@@ -32,9 +32,9 @@ __all__ = [
     "find_used",
     "frame_named",
     "frames",
+    "gave_up",
     "note_tensors",
     "number",
-    "steps_aside",
     "stop",
     "used_tensors",
 ]
@@ -43,7 +43,7 @@ _versions: list[int] = []  # of the tensors noted last; the compiler works for o
 _changed: list[int] = []
 _read: list[Node] = []  # nodes that take what was changed, and do not change it
 _used: list[int] = []
-_aside: list[bool] = []
+_given_up: list[bool] = []
 _dtypes: set[torch.dtype] = set()  # of all that the chain computes
 frames = SimpleNamespace()
 _frame_names: dict[str, str] = {}
@@ -58,7 +58,7 @@ _UNFIT = {  # what the compiler's graph may hold, but `torch.func.vjp` of it not
 
 
 def begin(name: str) -> None:  # noqa: ARG001 - comptime reads it
-    """Find out whether the chain of this name has to step aside.
+    """Find out whether the chain of this name can be traced as one function.
 
     The compiler may be trying once more, after it could not trace what called the chain. Or hooks on saved tensors are
     active, with which `torch.func.vjp` cannot be traced.
@@ -67,6 +67,7 @@ def begin(name: str) -> None:  # noqa: ARG001 - comptime reads it
 
 
 def _begin(context: ComptimeContext) -> None:
+    """Do what :func:`begin` says while the compiler traces; likewise the functions below."""
     translator: Any = context._i_will_not_complain_if_bc_breaks_InstructionTranslator()
     while translator.parent is not None:
         translator = translator.parent
@@ -79,13 +80,13 @@ def _begin(context: ComptimeContext) -> None:
             "With fullgraph=True an error says why; mode 'store' says that this is meant",
             stacklevel=2,
         )
-    _aside[:] = [True] * (once_more or top_hook() is not None)
+    _given_up[:] = [True] * (once_more or top_hook() is not None)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def steps_aside() -> bool:
-    """Return what :func:`begin` found."""
-    return bool(_aside)
+def gave_up() -> bool:
+    """Whether :func:`begin` found that the chain runs in pieces, and stores."""
+    return bool(_given_up)
 
 
 def stop(problem: str) -> None:  # noqa: ARG001 - comptime reads them

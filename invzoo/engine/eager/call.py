@@ -38,8 +38,8 @@ __all__ = ["call"]
 
 def call(operation: Operation, inputs: tuple[Any, ...], side: dict[str, Any]) -> Any:
     """Run ``operation`` so that backward rebuilds what it needs, as the operation's policy says."""
-    if state.chain is not None:
-        return state.chain.call(operation, inputs, side)
+    if state.record is not None:
+        return state.record.call(operation, inputs, side)
     mode = operation.policy.mode
     if mode is Mode.store:
         return _run_plainly(operation, inputs, side)
@@ -76,6 +76,7 @@ def _run_plainly(operation: Operation, inputs: tuple[Any, ...], side: dict[str, 
 
 
 def _changed_input(name: str) -> RuntimeError:
+    """Return the error for a function that changes its inputs."""
     return RuntimeError(
         f"Expected {name} to leave its inputs as they are; got one that its function changed in place. Use "
         "out-of-place operations, nn.ReLU() for nn.ReLU(inplace=True) say, or let it begin with x.clone()"
@@ -124,6 +125,7 @@ class Call:
         return bool(self.links.slots) and self.saved.awaited
 
     def forward(self, inputs: tuple[Any, ...], side: dict[str, Any]) -> Any:
+        """Run the function, with handles in its graph (rule 1)."""
         operation, surroundings = self.operation, self.surroundings
         if not surroundings.replayable:
             return _run_plainly(operation, inputs, side)
@@ -184,12 +186,14 @@ class Call:
                 self.bring_back()
 
     def pack(self, tensor: Tensor) -> Handle:
+        """Give autograd a handle for what it saves."""
         is_leaf = tensor.requires_grad and tensor.is_leaf and id(tensor) not in self.surroundings.parameters.known
         if is_leaf and storage_key(tensor) not in self.leaf_inputs:
             self.given.keep_leaf(tensor)
         return self.saved.add(tensor)
 
     def unpack(self, handle: Handle) -> Tensor:
+        """Give backward the value of a handle, which rebuilds the call at the first (rule 3)."""
         value = handle.value
         if value is None:
             with self.lock, plainly():
@@ -218,6 +222,7 @@ class Call:
             self.kept = None if self.kept is None else ()
 
     def _rebuild(self, tape: Tape, done: bool) -> None:
+        """Fill handles and input slots; ``done`` if no later backward will ask again."""
         values = self._replay(tape) if self.kept is None else self._recompute(tape, self.kept)
         if self.proof is not None:
             self.proof.compare(values, self._dtypes())
@@ -254,6 +259,7 @@ class Call:
         self.links.drop()
 
     def _invert(self) -> None:
+        """Fill the input slots alone."""
         links, name = self.links, self.operation.name
         specs = enumerate(zip(self.inputs, inverted(self, links.values(name)), strict=True))
         inputs = [s.accept(x, name, i) if isinstance(s, Input) else x for i, (s, x) in specs]

@@ -45,6 +45,7 @@ class FreedTensor(Tensor):
 
 
 def _message(*values: Any) -> str:
+    """Return what the first freed tensor among the arguments of an operator has to say."""
     todo = [*values]
     while todo:
         value = todo.pop()

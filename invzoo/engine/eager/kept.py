@@ -32,6 +32,7 @@ class _Kept(threading.local):
         self.slots: list[Callable[[], Slot | None]] = []
 
     def begin(self, call: Rebuilt) -> None:
+        """Let go of what the call before this one rebuilt, and see to it that the end of this backward does so too."""
         last, self.last = self.last(), weakref.ref(call)
         # Another thread that has the lock releases the call when it is done with it; waiting could wait for ever.
         if last is not None and last is not call and last.lock.acquire(blocking=False):
@@ -51,12 +52,14 @@ class _Kept(threading.local):
             self.inside = before
 
     def _join(self) -> None:
+        """Wait for the end of the backward that runs now, if nobody does yet."""
         task = backward_id()
         if task not in (-1, self.task):
             self.task = task
             at_end_of_backward(self.end)
 
     def end(self) -> None:
+        """Let go of everything."""
         if (last := self.last()) is not None:
             with last.lock:
                 last.saved.release()

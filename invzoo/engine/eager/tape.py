@@ -171,6 +171,7 @@ class Tape:
             self.run(function, *args, **side)
 
     def _capture(self, tensor: Tensor) -> Tensor:
+        """Take what autograd saves, as the pack hook of a piece."""
         value, saved = tensor.detach(), self._call.saved
         index = len(self._metas)
         self._metas.append((tensor.shape, tensor.dtype))

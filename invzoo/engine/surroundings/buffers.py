@@ -31,7 +31,7 @@ from .structure import put
 
 __all__ = [
     "Buffers",
-    "Place",
+    "Location",
     "copy_of",
     "differ",
     "generators_of",
@@ -72,6 +72,7 @@ class Buffer(NamedTuple):
 
     @classmethod
     def of(cls, module: nn.Module, table: dict[str, Any], name: str, tensor: Tensor, *, known: bool) -> "Buffer":
+        """Look at a tensor before a call; ``known`` if the call runs no other code than this library's and torch's."""
         buffer = cls(module, table, name, tensor, version_of(tensor), None)
         trusted = known and not _moves_silently(module) and buffer._seen() == "still"
         return buffer if trusted else buffer._replace(copy=copy_of(tensor))
@@ -88,6 +89,7 @@ class Buffer(NamedTuple):
         return "lost" if moved else "still"
 
     def _differs(self, copy: Tensor, suspects: list[Suspect]) -> bool:
+        """Whether the call moved it in silence; on an accelerator, whether calls before did (rule 3)."""
         if not _is_plain(self.tensor) or is_capturing(self.tensor):
             return False
         if self._seen() is None or not waits_to_be_read(self.tensor):
@@ -179,7 +181,7 @@ def without_graph(tensor: Tensor) -> Tensor:
     return tensor if tensor.is_leaf else tensor.detach().requires_grad_()
 
 
-Place = tuple[dict[str, Any], str, Tensor]  # where a module keeps a tensor, and which
+Location = tuple[dict[str, Any], str, Tensor]  # where a module keeps a tensor, and which
 
 
 class Buffers:
@@ -189,7 +191,7 @@ class Buffers:
 
     def __init__(self, modules: Sequence[nn.Module], keepers: Sequence[nn.Module], *, known: bool):
         self._modules = modules
-        self._moved: list[Place] = []  # with copies from before the call
+        self._moved: list[Location] = []  # with copies from before the call
         self._suspects: list[Suspect] = []
         self._watched = [
             Buffer.of(module, table, name, x, known=known)
@@ -204,13 +206,13 @@ class Buffers:
         """Return those that the call may move, until it is over."""
         return [b.tensor for b in self._watched]
 
-    def close(self) -> tuple[list[Place], bool]:
+    def close(self) -> tuple[list[Location], bool]:
         """After the call: keep copies of what it moved.
 
         Returns:
             what it left alone, and whether there is a copy of all that it moved.
         """
-        still: list[Place] = []
+        still: list[Location] = []
         complete = True
         for buffer in self._watched:
             fate, table, name, tensor = buffer.fate(self._suspects), buffer.table, buffer.name, buffer.tensor

@@ -86,6 +86,7 @@ def _standing_in(sites: list[_Site], run: Callable[..., Any]) -> Iterator[None]:
 
 
 def _stand_in(table: dict[int, Hook], key: int, hook: Hook) -> _StandIn:
+    """Put a stand-in in a hook's place, or use the one of another thread."""
     found = table.get(key)
     stand_in = found if isinstance(found, _StandIn) else _StandIn(hook)
     stand_in.users += 1

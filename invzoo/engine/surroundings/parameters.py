@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .._torch import Stamp, is_distributed, stamps, version_of, whole
-from .buffers import Place, without_graph
+from .buffers import Location, without_graph
 from .structure import Table, check_removals, put
 
 __all__ = ["Parameters"]
@@ -58,7 +58,7 @@ class Parameters:
         """Whether some have no shape yet."""
         return self._unusual and any(map(is_lazy, self.tensors))
 
-    def close(self, still: Sequence[Place]) -> None:
+    def close(self, still: Sequence[Location]) -> None:
         """After the call: refuse changes, let go of graphs, and take the buffers that kept still along."""
         if changed := self._changed():
             raise RuntimeError(
