@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable, Sequence
+from operator import attrgetter, itemgetter
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from .._torch import (
     version_of,
 )
 from ..func import run_below, runs_below
-from ..nested import tuple_of
+from ..nested import attributes_of, tuple_of
 from ..operation import Operation
 from ..policy import Mode
 from ..state import note, state, steps_aside
@@ -101,7 +102,8 @@ class Call:
         tensors, others = [], [*side.values()]
         for i, x in enumerate(inputs):
             if isinstance(x, Tensor):
-                self.inputs.append(spec := Input.of(x, self.given.attributes(f"input {i}", x)))
+                attributes = attributes_of(x)
+                self.inputs.append(spec := Input.of(x, attributes and self.given.take_all(f"input {i}", attributes)))
                 if spec.requires_grad and x.is_leaf:
                     self.leaf_inputs = [*self.leaf_inputs, storage_key(x)]
                 tensors.append(x)
@@ -166,8 +168,8 @@ class Call:
         if self.wanted and (may_step(parameters.tensors) or self.given.leaves):
             self._come_first(inputs, outputs)
         self.saved.release()
-        tensors = [*parameters.tensors, *(x for x in (*inputs, *outputs) if isinstance(x, Tensor))]
-        self.dtypes.update([x.dtype for x in tensors], [dtype for _, dtype in self.saved.metas])
+        tensors = [x for x in (*inputs, *outputs) if isinstance(x, Tensor)]
+        self.dtypes.update(map(_dtype, tensors), map(_dtype, parameters.tensors), map(_dtype_of_meta, self.saved.metas))
 
     def _come_first(self, inputs: tuple[Any, ...], outputs: tuple[Any, ...]) -> None:
         """Be rebuilt before any parameter gets its gradient, since its hook may step an optimizer (rule 7)."""
@@ -225,10 +227,10 @@ class Call:
         """Fill handles and input slots; ``done`` if no later backward will ask again."""
         values = self._replay(tape) if self.kept is None else self._recompute(tape, self.kept)
         if self.proof is not None:
-            self.proof.compare(values, self._dtypes())
+            self.proof.compare(values, self.links.dtypes(self.dtypes))
         tape.fill()
         self.surroundings.generators.check()
-        self.links.put(tape.inputs, self._dtypes(), done=done)
+        self.links.put(tape.inputs, self.links.dtypes(self.dtypes), done=done)
         tape.forget()
 
     def _recompute(self, tape: Tape, inputs: tuple[Any, ...]) -> Sequence[Any]:
@@ -264,14 +266,10 @@ class Call:
         specs = enumerate(zip(self.inputs, inverted(self, links.values(name)), strict=True))
         inputs = [s.accept(x, name, i) if isinstance(s, Input) else x for i, (s, x) in specs]
         if self.proof is not None:
-            self.proof.compare(inputs, self._dtypes())
+            self.proof.compare(inputs, self.links.dtypes(self.dtypes))
         # Where the later calls are done with and no graph waits for this one, it is done with as well.
         done = not keeps_graph() and not self.awaited and not links.consumed
-        links.put(inputs, self._dtypes(), done=done)
-
-    def _dtypes(self) -> set[torch.dtype]:
-        """Return the dtypes that a rebuilt input has gone through, in this call and in those behind it."""
-        return self.dtypes.union(*[slot.dtypes for slot in self.links.slots])
+        links.put(inputs, self.links.dtypes(self.dtypes), done=done)
 
     def _as_it_was(self, replay: Callable[..., None], *args: Any) -> None:
         """Run ``replay`` without gradients, and with all that the call saw as it was."""
@@ -286,6 +284,9 @@ class Call:
             raise
         finally:
             set_grad_enabled(grad)
+
+
+_dtype, _dtype_of_meta = attrgetter("dtype"), itemgetter(1)
 
 
 def _pull(wanted: Call) -> None:

@@ -33,18 +33,18 @@ class Given:
         """Return ``value`` as the replay gets it; errors call it ``what``."""
         return map_tensors(partial(self._take, what), value)
 
-    def attributes(self, what: str, tensor: Tensor) -> dict[str, Any]:
+    def take_all(self, what: str, attributes: dict[str, Any]) -> dict[str, Any]:
         """Return what somebody set on a tensor, as the replay gets it."""
-        return {name: self.take(f"{name} of {what}", value) for name, value in attributes_of(tensor).items()}
+        return {name: self.take(f"{name} of {what}", value) for name, value in attributes.items()}
 
     def _take(self, what: str, tensor: Tensor) -> Tensor:
         if (data := self._copies.get(id(tensor))) is not None:  # it leads to itself
             return data
         data = tensor.detach().requires_grad_(tensor.requires_grad)
         self.keep(what, data)
-        if attributes_of(tensor):
+        if attributes := attributes_of(tensor):
             self._copies = {**self._copies, id(tensor): data}
-            vars(data).update(self.attributes(what, tensor))
+            vars(data).update(self.take_all(what, attributes))
         return data
 
     def complete(self) -> None:

@@ -37,10 +37,11 @@ class Links:
         known = dict(zip(map(id, inputs), keys_in, strict=True))  # most outputs that are inputs are the same
         keys_out = [(known.get(id(y)) or key_of(y)) if isinstance(y, Tensor) else None for y in outputs]
         slots_in = [None if k is None else slot_of(x, k) for x, k in zip(inputs, keys_in, strict=True)]
-        self.lock = next((slot.lock for slot in slots_in if slot is not None), self.lock)
-        self.passed = {i: keys_out.index(k) for i, k in enumerate(keys_in) if k and k[0] and k in keys_out}
+        if known_slots := [slot for slot in slots_in if slot is not None]:
+            self.lock = known_slots[0].lock
         # A slot that is there is held by a call that a backward may replay: others are gone by now.
-        self.inherits = any(slot is not None for slot in slots_in)
+        self.inherits = bool(known_slots)
+        self.passed = {i: keys_out.index(k) for i, k in enumerate(keys_in) if k and k[0] and k in keys_out}
         for i, slot in enumerate(slots_in):
             if slot is None or i in self.passed:
                 self._sources.append(_none)
@@ -63,7 +64,10 @@ class Links:
 
     def missing(self) -> Slot | None:
         """Return an output's slot whose value is not there, and nowhere else either."""
-        return next((s for s in self.slots if s.gone and not s.recall()), None)
+        for slot in self.slots:
+            if slot.value is None and not slot.recall():
+                return slot
+        return None
 
     def loses(self) -> bool:
         """Whether an input's slot waits for its value."""
@@ -84,11 +88,12 @@ class Links:
 
     def values(self, name: str) -> tuple[Any, ...]:
         """Return the outputs, unless somebody changed one; errors call the call ``name``."""
-        if any(slot.changed for slot in self.slots):
-            raise RuntimeError(
-                f"Expected the outputs of {name} to stay as they are until backward; got one that was changed in "
-                "place. Use an out-of-place operation on it"
-            )
+        for slot in self.slots:
+            if slot.changed:
+                raise RuntimeError(
+                    f"Expected the outputs of {name} to stay as they are until backward; got one that was changed in "
+                    "place. Use an out-of-place operation on it"
+                )
         return tuple([y.take() if isinstance(y, Slot) else y for y in self._outputs])
 
     def put(self, inputs: Iterable[Any], dtypes: set[torch.dtype], *, done: bool) -> None:
@@ -100,6 +105,10 @@ class Links:
                     slot.consumer = None
                 elif keeps_graph():
                     kept.slots.append(ref)
+
+    def dtypes(self, own: set[torch.dtype]) -> set[torch.dtype]:
+        """Return those that a rebuilt input has gone through, in this call and in those behind it."""
+        return own.union(*[slot.dtypes for slot in self.slots])
 
     def drop(self) -> None:
         """Forget the outputs that were rebuilt."""

@@ -37,38 +37,31 @@ class Handle:
 class Saved:
     """The handles of a call, in order, and what their tensors look like; the graph holds them, the call does not."""
 
-    __slots__ = ("_handles", "metas")
+    __slots__ = ("handles", "metas")
 
     def __init__(self) -> None:
-        self._handles: list[weakref.ref[Handle]] = []
+        self.handles: list[weakref.ref[Handle]] = []
         self.metas: list[Meta] = []
 
     def add(self, tensor: Tensor) -> Handle:
         """Return a handle for a tensor that autograd is about to save."""
         handle = Handle(tensor.detach())
-        self._handles.append(weakref.ref(handle))
+        self.handles.append(weakref.ref(handle))
         self.metas.append((tensor.shape, tensor.dtype))
         return handle
 
-    def __len__(self) -> int:
-        return len(self._handles)
-
-    def __getitem__(self, index: int) -> Handle | None:
-        """Return a handle, or None if no graph waits for it any more."""
-        return self._handles[index]()
-
     def live(self) -> Iterator[Handle]:
         """Yield the handles that a graph waits for."""
-        return (handle for ref in self._handles if (handle := ref()) is not None)
+        return (handle for ref in self.handles if (handle := ref()) is not None)
 
     @property
     def awaited(self) -> bool:
         """Whether a graph waits for any."""
-        return any(ref() is not None for ref in self._handles)
+        return any(ref() is not None for ref in self.handles)
 
     def values(self) -> list[Tensor | None]:
         """Return what the handles hold; None for those that nobody waits for."""
-        return [None if (handle := ref()) is None else handle.value for ref in self._handles]
+        return [None if (handle := ref()) is None else handle.value for ref in self.handles]
 
     def release(self) -> None:
         """Forget what the handles hold."""

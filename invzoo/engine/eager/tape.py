@@ -161,7 +161,7 @@ class Tape:
 
     def run_until_saved(self, function: Callable[..., Any], *args: Any, **side: Any) -> None:
         """Evaluate the function as far as autograd saved anything of it; what comes behind that, nobody needs."""
-        if self._call.surroundings.generators:  # of which all numbers are counted
+        if self._call.surroundings.generators.states:  # of which all numbers are counted
             self.run(function, *args, **side)
             return
         if self._metas == self._call.saved.metas:
@@ -175,7 +175,7 @@ class Tape:
         value, saved = tensor.detach(), self._call.saved
         index = len(self._metas)
         self._metas.append((tensor.shape, tensor.dtype))
-        awaited = index < len(saved) and saved[index] is not None
+        awaited = index < len(saved.handles) and saved.handles[index]() is not None
         self._captured.append((value, version_of(value)) if awaited else None)
         if self._short and self._metas == saved.metas:
             raise _AllSaved
@@ -199,8 +199,8 @@ class Tape:
     def fill(self) -> None:
         """Give the forward's graph what it saved."""
         self.saved()
-        for i, captured in enumerate(self._captured):
-            if captured is not None and (handle := self._call.saved[i]) is not None:
+        for ref, captured in zip(self._call.saved.handles, self._captured, strict=True):
+            if captured is not None and (handle := ref()) is not None:
                 handle.value, handle.version = captured
 
 

@@ -75,7 +75,7 @@ class Surroundings:
 
     def _intact(self) -> bool:
         """Whether all is as it was already, and a replay will move nothing: so it is in most replays."""
-        if self.generators or self.observers.active or self.observers.present():
+        if self.generators.states or self.observers.active or self.observers.present():
             return False
         return self.parameters.intact() and self.structure.intact() and self.buffers.intact() and self.ambient.intact()
 
