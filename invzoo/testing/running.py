@@ -66,10 +66,8 @@ def assertion(function: Callable[..., None]) -> Assertion:
                 error.add_note(f"in {function.__name__} of {layer}")
                 raise
             except Exception as error:
-                words = (
-                    f"{layer._name()}: Expected no error in {function.__name__}; got {type(error).__name__}: {error}"
-                )
-                raise AssertionError(words) from error
+                got = f"{type(error).__name__}: {error}"
+                raise AssertionError(f"{layer._name()}: Expected no error in {function.__name__}; got {got}") from error
 
     run.options = options  # type: ignore[attr-defined]
     return cast("Assertion", run)
@@ -82,10 +80,8 @@ def seed() -> None:
 
 def clone(value: Any, dtype: torch.dtype | None = None) -> Any:
     """Copy a tensor: a floating one in another dtype if one is given, a complex one in the complex dtype of that."""
-    if not isinstance(value, Tensor):
-        return value
-    copied = value.detach().clone()
-    if dtype is None or not _floats(copied):
+    copied = value.detach().clone() if isinstance(value, Tensor) else value
+    if dtype is None or not _floats(value):
         return copied
     return copied.to(dtype.to_complex() if copied.is_complex() else dtype)
 
@@ -98,11 +94,11 @@ def clones(values: Iterable[Any], dtype: torch.dtype | None = None) -> tuple[Any
 def leaf(value: Any) -> Any:
     """Copy a tensor as a leaf, which requires gradients if it can."""
     copied = clone(value)
-    return copied.requires_grad_() if isinstance(copied, Tensor) and _floats(copied) else copied
+    return copied.requires_grad_() if _floats(copied) else copied
 
 
-def _floats(value: Tensor) -> bool:
-    return value.is_floating_point() or value.is_complex()
+def _floats(value: Any) -> bool:
+    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
 
 
 @dataclass(frozen=True)
@@ -131,8 +127,8 @@ class Call:
 
     def kinds(self, outputs: Any) -> list["Call"]:
         """Return the call without the log-determinant, and the one with it if there is any."""
-        any_log_det = has_log_det(self.layer, self.inputs, outputs)
-        return [replace(self, log_det=log_det) for log_det in (False, True)[: 1 + any_log_det]]
+        with_log_det = [replace(self, log_det=True)] if has_log_det(self.layer, self.inputs, outputs) else []
+        return [self, *with_log_det]
 
     def back(self, outputs: tuple[Any, ...]) -> "Call":
         """Call the other direction."""

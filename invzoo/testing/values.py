@@ -103,8 +103,8 @@ def _assert_refuses(call: Call) -> None:
 
 
 def _assert_finite_far_out(call: Call, largest: float) -> None:
-    layer, inputs = call.layer, tuple(x * (largest / x.abs().max().clamp_min(1e-9)) for x in call.inputs)
-    far = replace(call, inputs=inputs)
+    layer = call.layer
+    far = replace(call, inputs=tuple(x * (largest / x.abs().max().clamp_min(1e-9)) for x in call.inputs))
     log_det = far.run()[-1]
     expect(bool(log_det.isfinite().all()), layer, f"finite log-determinants at inputs up to {largest}", log_det)
     low = far.to(torch.float32).run()[-1]
