@@ -1,6 +1,7 @@
 """All that must hold of an invertible layer, in one line."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -8,12 +9,12 @@ from torch import Tensor
 from ..module import InvertibleModule
 from .modes import assert_memory, assert_modes_agree
 from .modules import assert_inputs_unchanged, assert_portable, assert_trainable
-from .running import Assertion
+from .running import options_of
 from .values import assert_batch_sizes, assert_dtypes, assert_gradients, assert_log_det, assert_round_trip
 
 __all__ = ["ASSERTIONS", "assert_invertible", "assertions_of"]
 
-ASSERTIONS: tuple[Assertion, ...] = (
+ASSERTIONS: tuple[Callable[..., None], ...] = (
     assert_round_trip,
     assert_log_det,
     assert_gradients,
@@ -59,11 +60,10 @@ def assertions_of(
     for name, reason in without.items():
         if name not in names or not reason:
             raise ValueError(f"Expected without to give reasons for some of {', '.join(names)}; got {name}: {reason!r}")
-    options = frozenset[str]().union(*(assertion.options for assertion in ASSERTIONS))
-    side = {name: value for name, value in arguments.items() if name not in options}
+    options = {assertion: options_of(assertion) for assertion in ASSERTIONS}
 
-    def bind(assertion: Assertion) -> Callable[[], None]:
-        own = {name: value for name, value in arguments.items() if name in assertion.options}
-        return lambda: assertion(layer, *inputs, **own, **side)
+    def bind(assertion: Callable[..., None]) -> Callable[[], None]:
+        others = frozenset[str]().union(*options.values()) - options[assertion]
+        return partial(assertion, layer, *inputs, **{n: value for n, value in arguments.items() if n not in others})
 
     return {assertion.__name__: bind(assertion) for assertion in ASSERTIONS if assertion.__name__ not in without}

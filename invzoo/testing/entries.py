@@ -119,8 +119,7 @@ class Entry:
     @property
     def domain(self) -> str:
         """The values that the layer takes, in words."""
-        domain = self.cases[0].layer().domain
-        return ", ".join(map(in_words, domain)) if isinstance(domain, tuple) else in_words(domain)
+        return ", ".join(map(in_words, of_each(self.cases[0].layer().domain, 1)))
 
     @property
     def keeps(self) -> str:

@@ -27,8 +27,7 @@ def bounds(domain: constraints.Constraint) -> tuple[float | None, float | None]:
     domain = elementwise(domain)
     low: Any = getattr(domain, "lower_bound", None)
     high: Any = getattr(domain, "upper_bound", None)
-    real = domain is constraints.real or domain is constraints.real_vector
-    if not real and (domain.is_discrete or low is high is None):
+    if domain is not constraints.real and (domain.is_discrete or low is high is None):
         raise TypeError(f"bounds: Expected a domain of real numbers between bounds; got {domain}")
     return low, high
 
@@ -42,7 +41,7 @@ def in_words(domain: constraints.Constraint) -> str:
         '[0, 1]'
     """
     domain = elementwise(domain)
-    if domain is constraints.real or domain is constraints.real_vector:
+    if domain is constraints.real:
         return "real"
     ends = (getattr(domain, name, None) for name in ("lower_bound", "upper_bound"))
     low, high = (f"{end:g}" if isinstance(end, float | int) else f"{end}" for end in ends)

@@ -5,7 +5,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -15,7 +15,6 @@ from ..log_dets import log_det_dtype
 from ..module import InvertibleModule
 
 __all__ = [
-    "Assertion",
     "Call",
     "assert_near",
     "assertion",
@@ -26,6 +25,7 @@ __all__ = [
     "flat",
     "has_log_det",
     "leaf",
+    "options_of",
     "seed",
     "shapes",
     "tolerance_of",
@@ -33,30 +33,19 @@ __all__ = [
 
 _TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
-
-class Assertion(Protocol):
-    """``assertion(layer, *inputs, **side)``; its options are keyword arguments too."""
-
-    __name__: str
-    __doc__: str | None
-    options: frozenset[str]
-
-    def __call__(self, layer: InvertibleModule, *inputs: Tensor, **side: Any) -> None: ...
+_F = TypeVar("_F", bound=Callable[..., None])
 
 
-def assertion(function: Callable[..., None]) -> Assertion:
+def assertion(function: _F) -> _F:
     """Let an assertion work on copies, from a random state of its own, and fail with the layer's name."""
-    parameters = inspect.signature(function).parameters.values()
-    options = frozenset(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
 
     @functools.wraps(function)
     def run(layer: InvertibleModule, *inputs: Tensor, **arguments: Any) -> None:
         if not isinstance(layer, InvertibleModule):
             raise TypeError(f"{function.__name__}: Expected layer to be an InvertibleModule; got {layer!r}")
-        values = [value for value in (*inputs, *arguments.values()) if isinstance(value, Tensor)]
         if not inputs or not all(isinstance(x, Tensor) and x.ndim and len(x) for x in inputs):
             raise TypeError(f"{function.__name__}: Expected inputs to be Tensors with a batch dim; got {inputs!r}")
-        devices = {value.device for value in values if value.is_cuda}
+        devices = {v.device for v in (*inputs, *arguments.values()) if isinstance(v, Tensor) and v.is_cuda}
         with torch.random.fork_rng(devices=devices), torch.enable_grad():
             seed()
             copies = {name: clone(value) for name, value in arguments.items()}
@@ -66,13 +55,16 @@ def assertion(function: Callable[..., None]) -> Assertion:
                 error.add_note(f"in {function.__name__} of {layer}")
                 raise
             except Exception as error:
-                words = (
-                    f"{layer._name()}: Expected no error in {function.__name__}; got {type(error).__name__}: {error}"
-                )
-                raise AssertionError(words) from error
+                got = f"{type(error).__name__}: {error}"
+                raise AssertionError(f"{layer._name()}: Expected no error in {function.__name__}; got {got}") from error
 
-    run.options = options  # type: ignore[attr-defined]
-    return cast("Assertion", run)
+    return cast("_F", run)
+
+
+def options_of(assertion: Callable[..., None]) -> frozenset[str]:
+    """Return the names of an assertion's options; all other keyword arguments are side inputs."""
+    parameters = inspect.signature(assertion).parameters.values()
+    return frozenset(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
 
 
 def seed() -> None:
@@ -82,10 +74,8 @@ def seed() -> None:
 
 def clone(value: Any, dtype: torch.dtype | None = None) -> Any:
     """Copy a tensor: a floating one in another dtype if one is given, a complex one in the complex dtype of that."""
-    if not isinstance(value, Tensor):
-        return value
-    copied = value.detach().clone()
-    if dtype is None or not _floats(copied):
+    copied = value.detach().clone() if isinstance(value, Tensor) else value
+    if dtype is None or not _floats(value):
         return copied
     return copied.to(dtype.to_complex() if copied.is_complex() else dtype)
 
@@ -98,11 +88,11 @@ def clones(values: Iterable[Any], dtype: torch.dtype | None = None) -> tuple[Any
 def leaf(value: Any) -> Any:
     """Copy a tensor as a leaf, which requires gradients if it can."""
     copied = clone(value)
-    return copied.requires_grad_() if isinstance(copied, Tensor) and _floats(copied) else copied
+    return copied.requires_grad_() if _floats(copied) else copied
 
 
-def _floats(value: Tensor) -> bool:
-    return value.is_floating_point() or value.is_complex()
+def _floats(value: Any) -> bool:
+    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
 
 
 @dataclass(frozen=True)
@@ -131,8 +121,8 @@ class Call:
 
     def kinds(self, outputs: Any) -> list["Call"]:
         """Return the call without the log-determinant, and the one with it if there is any."""
-        any_log_det = has_log_det(self.layer, self.inputs, outputs)
-        return [replace(self, log_det=log_det) for log_det in (False, True)[: 1 + any_log_det]]
+        with_log_det = [replace(self, log_det=True)] if has_log_det(self.layer, self.inputs, outputs) else []
+        return [self, *with_log_det]
 
     def back(self, outputs: tuple[Any, ...]) -> "Call":
         """Call the other direction."""

@@ -45,15 +45,14 @@ def inputs(
     Raises:
         TypeError: for a domain that is neither all real numbers nor those between bounds.
     """
-    layer = of.layer(dtype=torch.float64) if isinstance(of, Case) else of
-    shapes = of.shapes if isinstance(of, Case) and not shapes else shapes
     size = batch if isinstance(batch, int) else draw(batch)
-    if isinstance(of, Case) and of.draw is not None:
-        return of.inputs(batch=size, dtype=dtype, seed=draw(st.integers(0, 2**32 - 1)))
-    domains = of_each(layer.domain, len(shapes))
-    return tuple(
-        draw(tensors((size, *shape), domain, dtype, largest)) for shape, domain in zip(shapes, domains, strict=True)
-    )
+    if isinstance(of, Case):
+        if of.draw is not None:
+            return of.inputs(batch=size, dtype=dtype, seed=draw(st.integers(0, 2**32 - 1)))
+        shapes = shapes or of.shapes
+        of = of.layer()
+    pairs = zip(shapes, of_each(of.domain, len(shapes)), strict=True)
+    return tuple(draw(tensors((size, *shape), domain, dtype, largest)) for shape, domain in pairs)
 
 
 def tensors(
