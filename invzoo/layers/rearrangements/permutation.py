@@ -233,14 +233,10 @@ class Swap(_AlongDim, Composite):
         return engine.call(Operation(self._name(), there, back, None, (), self._policy), values, side)
 
     def _there(self, x: Tensor) -> Tensor:
-        return self._exchange(x, (x.shape[self.dim] + 1) // 2)
+        return x.roll(x.shape[self.dim] // 2, self.dim)
 
     def _back(self, y: Tensor) -> Tensor:
-        return self._exchange(y, y.shape[self.dim] // 2)
-
-    def _exchange(self, x: Tensor, first: int) -> Tensor:
-        a, b = x.split([first, x.shape[self.dim] - first], self.dim)
-        return torch.cat((b, a), self.dim)
+        return y.roll(-(y.shape[self.dim] // 2), self.dim)
 
 
 class _Interleaving(_AlongDim):
