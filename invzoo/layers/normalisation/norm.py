@@ -15,36 +15,18 @@ from .._checks import check_features, check_like, check_positive, check_positive
 from ..elementwise import check_real
 from ..elementwise_map import per_feature
 
-__all__ = ["HiddenStatistics", "InvertibleGroupNorm", "InvertibleLayerNorm", "InvertibleRMSNorm", "moments"]
+__all__ = ["InvertibleGroupNorm", "InvertibleLayerNorm", "InvertibleRMSNorm", "Norm", "moments"]
 
 
-class HiddenStatistics(InvertibleModule):
-    """A layer whose function returns statistics of x behind y, for its inverse; callers get y alone. Abstract.
+class Norm(InvertibleModule):
+    """Standardise, then scale by ``e^s`` and shift. Abstract.
 
-    The function does not undo an inverse that was given other statistics, since it takes its own.
+    The function returns statistics of x behind y, for the inverse; callers get y alone. It does not undo an inverse
+    that was given other statistics, since it takes its own.
     """
 
     two_way = False
     keeps_seen = True
-
-
-def moments(x: Tensor, dims: tuple[int, ...], *, keepdim: bool) -> tuple[Tensor, Tensor]:
-    """Return the mean and the variance over ``dims``: zeros for an empty tensor, where torch would warn of NaN."""
-    if x.numel() == 0:
-        zero = x.sum(dims, keepdim)
-        return zero, zero
-    var, mean = torch.var_mean(x, dims, correction=0, keepdim=keepdim)
-    return mean, var
-
-
-class _SampleNorm(HiddenStatistics):
-    """Standardise over some dims of each sample, then scale by ``e^s`` and shift. Abstract.
-
-    Everything is computed in at least float32, and the statistics stay in it.
-    """
-
-    widens = True
-    statistics: ClassVar[tuple[str, ...]] = ("mean", "rstd")  # the last is what x is multiplied by
 
     eps: float | None
     max_log_scale: float
@@ -72,6 +54,25 @@ class _SampleNorm(HiddenStatistics):
     def reset_parameters(self) -> None:
         for parameter in self.parameters():
             nn.init.zeros_(parameter)
+
+
+def moments(x: Tensor, dims: tuple[int, ...], *, keepdim: bool) -> tuple[Tensor, Tensor]:
+    """Return the mean and the variance over ``dims``: zeros for an empty tensor, where torch would warn of NaN."""
+    if x.numel() == 0:
+        zero = x.sum(dims, keepdim)
+        return zero, zero
+    var, mean = torch.var_mean(x, dims, correction=0, keepdim=keepdim)
+    return mean, var
+
+
+class _SampleNorm(Norm):
+    """Standardise over some dims of each sample. Abstract.
+
+    Everything is computed in at least float32, and the statistics stay in it.
+    """
+
+    widens = True
+    statistics: ClassVar[tuple[str, ...]] = ("mean", "rstd")  # the last is what x is multiplied by
 
     @property
     def weight(self) -> Tensor | None:
