@@ -40,10 +40,8 @@ from .layers.monotone.spline import RationalQuadraticSpline
 from .layers.normalisation.act_norm import ActNorm
 from .layers.normalisation.affine import ConditionalAffine, ElementwiseAffine
 from .layers.normalisation.batch_norm import InvertibleBatchNorm
-from .layers.normalisation.layer_norm import InvertibleLayerNorm, InvertibleRMSNorm
-from .layers.normalisation.norm import InvertibleGroupNorm
-from .layers.rearrangements.halves import Deinterleave, Interleave, Swap
-from .layers.rearrangements.permutation import Permute, Reverse, Shuffle
+from .layers.normalisation.norm import InvertibleGroupNorm, InvertibleLayerNorm, InvertibleRMSNorm
+from .layers.rearrangements.permutation import Deinterleave, Interleave, Permute, Reverse, Shuffle, Swap
 from .layers.rearrangements.reshape import Flatten, Pad, Rearrange, Reshape
 from .layers.rearrangements.split import Merge, Split
 from .layers.rearrangements.squeeze import Squeeze, Unsqueeze

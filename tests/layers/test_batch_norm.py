@@ -284,6 +284,7 @@ def test_a_constant_feature_comes_back():
         (lambda: iz.InvertibleBatchNorm(3, -1.0), ValueError, "Expected eps to be positive and finite; got -1.0"),
         (lambda: iz.InvertibleBatchNorm(3, momentum=2), ValueError, r"momentum to be None or in \[0, 1\]; got 2"),
         (lambda: iz.InvertibleBatchNorm(3, max_log_scale=0), ValueError, "Expected max_log_scale to be positive"),
+        (lambda: iz.InvertibleBatchNorm(3, eps=None), TypeError, "Expected eps to be a number; got None"),
         (
             lambda: iz.InvertibleBatchNorm(3)(torch.ones(1, 3)),
             ValueError,

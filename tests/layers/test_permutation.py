@@ -12,8 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from invzoo.containers import InvertibleSequential
-from invzoo.layers.rearrangements.halves import Deinterleave, Interleave, Swap
-from invzoo.layers.rearrangements.permutation import Permute, Reverse, Shuffle
+from invzoo.layers.rearrangements.permutation import Deinterleave, Interleave, Permute, Reverse, Shuffle, Swap
 from invzoo.layers.rearrangements.split import Merge, Split
 from invzoo.module import InvertibleModule
 

@@ -260,6 +260,7 @@ def test_pad_adds_zeros_where_it_says() -> None:
 def test_pad_crops_whatever_is_there() -> None:
     y = torch.randn(2, 5)
     assert same(Pad((1, 2), 1).inverse(y), y[:, 1:3])
+    assert same(Pad((2, 3), 1).inverse(y), y[:, 2:2])
 
 
 @pytest.mark.parametrize("padding", [-1, (1, -1), (1,), (1, 2, 3), (1, 0.5)])

@@ -108,19 +108,19 @@ class RationalQuadratic(Map):
     def check_value(self, owner: object, argument: str, x: Any) -> None:
         check_domain(owner, argument, x, self.domain)
 
-    def parts(self, h: Tensor, like: Like, dim: int) -> tuple[Tensor, Tensor, Tensor, int]:
-        """Return the widths and heights of the bins, in units of their sums, and what the slopes are made of."""
+    def parts(self, h: Tensor, like: Like, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return, in dim 0, the sizes of the bins in units of their sums, and what the slopes are made of."""
         dim %= like.ndim
-        h = widen(h).unflatten(dim, (self.parameters, like.shape[dim]))
-        widths, heights, slopes = h.split((self.bins, self.bins, self.parameters - 2 * self.bins), dim)
-        return self._sizes(widths), self._sizes(heights), slopes, dim
+        h = widen(h).unflatten(dim, (self.parameters, like.shape[dim])).movedim(dim, 0)
+        widths, heights, slopes = h.split((self.bins, self.bins, self.parameters - 2 * self.bins))
+        return self._sizes(widths), self._sizes(heights), slopes
 
     def seen(self, x: Tensor, *h: Any) -> tuple[Tensor, _Bin]:
         """Return x in the interval, and its bin."""
         inner = self._enter(x)
         return inner, self._find(inner, *h)
 
-    def move(self, x: Tensor, widths: Tensor, heights: Tensor, slopes: Tensor, dim: int, *seen: Any) -> Tensor:
+    def move(self, x: Tensor, widths: Tensor, heights: Tensor, slopes: Tensor, *seen: Any) -> Tensor:
         inner, bin_ = seen
         return self._leave(x, inner, bin_.forward(inner))
 
@@ -130,7 +130,7 @@ class RationalQuadratic(Map):
         moved = bin_.inverse(inner)
         return self._leave(y, inner, moved), moved, bin_
 
-    def log_slope(self, x: Tensor, widths: Tensor, heights: Tensor, slopes: Tensor, dim: int, *seen: Any) -> Tensor:
+    def log_slope(self, x: Tensor, widths: Tensor, heights: Tensor, slopes: Tensor, *seen: Any) -> Tensor:
         inner, bin_ = seen
         return bin_.log_slope(inner).masked_fill(self._outside(x), 0 if self.tails else torch.nan)
 
@@ -159,14 +159,12 @@ class RationalQuadratic(Map):
             moved = _replaced(moved, torch.where(inner.abs() >= self.bound, inner, within))
         return torch.where(self._outside(x), x if self.tails else torch.nan, moved.to(x.dtype))
 
-    def _find(
-        self, value: Tensor, widths: Tensor, heights: Tensor, slopes: Tensor, dim: int, *, of_output: bool = False
-    ) -> _Bin:
+    def _find(self, value: Tensor, widths: Tensor, heights: Tensor, slopes: Tensor, *, of_output: bool = False) -> _Bin:
         """Return the bin of each value, which is an x, or a y if ``of_output``."""
-        index = _count_knots(heights if of_output else widths, (value / self.bound + 1) / 2, dim)
-        left, width = _side(widths, index, dim, self.bound)
-        bottom, height = _side(heights, index, dim, self.bound)
-        first, last = self._slope(slopes, index, dim), self._slope(slopes, index + 1, dim)
+        index = _count_knots(heights if of_output else widths, (value / self.bound + 1) / 2)
+        left, width = _side(widths, index, self.bound)
+        bottom, height = _side(heights, index, self.bound)
+        first, last = self._slope(slopes, index), self._slope(slopes, index + 1)
         return _Bin(left, width, bottom, height, first, last)
 
     def _sizes(self, h: Tensor) -> Tensor:
@@ -176,12 +174,12 @@ class RationalQuadratic(Map):
         # Of this, autograd keeps one number each; of a softmax that is safe at infinity it would keep two.
         return least + (most - least) * torch.sigmoid(self.gain * h - math.log(most))
 
-    def _slope(self, h: Tensor, knot: Tensor, dim: int) -> Tensor:
+    def _slope(self, h: Tensor, knot: Tensor) -> Tensor:
         if self.tails == "linear":
             knot = knot - 1  # an end has no parameter, as if it were 0
         elif self.tails == "circular":
             knot = knot % self.bins
-        return bounded(self.gain * _sum_of(h, _places(h, dim) == knot, dim), -math.log(self.min_slope)).exp()
+        return bounded(self.gain * _sum_of(h, _places(h) == knot), -math.log(self.min_slope)).exp()
 
 
 def _replaced(value: Tensor, by: Tensor) -> Tensor:
@@ -189,23 +187,22 @@ def _replaced(value: Tensor, by: Tensor) -> Tensor:
     return value + (by - value).detach()
 
 
-def _count_knots(sizes: Tensor, value: Tensor, dim: int) -> Tensor:
+def _count_knots(sizes: Tensor, value: Tensor) -> Tensor:
     """Count the knots below a value in [0, 1], those at the ends aside: the index of its bin."""
     with torch.no_grad():
-        knots = sizes.cumsum(dim).narrow(dim, 0, sizes.shape[dim] - 1)
-        return (value.unsqueeze(dim) * sizes.sum(dim, keepdim=True) >= knots).sum(dim, keepdim=True)
+        return (value * sizes.sum(0) >= sizes.cumsum(0)[:-1]).sum(0)
 
 
-def _side(sizes: Tensor, index: Tensor, dim: int, bound: float) -> tuple[Tensor, Tensor]:
+def _side(sizes: Tensor, index: Tensor, bound: float) -> tuple[Tensor, Tensor]:
     """Return where the bin begins in [-bound, bound], and its size."""
-    unit, places = 2 * bound / sizes.sum(dim), _places(sizes, dim)
-    return unit * _sum_of(sizes, places < index, dim) - bound, unit * _sum_of(sizes, places == index, dim)
+    unit, places = 2 * bound / sizes.sum(0), _places(sizes)
+    return unit * _sum_of(sizes, places < index) - bound, unit * _sum_of(sizes, places == index)
 
 
-def _places(blocks: Tensor, dim: int) -> Tensor:
-    return torch.arange(blocks.shape[dim], device=blocks.device).view(-1, *[1] * (blocks.ndim - dim - 1))
+def _places(blocks: Tensor) -> Tensor:
+    return torch.arange(len(blocks), device=blocks.device).view(-1, *[1] * (blocks.ndim - 1))
 
 
-def _sum_of(blocks: Tensor, mask: Tensor, dim: int) -> Tensor:
+def _sum_of(blocks: Tensor, mask: Tensor) -> Tensor:
     """Sum the blocks of the mask, which is all that autograd keeps of them; `torch.gather` would keep the blocks."""
-    return torch.where(mask, blocks, 0).sum(dim)
+    return torch.where(mask, blocks, 0).sum(0)

@@ -3,7 +3,7 @@
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...dtypes import bounded, widen
 from ...log_dets import sum_per_sample
@@ -14,14 +14,14 @@ from ..elementwise import check_real
 from ..elementwise_map import per_feature
 from ..maps.affine import Affine
 from .act_norm import dims_but, standardised
-from .norm import HiddenStatistics, moments
+from .norm import Norm, moments
 
 __all__ = ["InvertibleBatchNorm"]
 
 _AFFINE = Affine("exp")
 
 
-class InvertibleBatchNorm(HiddenStatistics):
+class InvertibleBatchNorm(Norm):
     r"""Standardise each feature over the batch, then scale and shift: ``y = e^s (x - mean) / std + b``.
 
     ``std = sqrt(var + eps)`` and ``s = a tanh(r / a)``. In training, mean and variance are those of the batch, which
@@ -65,9 +65,6 @@ class InvertibleBatchNorm(HiddenStatistics):
     features: int
     eps: float
     momentum: float | None
-    max_log_scale: float
-    log_scale: nn.Parameter | None
-    bias: nn.Parameter | None
     running_mean: Tensor | None
     running_var: Tensor | None
     num_batches_tracked: Tensor | None
@@ -85,16 +82,13 @@ class InvertibleBatchNorm(HiddenStatistics):
         dtype: torch.dtype | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(**options)
         check_positive_int(self, "features", features)
         check_positive(self, "eps", eps)
-        check_positive(self, "max_log_scale", max_log_scale)
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        super().__init__((features,), eps, affine, affine, max_log_scale, factory, **options)
         if momentum is not None and not 0 <= momentum <= 1:
             refuse(self, "momentum", "be None or in [0, 1]", momentum)
-        self.features, self.eps, self.momentum, self.max_log_scale = features, eps, momentum, max_log_scale
-        factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        for name in ("log_scale", "bias"):
-            self.register_parameter(name, nn.Parameter(torch.empty(features, **factory)) if affine else None)
+        self.features, self.momentum = features, momentum
         for name in ("running_mean", "running_var"):
             self.register_buffer(name, torch.empty(features, **factory) if track_running_stats else None)
         batches = torch.zeros((), dtype=torch.long, device=device) if track_running_stats else None

@@ -15,36 +15,18 @@ from .._checks import check_features, check_like, check_positive, check_positive
 from ..elementwise import check_real
 from ..elementwise_map import per_feature
 
-__all__ = ["HiddenStatistics", "InvertibleGroupNorm", "SampleNorm", "moments"]
+__all__ = ["InvertibleGroupNorm", "InvertibleLayerNorm", "InvertibleRMSNorm", "Norm", "moments"]
 
 
-class HiddenStatistics(InvertibleModule):
-    """A layer whose function returns statistics of x behind y, for its inverse; callers get y alone. Abstract.
+class Norm(InvertibleModule):
+    """Standardise, then scale by ``e^s`` and shift. Abstract.
 
-    The function does not undo an inverse that was given other statistics, since it takes its own.
+    The function returns statistics of x behind y, for the inverse; callers get y alone. It does not undo an inverse
+    that was given other statistics, since it takes its own.
     """
 
     two_way = False
     keeps_seen = True
-
-
-def moments(x: Tensor, dims: tuple[int, ...], *, keepdim: bool) -> tuple[Tensor, Tensor]:
-    """Return the mean and the variance over ``dims``: zeros for an empty tensor, where torch would warn of NaN."""
-    if x.numel() == 0:
-        zero = x.sum(dims, keepdim)
-        return zero, zero
-    var, mean = torch.var_mean(x, dims, correction=0, keepdim=keepdim)
-    return mean, var
-
-
-class SampleNorm(HiddenStatistics):
-    """Standardise over some dims of each sample, then scale by ``e^s`` and shift. Abstract.
-
-    Everything is computed in at least float32, and the statistics stay in it.
-    """
-
-    widens = True
-    statistics: ClassVar[tuple[str, ...]] = ("mean", "rstd")  # the last is what x is multiplied by
 
     eps: float | None
     max_log_scale: float
@@ -72,6 +54,25 @@ class SampleNorm(HiddenStatistics):
     def reset_parameters(self) -> None:
         for parameter in self.parameters():
             nn.init.zeros_(parameter)
+
+
+def moments(x: Tensor, dims: tuple[int, ...], *, keepdim: bool) -> tuple[Tensor, Tensor]:
+    """Return the mean and the variance over ``dims``: zeros for an empty tensor, where torch would warn of NaN."""
+    if x.numel() == 0:
+        zero = x.sum(dims, keepdim)
+        return zero, zero
+    var, mean = torch.var_mean(x, dims, correction=0, keepdim=keepdim)
+    return mean, var
+
+
+class _SampleNorm(Norm):
+    """Standardise over some dims of each sample. Abstract.
+
+    Everything is computed in at least float32, and the statistics stay in it.
+    """
+
+    widens = True
+    statistics: ClassVar[tuple[str, ...]] = ("mean", "rstd")  # the last is what x is multiplied by
 
     @property
     def weight(self) -> Tensor | None:
@@ -125,7 +126,7 @@ class SampleNorm(HiddenStatistics):
         return parameter
 
 
-class InvertibleGroupNorm(SampleNorm):
+class InvertibleGroupNorm(_SampleNorm):
     r"""Standardise each group of channels of each sample, then scale and shift: ``y = e^s (x - mean) rstd + b``.
 
     As :class:`InvertibleLayerNorm`, with one mean and rstd for each group, and s and b for each channel. As many groups
@@ -191,3 +192,125 @@ class InvertibleGroupNorm(SampleNorm):
 
     def extra_repr(self) -> str:
         return f"{self.groups}, {self.channels}, eps={self.eps}, affine={self.bias is not None}"
+
+
+class _TokenNorm(_SampleNorm):
+    """Standardise over the last dims. Abstract."""
+
+    normalized_shape: tuple[int, ...]
+
+    def __init__(self, normalized_shape: int | Sequence[int], *args: Any, **options: Any) -> None:
+        shape = tuple(normalized_shape) if isinstance(normalized_shape, Sequence) else (normalized_shape,)
+        for size in shape or (0,):
+            check_positive_int(self, "normalized_shape", size)
+        super().__init__(shape, *args, **options)
+        self.normalized_shape = shape
+
+    def _check_shape(self, x: Tensor) -> None:
+        if x.shape[-len(self.normalized_shape) :] != self.normalized_shape:
+            refuse(self, "input", f"end in shape {self.normalized_shape}", f"shape {tuple(x.shape)}")
+
+    def _grouped(self, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+        return x, tuple(range(-len(self.normalized_shape), 0))
+
+    def extra_repr(self) -> str:
+        return f"{self.normalized_shape}, eps={self.eps}, elementwise_affine={self.log_scale is not None}"
+
+
+class InvertibleLayerNorm(_TokenNorm):
+    r"""Standardise each token, then scale and shift: ``y = e^s (x - mean) rstd + b``, ``rstd = 1 / sqrt(var + eps)``.
+
+    ``s = a tanh(r / a)`` is bounded by ``a = max_log_scale``. What ``y`` lost are two numbers for each token, mean and
+    rstd. The function returns them behind y, callers get y alone, and in mode ``invert`` they are all that is kept:
+    ``x = (y - b) e^{-s} / rstd + mean``. Without them there is no inverse, and the layer has no log-determinant.
+
+    Shapes: ``(..., *normalized_shape) -> (..., *normalized_shape)``; mean and rstd have ones in the last dims.
+
+    Args:
+        normalized_shape: the last dims, or the size of the last one.
+        eps: added to the variance.
+        elementwise_affine: whether ``s`` and ``b`` are learned; 0 otherwise.
+        bias: whether ``b`` is, if ``s`` is.
+        max_log_scale: the bound ``a`` on ``s``, in nats.
+        device: of the parameters.
+        dtype: of the parameters and, without autocast, of x and y.
+        options: those of :class:`InvertibleModule`.
+
+    Raises:
+        ValueError: if sizes, shapes or devices do not fit.
+        TypeError: for values that are not real floating point, an inverse without statistics, or a log-determinant.
+
+    Reference:
+        "Layer Normalization", Ba, Kiros and Hinton, 2016.
+
+    Example:
+        >>> layer = iz.InvertibleLayerNorm(4)
+        >>> x = torch.randn(2, 3, 4)
+        >>> y, mean, rstd = layer.function(x)
+        >>> torch.equal(y, layer(x)), torch.allclose(layer.inverse(y, mean, rstd), x, atol=1e-6)
+        (True, True)
+    """
+
+    def __init__(
+        self,
+        normalized_shape: int | Sequence[int],
+        eps: float = 1e-5,
+        *,
+        elementwise_affine: bool = True,
+        bias: bool = True,
+        max_log_scale: float = 2.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> None:
+        factory = {"device": device, "dtype": dtype}
+        shifts = elementwise_affine and bias
+        super().__init__(normalized_shape, eps, elementwise_affine, shifts, max_log_scale, factory, **options)
+
+
+class InvertibleRMSNorm(_TokenNorm):
+    r"""Divide each token by its root mean square, then scale: ``y = e^s x rrms``, ``rrms = 1 / sqrt(mean(x^2) + eps)``.
+
+    ``s = a tanh(r / a)`` is bounded by ``a = max_log_scale``. What ``y`` lost is one number for each token, rrms. The
+    function returns it behind y, callers get y alone, and in mode ``invert`` it is all that is kept:
+    ``x = y e^{-s} / rrms``. Without it there is no inverse, and the layer has no log-determinant.
+
+    Shapes: ``(..., *normalized_shape) -> (..., *normalized_shape)``; rrms has ones in the last dims.
+
+    Args:
+        normalized_shape: the last dims, or the size of the last one.
+        eps: added to the mean square; None for the machine epsilon, of at least float32.
+        elementwise_affine: whether ``s`` is learned; 0 otherwise.
+        max_log_scale, device, dtype: as for :class:`InvertibleLayerNorm`.
+        options: those of :class:`InvertibleModule`.
+
+    Raises:
+        ValueError: if sizes, shapes or devices do not fit.
+        TypeError: for values that are not real floating point, an inverse without statistics, or a log-determinant.
+
+    Reference:
+        "Root Mean Square Layer Normalization", Zhang and Sennrich, 2019.
+
+    Example:
+        >>> layer = iz.InvertibleRMSNorm(4)
+        >>> x = torch.randn(2, 3, 4)
+        >>> y, rrms = layer.function(x)
+        >>> torch.equal(y, layer(x)), torch.allclose(layer.inverse(y, rrms), x, atol=1e-6)
+        (True, True)
+    """
+
+    statistics = ("rrms",)
+
+    def __init__(
+        self,
+        normalized_shape: int | Sequence[int],
+        eps: float | None = None,
+        *,
+        elementwise_affine: bool = True,
+        max_log_scale: float = 2.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> None:
+        factory = {"device": device, "dtype": dtype}
+        super().__init__(normalized_shape, eps, elementwise_affine, False, max_log_scale, factory, **options)

@@ -180,7 +180,7 @@ class _Transform(InvertibleModule):
 
     volume_preserving = True
 
-    def __init__(self, dim: int | Sequence[int] | None, **options: Any) -> None:
+    def __init__(self, dim: int | Sequence[int] | None = None, **options: Any) -> None:
         super().__init__(**options)
         self.dim = given_dims(self, dim)
 
@@ -274,9 +274,6 @@ class Hadamard(_Transform):
         >>> iz.Hadamard()(torch.tensor([[1., 2., 3., 4.]]))
         tensor([[ 5., -1., -2.,  0.]])
     """
-
-    def __init__(self, dim: int | Sequence[int] | None = None, **options: Any) -> None:
-        super().__init__(dim, **options)
 
     def move(self, x: Tensor) -> Tensor:
         return self._along(walsh_hadamard, x)
