@@ -78,17 +78,9 @@ class _Container(Composite):
     def _policies(self) -> list[Policy]:
         return [policy for _, layer in self._layers() for policy in layer._policies()] or [self._policy]
 
-    @property
-    def bijective(self) -> bool:  # type: ignore[override]
-        return all(layer.bijective for _, layer in self._layers())
-
-    @property
-    def volume_preserving(self) -> bool:  # type: ignore[override]
-        return all(layer.volume_preserving for _, layer in self._layers())
-
-    @property
-    def rearranges(self) -> bool:  # type: ignore[override]
-        return all(layer.rearranges for _, layer in self._layers())
+    bijective = property(lambda self: all(layer.bijective for _, layer in self._layers()))
+    volume_preserving = property(lambda self: all(layer.volume_preserving for _, layer in self._layers()))
+    rearranges = property(lambda self: all(layer.rearranges for _, layer in self._layers()))
 
 
 class Chain(_Container):
@@ -277,13 +269,8 @@ class Parallel(_Container):
     def _layers(self) -> Iterable[tuple[str, InvertibleModule]]:
         return self.layers._modules.items()  # type: ignore[return-value]
 
-    @property
-    def domain(self) -> constraints.Constraint:  # type: ignore[override]
-        return of_parts((layer.domain for _, layer in self._layers()), self.dim, self.sizes)
-
-    @property
-    def codomain(self) -> constraints.Constraint:  # type: ignore[override]
-        return of_parts((layer.codomain for _, layer in self._layers()), self.dim, self.sizes)
+    domain = property(lambda self: of_parts([layer.domain for _, layer in self._layers()], self.dim, self.sizes))
+    codomain = property(lambda self: of_parts([layer.codomain for _, layer in self._layers()], self.dim, self.sizes))
 
     def _run(self, values: tuple[Any, ...], side: dict[str, Any], log_dets: LogDets | None, *, inverted: bool) -> Any:
         layers = self._directed(inverted)
@@ -371,9 +358,7 @@ class MultiScale(_Container):
     def _layers(self) -> Iterable[tuple[str, InvertibleModule]]:
         return self.stages._modules.items()  # type: ignore[return-value]
 
-    @property
-    def domain(self) -> Domain:  # type: ignore[override]
-        return next(layer.domain for _, layer in self._layers())
+    domain = property(lambda self: self.stages[0].domain)
 
     @property
     def codomain(self) -> Domain:  # type: ignore[override]
