@@ -13,13 +13,13 @@ from ...protocol import Like
 from .._checks import (
     check_dims,
     check_features,
-    check_floating,
     check_like,
     check_positive,
     check_positive_int,
     parameter_of,
     refuse,
 )
+from ..elementwise import check_real
 
 __all__ = ["KernelConv", "contraction"]
 
@@ -137,9 +137,7 @@ class KernelConv(InvertibleModule):
         return (self._log_scales.exp()[..., None, None] * (one.view_as(n) + n)).view_as(weight)
 
     def check_argument(self, argument: str, x: Tensor) -> None:
-        if isinstance(x, Tensor) and not x.is_floating_point():
-            refuse(self, argument, "be real floating point", x.dtype, TypeError)
-        check_floating(self, argument, x)
+        check_real(self, argument, x)
         check_like(self, argument, x, self._parameter)
         spatial = len(self.kernel_size)
         check_dims(self, argument, x, (spatial + 2,), _LAYOUTS[spatial])

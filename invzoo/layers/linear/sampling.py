@@ -16,7 +16,7 @@ from .._checks import check_choice, check_features, check_floating, check_like, 
 from ..rearrangements.squeeze import cells, check_pixels, positions
 from ..rearrangements.wavelet import dct
 from .matrix import Cayley, Householder, Matrix, make_matrix
-from .orthogonal import polish
+from .orthogonal import identity, polish
 
 __all__ = ["KINDS", "OrthogonalDownsample", "OrthogonalUpsample", "sizes_of", "to_channels", "to_pixels"]
 
@@ -121,8 +121,7 @@ class _OrthogonalSampling(InvertibleModule):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         self.matrix.reset_parameters()
-        eye = torch.eye(self.basis.shape[-1], device=self.basis.device, dtype=self.basis.dtype)
-        self.basis.copy_(eye)
+        self.basis.copy_(identity(self.basis, self.basis.shape[-1]))
         if self.init != "random":
             self.basis.copy_(start_matrix(self.init, self.stride).to(widen(self.basis)) @ self.weight.mH)
 
