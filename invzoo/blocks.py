@@ -1,7 +1,7 @@
 """Blocks: chains of a few layers that go by one name in the literature."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,6 @@ from .layers.linear.sampling import sizes_of
 from .layers.normalisation.act_norm import ActNorm
 from .layers.rearrangements.split import Partition
 from .layers.rearrangements.squeeze import Squeeze
-from .module import InvertibleModule
 
 __all__ = ["GlowStep", "HINTCoupling", "InvertiblePatchConv"]
 
@@ -87,9 +86,6 @@ class GlowStep(Chain):
         settings: dict[str, Any] = {"scale": scale, "max_log_scale": max_log_scale, "zero_init": zero_init}
         self.coupling = AffineCoupling(f, dim=dim, subnet_dtype=subnet_dtype, **settings)
         set_options(self, options)
-
-    def _layers(self) -> Iterable[tuple[str, InvertibleModule]]:
-        return self.named_children()  # type: ignore[return-value]
 
 
 class HINTCoupling(Chain):
@@ -162,9 +158,6 @@ class HINTCoupling(Chain):
         if depth is not None:
             check_positive_int(self, "depth", depth)
 
-    def _layers(self) -> Iterable[tuple[str, InvertibleModule]]:
-        return self.named_children()  # type: ignore[return-value]
-
 
 class InvertiblePatchConv(Chain):
     """Multiplies each patch of pixels, of all channels, by a learned matrix that stays invertible: y = W x + b.
@@ -227,6 +220,3 @@ class InvertiblePatchConv(Chain):
     def weight(self) -> Tensor:
         """W, of shape ``(out_channels, channels, *kernel_size)``, that of a convolution, in at least float32."""
         return self.mix.weight.unflatten(1, (self.channels, *self.kernel_size))
-
-    def _layers(self) -> Iterable[tuple[str, InvertibleModule]]:
-        return self.named_children()  # type: ignore[return-value]

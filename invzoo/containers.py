@@ -8,7 +8,6 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 from torch.distributions import constraints
-from torch.nn.modules import module as torch_module
 
 from . import engine
 from .compiling import CompiledMethods
@@ -19,6 +18,7 @@ from .layers._checks import check_dim_given, given_dim
 from .layers.rearrangements.split import Partition, SplitSpec, cut, join, merging, splitting
 from .log_dets import LogDets
 from .module import Composite, InvertibleModule
+from .own_hooks import has_hooks
 from .shapes import output_shapes
 
 __all__ = ["Chain", "InvertibleSequential", "Layers", "MultiScale", "Parallel", "Repeat", "set_options"]
@@ -38,12 +38,12 @@ class _Container(Composite):
         """Return the layers and their names, in the order of the forward."""
 
     @abstractmethod
-    def _there(self, values: tuple[Any, ...], side: dict[str, Any], log_dets: LogDets | None) -> Any:
-        """Pass ``values`` through the layers."""
+    def _run(self, values: tuple[Any, ...], side: dict[str, Any], log_dets: LogDets | None, *, inverted: bool) -> Any:
+        """Pass ``values`` through the layers, one way or back."""
 
-    @abstractmethod
-    def _back(self, values: tuple[Any, ...], side: dict[str, Any], log_dets: LogDets | None) -> Any:
-        """Undo :meth:`_there`."""
+    def _directed(self, inverted: bool) -> list[tuple[str, InvertibleModule]]:
+        """Return the layers or their inverses, in the order of the forward."""
+        return [(name, layer.inv if inverted else layer) for name, layer in self._layers()]
 
     def compile(self, *args: Any, **options: Any) -> None:
         """Compile all layers as one function in place, with the arguments of `torch.compile`.
@@ -55,7 +55,7 @@ class _Container(Composite):
     def through(
         self, values: tuple[Any, ...], side: dict[str, Any], log_dets: LogDets | None, *, inverted: bool = False
     ) -> Any:
-        return engine.run_chain(self, self._policies, self._back if inverted else self._there, values, side, log_dets)
+        return engine.run_chain(self, self._policies, partial(self._run, inverted=inverted), values, side, log_dets)
 
     def through_engine(
         self, values: tuple[Any, ...], side: dict[str, Any], *, inverted: bool = False, log_det: bool = False
@@ -78,21 +78,13 @@ class _Container(Composite):
     def _policies(self) -> list[Policy]:
         return [policy for _, layer in self._layers() for policy in layer._policies()] or [self._policy]
 
-    @property
-    def bijective(self) -> bool:  # type: ignore[override]
-        return all(layer.bijective for _, layer in self._layers())
-
-    @property
-    def volume_preserving(self) -> bool:  # type: ignore[override]
-        return all(layer.volume_preserving for _, layer in self._layers())
-
-    @property
-    def rearranges(self) -> bool:  # type: ignore[override]
-        return all(layer.rearranges for _, layer in self._layers())
+    bijective = property(lambda self: all(layer.bijective for _, layer in self._layers()))
+    volume_preserving = property(lambda self: all(layer.volume_preserving for _, layer in self._layers()))
+    rearranges = property(lambda self: all(layer.rearranges for _, layer in self._layers()))
 
 
 class Chain(_Container):
-    """Layers one after the other. Abstract: a subclass says which.
+    """Layers one after the other: those registered as modules, unless a subclass says another order. Abstract.
 
     Neighbours that split one tensor into the same streams run on the streams, which are merged behind the last of them.
     """
@@ -105,32 +97,23 @@ class Chain(_Container):
     def codomain(self) -> Domain:  # type: ignore[override]
         return end_of((layer.rearranges, layer.codomain) for _, layer in reversed([*self._layers()]))
 
-    def _there(self, values: tuple[Any, ...], side: dict[str, Any], log_dets: LogDets | None) -> Any:
-        return _pass(self._layers(), values, side, log_dets)
+    def _layers(self) -> Iterable[tuple[str, InvertibleModule]]:
+        return self._modules.items()  # type: ignore[return-value]
 
-    def _back(self, values: tuple[Any, ...], side: dict[str, Any], log_dets: LogDets | None) -> Any:
-        layers = [(name, layer.inv) for name, layer in self._layers()]
-        return _pass(reversed(layers), values, side, log_dets)
-
-
-def _pass(
-    layers: Iterable[tuple[str, InvertibleModule]],
-    values: tuple[Any, ...],
-    side: dict[str, Any],
-    log_dets: LogDets | None,
-) -> Any:
-    streams: Partition | None = None  # by which the values are the streams of one tensor
-    for name, layer in layers:
-        with engine.place(partial(_place, "layer", name, layer)):
-            wanted = _streams(layer, values, streams)
-            if streams is not None and wanted != streams:
-                values, streams = (join(streams, values, layer),), None
-            if streams is None and wanted is not None:
-                values, streams = cut(wanted, values[0], layer), wanted
-            values = _step(layer, values, side, log_dets)
-    if streams is not None:
-        values = (join(streams, values, layer),)
-    return _one_or_all(values)
+    def _run(self, values: tuple[Any, ...], side: dict[str, Any], log_dets: LogDets | None, *, inverted: bool) -> Any:
+        layers = self._directed(inverted)
+        streams: Partition | None = None  # by which the values are the streams of one tensor
+        for name, layer in reversed(layers) if inverted else layers:
+            with engine.place(partial(_place, "layer", name, layer)):
+                wanted = _streams(layer, values, streams)
+                if streams is not None and wanted != streams:
+                    values, streams = (join(streams, values, layer),), None
+                if streams is None and wanted is not None:
+                    values, streams = cut(wanted, values[0], layer), wanted
+                values = _step(layer, values, side, log_dets)
+        if streams is not None:
+            values = (join(streams, values, layer),)
+        return _one_or_all(values)
 
 
 def _step(
@@ -216,9 +199,6 @@ class InvertibleSequential(Chain, _Guarded, nn.Sequential):
     def __mul__(self, other: int) -> "InvertibleSequential":
         return InvertibleSequential(*super().__mul__(other))
 
-    def _layers(self) -> Iterable[tuple[str, InvertibleModule]]:
-        return self._modules.items()  # type: ignore[return-value]
-
 
 class Repeat(Chain):
     """Apply one layer several times, with the same weights: ``y = layer(layer(... layer(x)))``.
@@ -287,32 +267,16 @@ class Parallel(_Container):
         set_options(self, options)
 
     def _layers(self) -> Iterable[tuple[str, InvertibleModule]]:
-        return self.layers.named_children()  # type: ignore[return-value]
+        return self.layers._modules.items()  # type: ignore[return-value]
 
-    @property
-    def domain(self) -> constraints.Constraint:  # type: ignore[override]
-        return of_parts((layer.domain for _, layer in self._layers()), self.dim, self.sizes)
+    domain = property(lambda self: of_parts([layer.domain for _, layer in self._layers()], self.dim, self.sizes))
+    codomain = property(lambda self: of_parts([layer.codomain for _, layer in self._layers()], self.dim, self.sizes))
 
-    @property
-    def codomain(self) -> constraints.Constraint:  # type: ignore[override]
-        return of_parts((layer.codomain for _, layer in self._layers()), self.dim, self.sizes)
-
-    def _there(self, values: tuple[Any, ...], side: dict[str, Any], log_dets: LogDets | None) -> Any:
-        return self._each([*self._layers()], values, side, log_dets)
-
-    def _back(self, values: tuple[Any, ...], side: dict[str, Any], log_dets: LogDets | None) -> Any:
-        return self._each([(name, layer.inv) for name, layer in self._layers()], values, side, log_dets)
-
-    def _each(
-        self,
-        layers: list[tuple[str, InvertibleModule]],
-        values: tuple[Any, ...],
-        side: dict[str, Any],
-        log_dets: LogDets | None,
-    ) -> Any:
+    def _run(self, values: tuple[Any, ...], side: dict[str, Any], log_dets: LogDets | None, *, inverted: bool) -> Any:
+        layers = self._directed(inverted)
         if len(values) == 1 != len(layers):
             parts = engine.call(splitting(self, self._cut, self._join), values, {})
-            outputs = self._each(layers, parts, side, log_dets)
+            outputs = self._run(parts, side, log_dets, inverted=inverted)
             sizes = [y.shape[self.dim] for y in outputs]
 
             def cut_back(y: Tensor) -> tuple[Tensor, ...]:
@@ -392,11 +356,9 @@ class MultiScale(_Container):
         set_options(self, options)
 
     def _layers(self) -> Iterable[tuple[str, InvertibleModule]]:
-        return self.stages.named_children()  # type: ignore[return-value]
+        return self.stages._modules.items()  # type: ignore[return-value]
 
-    @property
-    def domain(self) -> Domain:  # type: ignore[override]
-        return next(layer.domain for _, layer in self._layers())
+    domain = property(lambda self: self.stages[0].domain)
 
     @property
     def codomain(self) -> Domain:  # type: ignore[override]
@@ -407,28 +369,22 @@ class MultiScale(_Container):
             return tuple(latents[1:]) if len(latents) > 2 else latents[1]
         return of_parts(latents[1:], 1, [shape.numel() for shape in self.latent_shapes])
 
-    def _there(self, values: tuple[Any, ...], side: dict[str, Any], log_dets: LogDets | None) -> Any:
-        latents = self._descend([*self._layers()], values, side, log_dets)
-        if self.latent_shapes is None:
-            return _one_or_all(latents)
-        return engine.call(merging(self, self._join, self._cut), latents, {})
+    def _run(self, values: tuple[Any, ...], side: dict[str, Any], log_dets: LogDets | None, *, inverted: bool) -> Any:
+        return (self._back if inverted else self._there)(values, side, log_dets)
 
-    def _descend(
-        self,
-        stages: list[tuple[str, InvertibleModule]],
-        values: tuple[Any, ...],
-        side: dict[str, Any],
-        log_dets: LogDets | None,
-    ) -> tuple[Tensor, ...]:
+    def _there(self, values: tuple[Any, ...], side: dict[str, Any], log_dets: LogDets | None) -> Any:
         latents: list[Tensor] = []
-        for i, (name, stage) in enumerate(stages):
+        for i, (name, stage) in enumerate(self._layers()):
             with engine.place(partial(_place, "stage", name, stage)):
                 if i:
                     operation = splitting(stage, self._let_go, self.partition.join)
                     going, latent = engine.call(operation, values, {})
                     values, latents = (going,), [*latents, latent]
                 values = _step(stage, values, side, log_dets)
-        return *latents, *values
+        latents += values
+        if self.latent_shapes is None:
+            return _one_or_all(latents)
+        return engine.call(merging(self, self._join, self._cut), tuple(latents), {})
 
     def _let_go(self, x: Tensor) -> tuple[Tensor, Tensor]:
         check_dim_given(self, x)
@@ -463,19 +419,15 @@ class MultiScale(_Container):
 def _streams(layer: InvertibleModule, values: tuple[Any, ...], streams: Partition | None) -> Partition | None:
     """Return how the layer wants one tensor (or its ``streams``) to be split, if it does."""
     wanted = layer.streams
-    if wanted is None or _has_hooks(layer) or (streams is None and len(values) != 1):
+    if wanted is None or (streams is None and len(values) != 1):
         return None
+    if has_hooks(layer):
+        return None  # whoever watches a layer sees the tensors that it would get alone, not streams
     if not all(isinstance(value, Tensor) and -value.ndim <= wanted.dim < value.ndim for value in values):
         return None  # the layer says what is wrong
     check_dim_given(layer, values[0])  # also where it would go on with the streams of a layer before it
     n = sum(value.shape[wanted.dim] for value in values)
     return wanted if layer.takes_streams(*wanted.sizes(n)) else None
-
-
-def _has_hooks(layer: nn.Module) -> bool:
-    """Whether somebody watches the layer; then it gets the tensors that it would get alone, not streams."""
-    tables = (layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks)
-    return any(tables) or torch_module._has_any_global_hook()
 
 
 def _checked(owner: object, argument: str, layer: Any) -> InvertibleModule:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Size, Tensor
-from torch.distributions import Transform, constraints
+from torch.distributions import Transform
 
 from .domains import of_events
 from .engine._torch import stamps
@@ -104,13 +104,8 @@ class _LayerTransform(Transform):
             return self
         return _LayerTransform(self.layer, self.event_dims, self.side, cache_size)
 
-    @property
-    def domain(self) -> constraints.Constraint:  # type: ignore[override]
-        return of_events(self.layer.domain, self.event_dims[0])
-
-    @property
-    def codomain(self) -> constraints.Constraint:  # type: ignore[override]
-        return of_events(self.layer.codomain, self.event_dims[1])
+    domain = property(lambda self: of_events(self.layer.domain, self.event_dims[0]))
+    codomain = property(lambda self: of_events(self.layer.codomain, self.event_dims[1]))
 
     def _call(self, x: Tensor) -> Tensor:
         batch, inputs, side = self._flat(x, inverted=False)

@@ -1,15 +1,22 @@
-"""Torch's older tools that compute a parameter in a hook: what an invertible layer cannot have on itself."""
+"""Hooks on a module itself, and torch's older tools that compute a parameter in one, which no layer can have."""
 
 from typing import Any
 
 from torch import nn
+from torch.nn.modules import module as torch_module
 from torch.nn.utils import prune
 
 from .errors import refuse
 
-__all__ = ["check_hook"]
+__all__ = ["check_hook", "has_hooks"]
 
 _TOOLS = {"torch.nn.utils.weight_norm", "torch.nn.utils.spectral_norm", "torch.nn.utils.prune"}
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether there are hooks on a module, or on all modules, which a call fires."""
+    hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
+    return any(hooks) or torch_module._has_any_global_hook()
 
 
 def check_hook(layer: nn.Module, hook: Any) -> None:

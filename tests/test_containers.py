@@ -243,6 +243,12 @@ def test_edits_that_could_not_be_inverted_change_nothing(make, edit):
     assert names_and_layers(net) == before
 
 
+def test_a_layer_that_is_given_twice_runs_twice(x):
+    layer, (first, second) = iz.InvertibleLeakyReLU(), x.chunk(2, 1)
+    assert_close(iz.Parallel(layer, layer)(first, second), (layer(first), layer(second)))
+    assert_close(iz.MultiScale(layer, layer)(x), (layer(second), layer(layer(first))))
+
+
 def test_a_plain_layer_has_no_inverse():
     with pytest.raises(TypeError, match="Inverse: Expected layer to be an InvertibleModule; got ReLU"):
         iz.Inverse(nn.ReLU())

@@ -558,8 +558,8 @@ class OneWay(iz.InvertibleModule):
 class Between(iz.InvertibleSequential):
     """Does something between its layers that is no layer's."""
 
-    def _there(self, values: Any, side: Any, log_dets: Any) -> Any:
-        return super()._there((2 * values[0],), side, log_dets)
+    def _run(self, values: Any, side: Any, log_dets: Any, *, inverted: bool) -> Any:
+        return super()._run((2 * values[0],), side, log_dets, inverted=inverted)
 
 
 def dropout(*sizes: int) -> nn.Module:

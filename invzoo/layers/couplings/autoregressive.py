@@ -156,13 +156,10 @@ class MaskedAutoregressive(InvertibleModule):
     def log_slope(self, x: Tensor, context: Tensor | None, ordered: Tensor, h: Any, s: Any) -> Tensor:
         return self.map.log_slope(widen(ordered) if self.map.widens else ordered, *h, *s)
 
-    def undo(self, y: Tensor, context: Tensor | None) -> Tensor:
-        return self._solution(y, context, None)
-
     def undo_at(self, x: Tensor, y: Tensor, context: Tensor | None) -> Tensor:
-        return self._solution(y, context, x)
+        return self.undo(y, context, x)
 
-    def _solution(self, y: Tensor, context: Tensor | None, known: Tensor | None) -> Tensor:
+    def undo(self, y: Tensor, context: Tensor | None, known: Tensor | None = None) -> Tensor:
         found = None if known is None else iter(known.index_select(-1, self.permutation).split(1, -1))
 
         def inverse(value: Tensor, h: Tensor, dim: int) -> Tensor:

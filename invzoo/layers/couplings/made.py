@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 
 from ...dtypes import full_precision, widen
+from ...own_hooks import has_hooks
 
 __all__ = ["MADE", "spread"]
 
@@ -116,7 +116,7 @@ class MADE(nn.Module):
     ) -> Tensor:
         """Find the x for which ``inverse(y, self(x, context), -1) = x``, feature by feature."""
         with full_precision(y):
-            plain = not _is_watched(self) and all(map(_is_plain, self.layers))
+            plain = not has_hooks(self) and all(map(_is_plain, self.layers))
             parameters = self._incremental(y, context) if plain else partial(self._evaluated, context)
             found = [y[..., :0]]
             for value in y.split(1, -1):
@@ -178,10 +178,4 @@ def _linears(layers: nn.ModuleList) -> list[nn.Linear]:
 def _is_plain(layer: nn.Module) -> bool:
     """Whether a call does nothing but its formula, so that the weight may be read in its place."""
     is_own = isinstance(layer, MaskedLinear) and getattr(layer.forward, "__func__", None) is MaskedLinear.forward
-    return is_own and not _is_watched(layer)
-
-
-def _is_watched(module: nn.Module) -> bool:
-    """Whether there are hooks on it, or on all modules, which a call fires."""
-    hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
-    return any(hooks) or torch_module._has_any_global_hook()
+    return is_own and not has_hooks(layer)

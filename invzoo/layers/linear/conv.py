@@ -98,6 +98,3 @@ class InvertibleConv1x1(MatrixLayer):
         self.channels, self.out_channels = self.matrix.columns, self.matrix.rows
 
     affine = staticmethod(mix_channels)
-
-    def extra_repr(self) -> str:
-        return f"channels={self.channels}, out_channels={self.out_channels}, bias={self.bias is not None}"

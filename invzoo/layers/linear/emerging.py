@@ -47,17 +47,22 @@ def corner_times(kernel_size: tuple[int, ...]) -> tuple[int, ...]:
 _MASKS = {"raster": (raster_offsets, raster_times), "corner": (corner_offsets, corner_times)}
 
 
+def shifted(x: Tensor, offsets: Sequence[Offset]) -> list[Tensor]:
+    """Return x[..., p + ``offset``] at each pixel p of the last dims of x, for every offset, with zeros around x."""
+    margins = [max(map(abs, along)) for along in zip(*offsets, strict=True)]
+    sizes = x.shape[x.ndim - len(margins) :]
+    padded = F.pad(x, [m for margin in reversed(margins) for m in (margin, margin)])
+    starts = [[m + o for m, o in zip(margins, offset, strict=True)] for offset in offsets]
+    windows: list[Any] = [[slice(a, a + n) for a, n in zip(start, sizes, strict=True)] for start in starts]
+    return [padded[..., *window] for window in windows]
+
+
 def correlate(x: Tensor, kernel: Tensor, offsets: tuple[Offset, ...]) -> Tensor:
     """Sum ``kernel[..., t]`` x[p + ``offsets[t]``] at each pixel p of x (B, C, ...), with zeros around x.
 
     Not F.conv, whose float32 products are TF32 on CUDA by default, good to 1e-3 only.
     """
-    sizes = x.shape[2:]
-    margins = [max(abs(offset[dim]) for offset in offsets) for dim in range(len(sizes))]
-    padded = F.pad(x, [m for margin in reversed(margins) for m in (margin, margin)])
-    starts = [[m + o for m, o in zip(margins, offset, strict=True)] for offset in offsets]
-    windows = [[slice(a, a + n) for a, n in zip(start, sizes, strict=True)] for start in starts]
-    columns = torch.cat([padded[:, :, *window] for window in windows], 1)
+    columns = torch.cat(shifted(x, offsets), 1)
     return mix_channels(columns, rearrange(kernel, "o i t -> o (t i)"), kernel.new_zeros(len(kernel)))
 
 
@@ -76,7 +81,7 @@ def back_substitute(y: Tensor, kernel: Tensor, offsets: tuple[Offset, ...], time
     sizes, lines = y.shape[2:], math.prod(y.shape[2:-1])
     steps = 1 + sum(time * (n - 1) for time, n in zip(times, sizes, strict=True))
     line = torch.arange(lines * sizes[-1], device=y.device) // sizes[-1]
-    place = _dot(_coordinates(sizes, y.device), times) * lines + line
+    place = _steps(sizes, times, y.device).flatten() * lines + line
     right = _spread(rearrange(y, "b c ... -> c (...) b"), place, steps * lines).split(lines, 1)
     inside = _spread(torch.ones_like(line, dtype=torch.bool)[None], place, steps * lines)[0, :, None].split(lines)
     x = _wavefronts(right, inside, matrix, *_sources(offsets[:-1], times, sizes[:-1], y.device))
@@ -100,13 +105,11 @@ def _sources(
     offsets: tuple[Offset, ...], times: tuple[int, ...], sizes: tuple[int, ...], device: torch.device
 ) -> tuple[Tensor, int]:
     """Where each tap finds what it adds to each line: behind a zero, in the steps of a delay; and the delay."""
-    lines, moves = _coordinates(sizes, device), _integers([offset[:-1] for offset in offsets], device)
-    lags = -_dot(_integers(offsets, device), times)
-    delay = max(-sum(o * time for o, time in zip(offset, times, strict=True)) for offset in offsets)
-    source = lines + moves[:, None]
-    exists = ((source >= 0) & (source < _integers(sizes, device))).all(-1)
-    place = 1 + (delay - lags[:, None]) * len(lines) + _dot(source, _strides(sizes))
-    return place.where(exists, 0).flatten(), delay
+    numbers = torch.arange(1, 1 + math.prod(sizes), device=device).view(sizes)
+    lines = torch.stack(shifted(numbers, [o[:-1] for o in offsets])).view(len(offsets), -1)  # 0 where there is none
+    lags = [-sum(o * time for o, time in zip(offset, times, strict=True)) for offset in offsets]
+    ahead = torch.tensor([max(lags) - lag for lag in lags], device=device)
+    return (lines + ahead[:, None] * lines.shape[1]).where(lines > 0, 0).flatten(), max(lags)
 
 
 def _spread(values: Tensor, place: Tensor, size: int) -> Tensor:
@@ -114,22 +117,12 @@ def _spread(values: Tensor, place: Tensor, size: int) -> Tensor:
     return values.new_zeros(len(values), size, *values.shape[2:]).index_copy(1, place, values)
 
 
-def _coordinates(sizes: tuple[int, ...], device: torch.device) -> Tensor:
-    """The coordinates of all pixels in raster order: (pixels, dims)."""
-    index = torch.arange(math.prod(sizes), device=device)
-    return index[:, None] // _integers(_strides(sizes), device) % _integers(sizes, device)
-
-
-def _strides(sizes: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(math.prod(sizes[dim + 1 :]) for dim in range(len(sizes)))
-
-
-def _dot(coordinates: Tensor, weights: tuple[int, ...]) -> Tensor:
-    return (coordinates * _integers(weights, coordinates.device)).sum(-1)
-
-
-def _integers(values: Sequence[Any], device: torch.device) -> Tensor:
-    return torch.tensor(values, dtype=torch.long, device=device)
+def _steps(sizes: tuple[int, ...], times: tuple[int, ...], device: torch.device) -> Tensor:
+    """The step in which each pixel is solved."""
+    steps = torch.zeros((), dtype=torch.long, device=device)
+    for size, time in zip(sizes, times, strict=True):
+        steps = steps.unsqueeze(-1) + time * torch.arange(size, device=device)
+    return steps
 
 
 class EmergingConv(KernelConv):
@@ -206,6 +199,7 @@ class EmergingConv(KernelConv):
         self.mask = mask
         offsets, times = _MASKS[mask]
         self._offsets, self._times = offsets(self.kernel_size), times(self.kernel_size)
+        self._reversed = [*range(1, len(self.kernel_size) + 2)]
         self._make_parameters(2, taps=(len(self._offsets),), bias=bias, device=device, dtype=dtype)
 
     def log_slope(self, x: Tensor, *h: Tensor) -> Tensor:
@@ -225,10 +219,6 @@ class EmergingConv(KernelConv):
         """e^s (1 + N) of both maps: (2, channels, channels, taps), the centre last, with channels before it only."""
         *before, centre = widen(self.weight).unbind(-1)
         return self._kernel(torch.stack([*before, centre.tril(-1)], -1), len(before))
-
-    @property
-    def _reversed(self) -> list[int]:
-        return list(range(1, len(self.kernel_size) + 2))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, mask={self.mask!r}"

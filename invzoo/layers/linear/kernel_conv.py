@@ -5,7 +5,6 @@ from abc import abstractmethod
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...dtypes import bounded, computed, full_precision, widen
@@ -14,14 +13,13 @@ from ...protocol import Like
 from .._checks import (
     check_dims,
     check_features,
-    check_floating,
     check_like,
     check_positive,
     check_positive_int,
     parameter_of,
     refuse,
 )
-from .orthogonal import identity
+from ..elementwise import check_real
 
 __all__ = ["KernelConv", "contraction"]
 
@@ -130,17 +128,16 @@ class KernelConv(InvertibleModule):
     def _log_scales(self) -> Tensor:
         return bounded(widen(self.log_scale), self.max_log_scale)
 
-    def _kernel(self, weight: Tensor, centre: int) -> Tensor:
-        """e^s (1 + N) of shape (..., channels, channels, taps), where N is a contraction that ``weight`` gives."""
-        taps = weight.shape[-1]
-        n = contraction(weight / math.sqrt(self.channels * taps), self.max_norm)
-        one = F.pad(identity(weight[..., 0], self.channels).unsqueeze(-1), (centre, taps - 1 - centre))
-        return self._log_scales.exp()[..., None, None] * (one + n)
+    def _kernel(self, weight: Tensor, *centre: int) -> Tensor:
+        """e^s (1 + N) of shape (..., channels, channels, *taps), where N is a contraction that ``weight`` gives."""
+        one, taps = torch.zeros_like(weight), weight.flatten(-len(centre))
+        place: tuple[Any, ...] = (..., *centre)
+        one[place] = torch.eye(self.channels, device=weight.device, dtype=weight.dtype)
+        n = contraction(taps / math.sqrt(self.channels * taps.shape[-1]), self.max_norm)
+        return (self._log_scales.exp()[..., None, None] * (one.view_as(n) + n)).view_as(weight)
 
     def check_argument(self, argument: str, x: Tensor) -> None:
-        if isinstance(x, Tensor) and not x.is_floating_point():
-            refuse(self, argument, "be real floating point", x.dtype, TypeError)
-        check_floating(self, argument, x)
+        check_real(self, argument, x)
         check_like(self, argument, x, self._parameter)
         spatial = len(self.kernel_size)
         check_dims(self, argument, x, (spatial + 2,), _LAYOUTS[spatial])

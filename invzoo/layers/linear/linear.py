@@ -100,9 +100,6 @@ class InvertibleLinear(MatrixLayer):
         super().__init__(in_features, out_features, bias, kind, settings, conditioner, factory, **options)
         self.in_features, self.out_features = self.matrix.columns, self.matrix.rows
 
-    def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-
     @staticmethod
     def affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         if weight.ndim == 2:

@@ -1,16 +1,16 @@
 """Matrices that stay invertible while they are learned."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ...dtypes import bounded, widen
-from .._checks import check_positive, check_positive_int, refuse
+from .._checks import check_choice, check_positive, check_positive_int, refuse
 from .orthogonal import cayley, householder, identity
 
-__all__ = ["MATRICES", "Matrix", "cayley", "householder"]
+__all__ = ["MATRICES", "Matrix", "cayley", "householder", "make_matrix"]
 
 
 class Matrix(nn.Module):
@@ -19,6 +19,15 @@ class Matrix(nn.Module):
     Called as a module, so that hooks on it fire, it makes the factors that W, its inverse and its log-determinant take.
     ``factors`` takes parameters in the order of ``names``, in at least float32 and with leading batch dims if they have
     any; the first has the matrix's dtype.
+
+    Args:
+        owner: the layer's name, for errors.
+        rows: of W.
+        columns: of W.
+        reflections: k, of those that have it among their ``options``; ``columns`` if None.
+        max_log_scale: bound on a log-scale, likewise; 1.0 if None.
+        batch: how many matrices there are, of those that may be several.
+        factory: ``device`` and ``dtype`` of the parameters.
     """
 
     names: ClassVar[tuple[str, ...]]
@@ -27,9 +36,28 @@ class Matrix(nn.Module):
     options: ClassVar[tuple[str, ...]] = ()
     subnet: ClassVar[bool] = False  # it is compiled with its layer, not for itself
 
-    def __init__(self, owner: str, rows: int, columns: int) -> None:
+    def __init__(
+        self,
+        owner: str,
+        rows: int,
+        columns: int,
+        *,
+        reflections: int | None = None,
+        max_log_scale: float | None = None,
+        batch: Sequence[int] = (),
+        **factory: Any,
+    ) -> None:
         super().__init__()
         self.owner, self.rows, self.columns = owner, rows, columns
+        self.reflections = columns if reflections is None else reflections
+        self.max_log_scale = 1.0 if max_log_scale is None else max_log_scale
+        check_positive_int(owner, "reflections", self.reflections)
+        check_positive(owner, "max_log_scale", self.max_log_scale)
+        self.make_parameters(batch, **factory)
+        self.reset_parameters()
+
+    def make_parameters(self, batch: Sequence[int], **factory: Any) -> None:
+        raise NotImplementedError
 
     def reset_parameters(self) -> None:
         raise NotImplementedError
@@ -63,9 +91,19 @@ class Matrix(nn.Module):
 
 
 class Orthonormal(Matrix):
-    """W^H W = I, so that W^H is the left inverse. Abstract."""
+    """W^H W = I, so that W^H is the left inverse. Abstract: a subclass says how the one parameter gives W."""
 
     volume_preserving = True
+
+    @staticmethod
+    def orthonormal(parameter: Tensor, /, columns: int) -> Tensor:
+        raise NotImplementedError
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.own()[0], std=self.rows**-0.5)
+
+    def factors(self, *parameters: Tensor) -> tuple[Tensor, ...]:
+        return (self.orthonormal(parameters[0], self.columns),)
 
     def weight(self, *factors: Tensor) -> Tensor:
         return factors[0]
@@ -79,49 +117,24 @@ class Householder(Orthonormal):
 
     names = ("vectors",)
     options = ("reflections",)
+    orthonormal = staticmethod(householder)
 
-    reflections: int
     vectors: nn.Parameter
 
-    def __init__(
-        self,
-        owner: str,
-        rows: int,
-        columns: int,
-        reflections: int | None = None,
-        batch: Sequence[int] = (),
-        **factory: Any,
-    ) -> None:
-        super().__init__(owner, rows, columns)
-        self.reflections = columns if reflections is None else reflections
-        check_positive_int(owner, "reflections", self.reflections)
-        self.vectors = nn.Parameter(torch.empty(*batch, rows, self.reflections, **factory))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        nn.init.normal_(self.vectors, std=self.rows**-0.5)
-
-    def factors(self, *parameters: Tensor) -> tuple[Tensor, ...]:
-        return (householder(parameters[0], self.columns),)
+    def make_parameters(self, batch: Sequence[int], **factory: Any) -> None:
+        self.vectors = nn.Parameter(torch.empty(*batch, self.rows, self.reflections, **factory))
 
 
 class Cayley(Orthonormal):
     """W = the first columns of (I + A)^-1 (I - A), A skew."""
 
     names = ("generator",)
+    orthonormal = staticmethod(cayley)
 
     generator: nn.Parameter
 
-    def __init__(self, owner: str, rows: int, columns: int, batch: Sequence[int] = (), **factory: Any) -> None:
-        super().__init__(owner, rows, columns)
-        self.generator = nn.Parameter(torch.empty(*batch, rows, rows, **factory))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        nn.init.normal_(self.generator, std=self.rows**-0.5)
-
-    def factors(self, *parameters: Tensor) -> tuple[Tensor, ...]:
-        return (cayley(parameters[0], self.columns),)
+    def make_parameters(self, batch: Sequence[int], **factory: Any) -> None:
+        self.generator = nn.Parameter(torch.empty(*batch, self.rows, self.rows, **factory))
 
 
 class Scaled(Matrix):
@@ -130,30 +143,14 @@ class Scaled(Matrix):
     names = ("left", "right", "log_scale")
     options = ("reflections", "max_log_scale")
 
-    reflections: int
-    max_log_scale: float
     left: nn.Parameter
     right: nn.Parameter
     log_scale: nn.Parameter
 
-    def __init__(
-        self,
-        owner: str,
-        rows: int,
-        columns: int,
-        reflections: int | None = None,
-        max_log_scale: float = 1.0,
-        **factory: Any,
-    ) -> None:
-        super().__init__(owner, rows, columns)
-        self.reflections = columns if reflections is None else reflections
-        self.max_log_scale = max_log_scale
-        check_positive_int(owner, "reflections", self.reflections)
-        check_positive(owner, "max_log_scale", max_log_scale)
-        self.left = nn.Parameter(torch.empty(rows, self.reflections, **factory))
-        self.right = nn.Parameter(torch.empty(columns, self.reflections, **factory))
-        self.log_scale = nn.Parameter(torch.empty(columns, **factory | {"dtype": self.left.dtype.to_real()}))
-        self.reset_parameters()
+    def make_parameters(self, batch: Sequence[int], **factory: Any) -> None:
+        self.left = nn.Parameter(torch.empty(self.rows, self.reflections, **factory))
+        self.right = nn.Parameter(torch.empty(self.columns, self.reflections, **factory))
+        self.log_scale = nn.Parameter(torch.empty(self.columns, **factory | {"dtype": self.left.dtype.to_real()}))
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.left, std=self.rows**-0.5)
@@ -187,19 +184,14 @@ class PLU(Matrix):
     names = ("packed",)
     options = ("max_log_scale",)
 
-    max_log_scale: float
     packed: nn.Parameter
     permutation: Tensor
     sigma: Tensor
 
-    def __init__(self, owner: str, rows: int, columns: int, max_log_scale: float = 1.0, **factory: Any) -> None:
-        super().__init__(owner, rows, columns)
-        check_positive(owner, "max_log_scale", max_log_scale)
-        self.max_log_scale = max_log_scale
-        self.packed = nn.Parameter(torch.empty(rows, rows, **factory))
-        self.register_buffer("permutation", torch.empty(rows, device=self.packed.device, dtype=torch.long))
+    def make_parameters(self, batch: Sequence[int], **factory: Any) -> None:
+        self.packed = nn.Parameter(torch.empty(self.rows, self.rows, **factory))
+        self.register_buffer("permutation", torch.empty(self.rows, device=self.packed.device, dtype=torch.long))
         self.register_buffer("sigma", torch.empty_like(self.packed.detach()[0]))
-        self.reset_parameters()
 
     def reset_parameters(self) -> None:
         nn.init.zeros_(self.packed)
@@ -236,10 +228,8 @@ class Free(Matrix):
 
     entries: nn.Parameter
 
-    def __init__(self, owner: str, rows: int, columns: int, **factory: Any) -> None:
-        super().__init__(owner, rows, columns)
-        self.entries = nn.Parameter(torch.empty(rows, rows, **factory))
-        self.reset_parameters()
+    def make_parameters(self, batch: Sequence[int], **factory: Any) -> None:
+        self.entries = nn.Parameter(torch.empty(self.rows, self.rows, **factory))
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -276,3 +266,20 @@ MATRICES: dict[str, type[Matrix]] = {
     "plu": PLU,
     "free": Free,
 }
+
+
+def make_matrix(
+    owner: object,
+    kinds: Mapping[str, type[Matrix]],
+    kind: str,
+    rows: int,
+    columns: int,
+    settings: dict[str, Any],
+    **factory: Any,
+) -> Matrix:
+    """Make a layer's matrix, of one of these kinds; settings are refused that this kind does not have."""
+    check_choice(owner, "kind", kind, kinds)
+    for name, value in settings.items():
+        if value is not None and name not in kinds[kind].options:
+            refuse(owner, name, f"be None with kind={kind!r}", value)
+    return kinds[kind](type(owner).__name__, rows, columns, **settings, **factory)

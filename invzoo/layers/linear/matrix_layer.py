@@ -12,7 +12,6 @@ from ...dtypes import computed, full_precision, widen
 from ...log_dets import for_each_sample
 from ...protocol import Moving
 from .._checks import (
-    check_choice,
     check_dims,
     check_features,
     check_floating,
@@ -22,14 +21,9 @@ from .._checks import (
     refuse,
 )
 from ..conditioned import Conditioned, Conditioner
-from .matrix import MATRICES, Matrix
+from .matrix import MATRICES, Matrix, make_matrix
 
 __all__ = ["MatrixLayer"]
-
-
-def times(matrix: Tensor, vector: Tensor) -> Tensor:
-    """The product of a matrix and a vector, or of a batch of each."""
-    return matrix @ vector if vector.ndim == 1 else (matrix @ vector.unsqueeze(-1)).squeeze(-1)
 
 
 def per_sample(parameters: Sequence[Tensor], offsets: Tensor) -> list[Tensor]:
@@ -69,26 +63,18 @@ class MatrixLayer(Conditioned):
         **options: Any,
     ) -> None:
         super().__init__(**options)
+        narrow, wide = self.sizes
         rows = columns if rows is None else rows
-        given = {name: value for name, value in settings.items() if value is not None}
-        self._check_arguments(columns, rows, kind, given)
-        self.matrix = MATRICES[kind](type(self).__name__, rows, columns, **given, **factory)
+        check_positive_int(self, narrow, columns)
+        check_positive_int(self, wide, rows)
+        if rows < columns:
+            refuse(self, wide, f"be at least {narrow}={columns}", rows)
+        self.matrix = make_matrix(self, MATRICES, kind, rows, columns, settings, **factory)
+        if rows > columns and self.matrix.square:
+            refuse(self, wide, f"be {narrow}={columns} with kind={kind!r}", rows)
         self.bias = nn.Parameter(torch.zeros(rows, **factory)) if bias else None
         self.set_conditioner(conditioner)
         self.volume_preserving = self.matrix.volume_preserving and rows == columns  # type: ignore[misc]
-
-    def _check_arguments(self, columns: int, rows: int, kind: str, settings: dict[str, Any]) -> None:
-        narrow, wide = self.sizes
-        check_positive_int(self, narrow, columns)
-        check_positive_int(self, wide, rows)
-        check_choice(self, "kind", kind, MATRICES)
-        if rows < columns:
-            refuse(self, wide, f"be at least {narrow}={columns}", rows)
-        if rows > columns and MATRICES[kind].square:
-            refuse(self, wide, f"be {narrow}={columns} with kind={kind!r}", rows)
-        for name, value in settings.items():
-            if name not in MATRICES[kind].options:
-                refuse(self, name, f"be None with kind={kind!r}", value)
 
     def reset_parameters(self) -> None:
         self.matrix.reset_parameters()
@@ -128,7 +114,7 @@ class MatrixLayer(Conditioned):
     def undo(self, y: Tensor, shift: Tensor, *factors: Tensor) -> Tensor:
         def back(y: Tensor) -> Tensor:
             inverse = self.matrix.inverse(*factors)
-            return self._map(y, inverse, -times(inverse, shift))
+            return self._map(y, inverse, -(inverse @ shift.unsqueeze(-1)).squeeze(-1))
 
         return computed(back, y, self._parameter)
 
@@ -146,6 +132,10 @@ class MatrixLayer(Conditioned):
         check_features(self, argument, x, self.dim, self.matrix.columns if argument == "x" else self.matrix.rows)
         if self.conditioner is not None:
             check_dims(self, "input", x, range(2, sys.maxsize), "(batch, ...), with a conditioner")
+
+    def extra_repr(self) -> str:
+        narrow, wide = self.sizes
+        return f"{narrow}={self.matrix.columns}, {wide}={self.matrix.rows}, bias={self.bias is not None}"
 
     @staticmethod
     def affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

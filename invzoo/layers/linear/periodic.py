@@ -111,16 +111,8 @@ class PeriodicConv(KernelConv):
     def kernel(self) -> Tensor:
         """e^s (1 + N), of shape ``(channels, channels, *kernel_size)``, in at least float32."""
         with full_precision(self.weight):
-            weight = widen(self.weight).flatten(2)
-            return self._kernel(weight, self._centre).view_as(self.weight)
-
-    @property
-    def _centre(self) -> int:
-        """Where the centre is among all taps: in the middle, or in front of it."""
-        index = 0
-        for size in self.kernel_size:
-            index = index * size + (size - 1) // 2
-        return index
+            middle = [(size - 1) // 2 for size in self.kernel_size]  # or in front of it
+            return self._kernel(widen(self.weight), *middle)
 
     def log_slope(self, x: Tensor, matrices: Tensor, shift: Tensor) -> Tensor:
         per_frequency = torch.linalg.slogdet(matrices).logabsdet * multiplicity(tuple(x.shape[2:]), x.device)

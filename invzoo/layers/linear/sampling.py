@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -15,12 +15,12 @@ from ...protocol import Like
 from .._checks import check_choice, check_features, check_floating, check_like, check_positive_int, refuse
 from ..rearrangements.squeeze import cells, check_pixels, positions
 from ..rearrangements.wavelet import dct
-from .matrix import Cayley, Householder, Orthonormal
-from .orthogonal import polish
+from .matrix import Cayley, Householder, Matrix, make_matrix
+from .orthogonal import identity, polish
 
 __all__ = ["KINDS", "OrthogonalDownsample", "OrthogonalUpsample", "sizes_of", "to_channels", "to_pixels"]
 
-KINDS: dict[str, Callable[..., Orthonormal]] = {"householder": Householder, "cayley": Cayley}
+KINDS: dict[str, type[Matrix]] = {"householder": Householder, "cayley": Cayley}
 INITS = ("haar", "dct", "random")
 CELLS = {dims: cells(dims, "channels_first") for dims in (1, 2, 3)}  # the compiler follows no cached function
 
@@ -84,7 +84,7 @@ class _OrthogonalSampling(InvertibleModule):
     channels: int
     stride: tuple[int, ...]
     init: str
-    matrix: Orthonormal
+    matrix: Matrix
     basis: Tensor
 
     def __init__(
@@ -101,32 +101,27 @@ class _OrthogonalSampling(InvertibleModule):
     ) -> None:
         super().__init__(**options)
         self.channels, self.stride, self.init = channels, sizes_of(self, "stride", stride), init
-        self._check_arguments(kind, reflections)
+        self._check_arguments()
         cell = math.prod(self.stride)
         groups = channels if self.deep == "y" else channels // cell
-        settings: dict[str, Any] = {} if reflections is None else {"reflections": reflections}
-        settings |= {"batch": (groups,), "device": device, "dtype": dtype}
-        self.matrix = KINDS[kind](type(self).__name__, cell, cell, **settings)
+        settings, factory = {"reflections": reflections}, {"device": device, "dtype": dtype}
+        self.matrix = make_matrix(self, KINDS, kind, cell, cell, settings, batch=(groups,), **factory)
         parameter = self.matrix.own()[0]
         self.register_buffer("basis", torch.empty(groups, cell, cell, device=parameter.device, dtype=parameter.dtype))
         self.reset_parameters()
 
-    def _check_arguments(self, kind: str, reflections: int | None) -> None:
+    def _check_arguments(self) -> None:
         check_positive_int(self, "channels", self.channels)
-        check_choice(self, "kind", kind, KINDS)
         check_choice(self, "init", self.init, INITS)
         if self.init == "haar" and any(n & (n - 1) for n in self.stride):
             refuse(self, "stride", "be powers of two with init='haar'", self.stride)
         if self.deep == "x" and self.channels % (cell := math.prod(self.stride)):
             refuse(self, "channels", f"be a multiple of {cell}, the pixels of a cell", self.channels)
-        if reflections is not None and kind != "householder":
-            refuse(self, "reflections", f"be None with kind={kind!r}", reflections)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         self.matrix.reset_parameters()
-        eye = torch.eye(self.basis.shape[-1], device=self.basis.device, dtype=self.basis.dtype)
-        self.basis.copy_(eye)
+        self.basis.copy_(identity(self.basis, self.basis.shape[-1]))
         if self.init != "random":
             self.basis.copy_(start_matrix(self.init, self.stride).to(widen(self.basis)) @ self.weight.mH)
 
