@@ -1,7 +1,7 @@
 """Checks of DDP, which two processes run."""
 
 import copy
-from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -13,56 +13,46 @@ import invzoo as iz
 from tests.composition.workers import (
     WORLD,
     Recorded,
+    Suite,
     WithLogDet,
     assert_overlaps,
     assert_saves,
     batches,
     check_training,
-    each,
-    modes,
     reference,
     train,
 )
-from tests.reference import FEATURES, Case, assert_near, make, mlp
+from tests.reference import FEATURES, Called, Case, assert_near, make, mlp
 
 __all__ = ["CHECKS"]
 
+CHECKS = Suite()
 
-@each()
+
+@CHECKS.each()
 def ddp_plain(case: Case, rank: int) -> None:
     check_training(case, DistributedDataParallel(case.net), rank)
 
 
-@each(names=("streams",))
+@CHECKS.each("streams")
 def ddp_small_buckets(case: Case, rank: int) -> None:
     check_training(case, DistributedDataParallel(case.net, bucket_cap_mb=1e-5, gradient_as_bucket_view=True), rank)
 
 
-@each(names=("stack", "streams"))
+@CHECKS.each("stack", "streams")
 def ddp_static_graph(case: Case, rank: int) -> None:
     check_training(case, DistributedDataParallel(case.net, static_graph=True), rank)
 
 
-class Unused(nn.Module):
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net, self.unused = net, nn.Linear(2, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
-
-
-@each(names=("stack", "streams"))
+@CHECKS.each("stack", "streams")
 def ddp_find_unused_parameters(case: Case, rank: int) -> None:
-    wrapped = DistributedDataParallel(Unused(case.net), find_unused_parameters=True)
-    case.plain = Unused(case.plain)
-    x = batches(case)
-    expected, _ = reference(case.plain.net, x)
-    grads, _ = train(wrapped, x, rank)
-    assert_near(grads[:-2], expected)
+    nets = nn.ModuleList([case.net, nn.Linear(2, 2)])
+    wrapped = DistributedDataParallel(Called(nets, lambda nets, x: nets[0](x)), find_unused_parameters=True)
+    grads, _ = train(wrapped, batches(case), rank)
+    assert_near(grads[:-2], reference(case.plain, batches(case))[0])
 
 
-@each(names=("stack", "streams"))
+@CHECKS.each("stack", "streams")
 def ddp_some_layers_unused_in_one_process(case: Case, rank: int) -> None:
     """The loss of process 1 sees half of the output only, which reaches only some subnets."""
 
@@ -76,7 +66,7 @@ def ddp_some_layers_unused_in_one_process(case: Case, rank: int) -> None:
     assert_near([p.grad for p in case.net.parameters()], [p.grad for p in case.plain.parameters()])
 
 
-@each(names=("stack", "streams"))
+@CHECKS.each("stack", "streams")
 def ddp_no_sync(case: Case, rank: int) -> None:
     wrapped, x = DistributedDataParallel(case.net), batches(case)
     with wrapped.no_sync():
@@ -88,7 +78,7 @@ def ddp_no_sync(case: Case, rank: int) -> None:
     assert_near([p.grad for p in case.net.parameters()], [p.grad for p in case.plain.parameters()])
 
 
-@each(names=("stack",))
+@CHECKS.each("stack")
 def ddp_two_forwards(case: Case, rank: int) -> None:
     wrapped, x = DistributedDataParallel(case.net, static_graph=True), batches(case)
     for _ in range(2):
@@ -100,20 +90,13 @@ def ddp_two_forwards(case: Case, rank: int) -> None:
         assert_near([p.grad for p in case.net.parameters()], [p.grad for p in case.plain.parameters()])
 
 
-@each(names=("stack",))
+@CHECKS.each("stack")
 def ddp_checkpointed(case: Case, rank: int) -> None:
-    class Checkpointed(nn.Module):
-        def __init__(self, net: nn.Module) -> None:
-            super().__init__()
-            self.net = net
-
-        def forward(self, x: Tensor) -> Tensor:
-            return checkpoint(self.net, x, use_reentrant=False)
-
-    check_training(case, DistributedDataParallel(Checkpointed(case.net)), rank)
+    checkpointed = Called(case.net, partial(checkpoint, use_reentrant=False))
+    check_training(case, DistributedDataParallel(checkpointed), rank)
 
 
-@each(names=("streams", "stack"))
+@CHECKS.each("streams", "stack")
 def ddp_with_synchronised_buffers(case: Case, rank: int) -> None:
     """BatchNorm's statistics are broadcast in place before every forward, and moved by it."""
     made = make(case.subject.form, lambda *sizes: mlp(*sizes, nn.BatchNorm1d(5)))
@@ -126,7 +109,7 @@ def ddp_with_synchronised_buffers(case: Case, rank: int) -> None:
         assert_near([b.double() for b in made.net.buffers()], [b.double() for b in made.plain.buffers()])
 
 
-@each(names=("affine", "stack"))
+@CHECKS.each("affine", "stack")
 def ddp_log_det(case: Case, rank: int) -> None:
     """DDP watches forward alone: a module whose forward is `forward_and_log_det` is what it wraps."""
     wrapped, x = DistributedDataParallel(WithLogDet(case.net)), batches(case)
@@ -138,7 +121,7 @@ def ddp_log_det(case: Case, rank: int) -> None:
         assert_near([p.grad for p in case.net.parameters()], [p.grad for p in alone.parameters()])
 
 
-def overlaps(mode: str, log_det: bool, **options: bool) -> None:
+def ddp_overlaps(mode: str, rank: int, log_det: bool = False, **options: bool) -> None:
     log: list[tuple[str, int]] = []
     net = Recorded.stack(4, log, mode)
     owners = {p: i for i, layer in enumerate(net) for p in layer.parameters()}
@@ -158,27 +141,16 @@ def overlaps(mode: str, log_det: bool, **options: bool) -> None:
     assert_overlaps(log, mode, 4)
 
 
-@modes
-def ddp_overlaps(mode: str, rank: int) -> None:
-    overlaps(mode, log_det=False)
+for _name, _options in {
+    "ddp_overlaps": {},
+    "ddp_overlaps_with_a_log_det": {"log_det": True},
+    "ddp_overlaps_in_a_static_graph": {"static_graph": True},
+    "ddp_overlaps_as_it_finds_unused_parameters": {"find_unused_parameters": True},
+}.items():
+    CHECKS.modes(partial(ddp_overlaps, **_options), _name)
 
 
-@modes
-def ddp_overlaps_with_a_log_det(mode: str, rank: int) -> None:
-    overlaps(mode, log_det=True)
-
-
-@modes
-def ddp_overlaps_in_a_static_graph(mode: str, rank: int) -> None:
-    overlaps(mode, log_det=False, static_graph=True)
-
-
-@modes
-def ddp_overlaps_as_it_finds_unused_parameters(mode: str, rank: int) -> None:
-    overlaps(mode, log_det=False, find_unused_parameters=True)
-
-
-@modes
+@CHECKS.modes
 def ddp_sends_nothing_under_no_sync(mode: str, rank: int) -> None:
     log: list[tuple[str, int]] = []
     wrapped = DistributedDataParallel(Recorded.stack(2, log, mode))
@@ -190,7 +162,7 @@ def ddp_sends_nothing_under_no_sync(mode: str, rank: int) -> None:
     assert not torch.equal(*others)
 
 
-@modes
+@CHECKS.modes
 def ddp_saves(mode: str, rank: int) -> None:
     assert_saves(
         lambda net, x: net(x).square().mean(),
@@ -199,31 +171,10 @@ def ddp_saves(mode: str, rank: int) -> None:
     )
 
 
-@modes
+@CHECKS.modes
 def ddp_saves_with_a_log_det(mode: str, rank: int) -> None:
     def loss(net: nn.Module, x: Tensor) -> Tensor:
         z, log_det = net(x)
         return z.square().mean() - log_det.mean()
 
     assert_saves(loss, lambda net: DistributedDataParallel(WithLogDet(net)), mode)
-
-
-CHECKS: dict[str, Callable[[int], None]] = {
-    **ddp_plain,
-    **ddp_small_buckets,
-    **ddp_static_graph,
-    **ddp_find_unused_parameters,
-    **ddp_some_layers_unused_in_one_process,
-    **ddp_no_sync,
-    **ddp_two_forwards,
-    **ddp_checkpointed,
-    **ddp_with_synchronised_buffers,
-    **ddp_log_det,
-    **ddp_overlaps,
-    **ddp_overlaps_with_a_log_det,
-    **ddp_overlaps_in_a_static_graph,
-    **ddp_overlaps_as_it_finds_unused_parameters,
-    **ddp_sends_nothing_under_no_sync,
-    **ddp_saves,
-    **ddp_saves_with_a_log_det,
-}

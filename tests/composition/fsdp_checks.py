@@ -26,20 +26,20 @@ from tests.composition.workers import (
     FORMS,
     WORLD,
     Recorded,
+    Suite,
     assert_overlaps,
     assert_saves,
     batches,
     check_training,
-    each,
     full,
     layers_of,
-    modes,
     reference,
 )
 from tests.reference import FEATURES, Case, assert_near, make
 
 __all__ = ["CHECKS", "shard"]
 
+CHECKS = Suite()
 
 FULL = MixedPrecisionPolicy()
 BFLOAT16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
@@ -61,12 +61,12 @@ def shard(net: nn.Module, where: str, policy: MixedPrecisionPolicy = FULL, **opt
     return fully_shard(net, mp_policy=policy if casts else FULL, **options)
 
 
-def fsdp(where: str, reshard: bool) -> dict[str, Callable[[int], None]]:
+def fsdp(where: str, reshard: bool) -> None:
     def check(case: Case, rank: int) -> None:
         check_training(case, shard(case.net, where, reshard_after_forward=reshard), rank)
 
     check.__name__ = f"fsdp_{where}_{'reshard' if reshard else 'keep'}"
-    return each(names=FORMS if reshard else ("stack",))(check)
+    CHECKS.each(*(FORMS if reshard else ("stack",)))(check)
 
 
 def compare_sharded(case: Case, step: Callable[[nn.Module, Tensor, int], Tensor], rank: int, **options: Any) -> None:
@@ -80,12 +80,12 @@ def compare_sharded(case: Case, step: Callable[[nn.Module, Tensor, int], Tensor]
         assert_near([full(p.grad) for p in net.parameters()], [p.grad for p in case.plain.parameters()])
 
 
-@each(names=("stack", "streams"))
+@CHECKS.each("stack", "streams")
 def fsdp_loss_sees_half_of_the_output(case: Case, rank: int) -> None:
     compare_sharded(case, lambda net, x, r: net(x.sigmoid())[:, : FEATURES // 2].square().sum(), rank)
 
 
-@each(names=("sequential",))
+@CHECKS.each("sequential")
 def fsdp_loss_sees_an_intermediate_output_alone(case: Case, rank: int) -> None:
     """What came after must be inverted, although no gradient passes it, with parameters that are sharded again."""
 
@@ -105,7 +105,7 @@ def fsdp_loss_sees_an_intermediate_output_alone(case: Case, rank: int) -> None:
             assert_near([full(p.grad) for p in net[0].parameters()], [p.grad for p in made.plain[0].parameters()])
 
 
-@each(names=("sequential", "streams"))
+@CHECKS.each("sequential", "streams")
 def fsdp_input_needs_grad(case: Case, rank: int) -> None:
     net, x = shard(case.net, "subnets"), batches(case)[rank]
     v, w = x.clone().requires_grad_(), x.clone().requires_grad_()
@@ -114,7 +114,7 @@ def fsdp_input_needs_grad(case: Case, rank: int) -> None:
     assert_near([v.grad], [w.grad])
 
 
-@each(names=("stack", "streams"))
+@CHECKS.each("stack", "streams")
 def fsdp_two_micro_batches(case: Case, rank: int) -> None:
     net, x = shard(case.net, "subnets"), batches(case)
     for last in (False, True):
@@ -124,12 +124,12 @@ def fsdp_two_micro_batches(case: Case, rank: int) -> None:
     assert_near([full(p.grad) for p in net.parameters()], [p.grad for p in case.plain.parameters()])
 
 
-@each(names=("stack",))
+@CHECKS.each("stack")
 def fsdp_two_forwards(case: Case, rank: int) -> None:
     compare_sharded(case, lambda net, x, r: (net(x.sigmoid()) * net(x.cos())).sum(), rank)
 
 
-@each(names=("stack",))
+@CHECKS.each("stack")
 def fsdp_frozen_subnets(case: Case, rank: int) -> None:
     for net in (case.net, case.plain):
         for layer in net[:2]:
@@ -137,7 +137,7 @@ def fsdp_frozen_subnets(case: Case, rank: int) -> None:
     check_training(case, shard(case.net, "subnets"), rank)
 
 
-@each(names=("stack",))
+@CHECKS.each("stack")
 def fsdp_checkpointed(case: Case, rank: int) -> None:
     net = shard(case.net, "subnets")
     checkpoint(net, batches(case)[rank].sigmoid(), use_reentrant=False).sin().square().mean().backward()
@@ -145,7 +145,7 @@ def fsdp_checkpointed(case: Case, rank: int) -> None:
     assert_near([full(p.grad) for p in net.parameters()], expected)
 
 
-def in_bfloat16(where: str) -> dict[str, Callable[[int], None]]:
+def in_bfloat16(where: str) -> None:
     """Compare with a plain net under the same FSDP; streams that are bfloat16 themselves are rebuilt as coarsely."""
 
     def check(case: Case, rank: int) -> None:
@@ -159,7 +159,7 @@ def in_bfloat16(where: str) -> dict[str, Callable[[int], None]]:
         assert_near(*grads, tolerance=5e-2 if coarse else 1e-9)
 
     check.__name__ = f"fsdp_{where}_in_bfloat16"
-    return each(names=("stack", "streams") if where == "subnets" else ("stack",))(check)
+    CHECKS.each(*(("stack", "streams") if where == "subnets" else ("stack",)))(check)
 
 
 def fsdp_output_dtype_of_each_layer_parts_them(rank: int) -> None:
@@ -206,7 +206,7 @@ def by_samples(net: nn.Module, x: Tensor) -> Tensor:
     return net(x).square().mean() + net.inverse(x).square().mean()
 
 
-def registered(where: str, loss: Loss) -> dict[str, Callable[[int], None]]:
+def registered(where: str, loss: Loss) -> None:
     """FSDP2 gathers for `forward` alone: other methods are registered, where the net and its layers are sharded."""
 
     def check(case: Case, rank: int) -> None:
@@ -220,7 +220,7 @@ def registered(where: str, loss: Loss) -> dict[str, Callable[[int], None]]:
             assert_near([full(p.grad) for p in net.parameters()], [p.grad for p in case.net.parameters()])
 
     check.__name__ = f"fsdp_{loss.__name__}_{where}"
-    return each(names=("stack",))(check)
+    CHECKS.each("stack")(check)
 
 
 def recorded(where: str, mode: str) -> list[tuple[str, int]]:
@@ -245,16 +245,16 @@ def recorded(where: str, mode: str) -> list[tuple[str, int]]:
     return log
 
 
-def gathers_no_more_often(where: str) -> dict[str, Callable[[int], None]]:
+def gathers_no_more_often(where: str) -> None:
     def check(mode: str, rank: int) -> None:
         stored, log = recorded(where, "store"), recorded(where, mode)
         assert [e for e in log if e[0] != "run"] == [e for e in stored if e[0] != "run"]
 
     check.__name__ = f"fsdp_{where}_gathers_no_more_often"
-    return modes(check)
+    CHECKS.modes(check)
 
 
-@modes
+@CHECKS.modes
 def fsdp_overlaps(mode: str, rank: int) -> None:
     """Layer i's gradients are the i-th from the end to be sent."""
     log = recorded("layers", mode)
@@ -265,7 +265,7 @@ def fsdp_overlaps(mode: str, rank: int) -> None:
     assert_overlaps(log, mode, 4)
 
 
-def saves(where: str, loss: Loss, policy: MixedPrecisionPolicy = FULL) -> dict[str, Callable[[int], None]]:
+def saves(where: str, loss: Loss, policy: MixedPrecisionPolicy = FULL) -> None:
     def wrap(net: nn.Module) -> nn.Module:
         shard(net if policy is FULL else net.float(), where, policy, reshard_after_forward=True)
         for module in (net, *net):
@@ -276,10 +276,10 @@ def saves(where: str, loss: Loss, policy: MixedPrecisionPolicy = FULL) -> dict[s
         assert_saves(loss, wrap, mode)
 
     check.__name__ = f"fsdp_{where}_saves_{loss.__name__}"
-    return modes(check)
+    CHECKS.modes(check)
 
 
-@each(names=("stack",))
+@CHECKS.each("stack")
 def fsdp_under_no_grad_between(case: Case, rank: int) -> None:
     def step(net: nn.Module, x: Tensor, r: int) -> Tensor:
         with torch.no_grad():
@@ -289,7 +289,7 @@ def fsdp_under_no_grad_between(case: Case, rank: int) -> None:
     compare_sharded(case, step, rank)
 
 
-@each(names=("stack",))
+@CHECKS.each("stack")
 def fsdp_optimizer_step_before_backward_is_an_error(case: Case, rank: int) -> None:
     net, x = shard(case.net, "subnets"), batches(case)
     if case.subject.mode == "store":
@@ -307,7 +307,7 @@ def fsdp_optimizer_step_before_backward_is_an_error(case: Case, rank: int) -> No
     raise AssertionError("parameters were changed between forward and backward, and nothing was said")
 
 
-@each(names=("stack", "streams"))
+@CHECKS.each("stack", "streams")
 def distributed_tensors(case: Case, rank: int) -> None:
     """Weights and activations that are DTensors outside FSDP; what changes them is noticed as in a plain net."""
     mesh = init_device_mesh("cpu", (WORLD,))
@@ -329,7 +329,7 @@ def fsdp1(net: nn.Module, original: bool = False) -> nn.Module:
     return FullyShardedDataParallel(net, device_id=torch.device("cpu"), use_orig_params=original)
 
 
-@each(names=("stack",))
+@CHECKS.each("stack")
 def fsdp1_of_layers_and_the_root(case: Case, rank: int) -> None:
     """The second step's gradients of the inputs show what the first made of the weights."""
     net = fsdp1(nn.Sequential(*map(fsdp1, case.net)))
@@ -344,7 +344,7 @@ def fsdp1_of_layers_and_the_root(case: Case, rank: int) -> None:
             optimizer.zero_grad()
 
 
-@each(modes=("invert", "recompute"), names=("sequential",))
+@CHECKS.each("sequential", modes=("invert", "recompute"))
 def fsdp1_otherwise_is_refused(case: Case, rank: int) -> None:
     x = batches(case)[rank]
     with pytest.raises(RuntimeError, match="Use fully_shard for FullyShardedDataParallel"):
@@ -355,29 +355,15 @@ def fsdp1_otherwise_is_refused(case: Case, rank: int) -> None:
         fsdp1(case.net)(x).square().sum().backward()
 
 
-CHECKS: dict[str, Callable[[int], None]] = {}
 for _where in ("root", "layers", "subnets", "linears"):
     for _reshard in (True, False):
-        CHECKS |= fsdp(_where, _reshard)
+        fsdp(_where, _reshard)
 for _where in ("root", "layers", "subnets"):
-    CHECKS |= gathers_no_more_often(_where)
-    CHECKS |= saves(_where, by_square) | saves(_where, by_log_det) | saves(_where, in_mixed_precision, BFLOAT16)
-    CHECKS |= in_bfloat16(_where)
+    gathers_no_more_often(_where)
+    saves(_where, by_square)
+    saves(_where, by_log_det)
+    saves(_where, in_mixed_precision, BFLOAT16)
+    in_bfloat16(_where)
     for _loss in (by_log_det, by_log_det_of_inverse, by_samples):
-        CHECKS |= registered(_where, _loss)
-CHECKS |= {
-    **fsdp_overlaps,
-    **fsdp_loss_sees_half_of_the_output,
-    **fsdp_loss_sees_an_intermediate_output_alone,
-    **fsdp_input_needs_grad,
-    **fsdp_two_micro_batches,
-    **fsdp_two_forwards,
-    **fsdp_frozen_subnets,
-    **fsdp_checkpointed,
-    **distributed_tensors,
-    "fsdp_output_dtype_of_each_layer_parts_them": fsdp_output_dtype_of_each_layer_parts_them,
-    **fsdp_under_no_grad_between,
-    **fsdp_optimizer_step_before_backward_is_an_error,
-    **fsdp1_of_layers_and_the_root,
-    **fsdp1_otherwise_is_refused,
-}
+        registered(_where, _loss)
+CHECKS["fsdp_output_dtype_of_each_layer_parts_them"] = fsdp_output_dtype_of_each_layer_parts_them

@@ -181,8 +181,7 @@ def test_every_layer_there(name: str):
         inputs = [there(x, requires_grad=x.is_floating_point()) for x in case.inputs(dtype=torch.float32)]
         sides = {k: there(v) for k, v in case.side_inputs(dtype=torch.float32).items()}
         with iz.mode(layer, mode):
-            outputs = layer(*inputs, **sides)
-            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+            outputs = iz.engine.tuple_of(layer(*inputs, **sides))
             assert all(y.device == DEVICE for y in outputs)
             wanted = [y for y in outputs if y.requires_grad]
             if wanted:

@@ -65,7 +65,7 @@ def _context() -> BaseContext:
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    suites = ("usual_checks", "compile_checks", "save_checks", "load_checks")  # and what these import
+    suites = ("usual_checks", "compile_checks", "saving_checks")  # and what these import
     context.set_forkserver_preload([f"tests.composition.{suite}" for suite in suites])
     return context
 

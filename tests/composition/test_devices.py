@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import invzoo as iz
+from invzoo.engine import tuple_of
 from tests.reference import assert_near, first_cases
 
 ROOT = pathlib.Path(iz.__file__).parent
@@ -75,16 +76,11 @@ def step_on_meta(case: iz.testing.Case) -> None:
     layer = case.layer().to("meta")
     inputs = [x.to("meta").requires_grad_(x.is_floating_point()) for x in case.inputs()]
     sides = {k: v.to("meta") for k, v in case.side_inputs().items()}
-    outputs = layer(*inputs, **sides)
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    outputs = tuple_of(layer(*inputs, **sides))
     assert all(y.is_meta for y in outputs)
     assert [y.shape for y in outputs] == [y.shape for y in tuple_of(case.layer()(*case.inputs(), **case.side_inputs()))]
     if any(y.requires_grad for y in outputs):
         sum(y.sum() for y in outputs if y.requires_grad).backward()
-
-
-def tuple_of(value: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return value if isinstance(value, tuple) else (value,)
 
 
 # ---- the sources ----------------------------------------------------------------------------------------------------

@@ -54,26 +54,15 @@ def test_fsdp2_of_subnets_in_one_process(mode: str):
         dist.destroy_process_group()
 
 
-def test_ddp():
-    check("ddp_checks")
-
-
-def test_fsdp2():
-    check("fsdp_checks")
-
-
-def test_compiled():
-    check("compile_checks")
-
-
-def test_pipeline():
-    check("pipeline_checks")
+@pytest.mark.parametrize("suite", ["ddp_checks", "fsdp_checks", "compile_checks", "pipeline_checks"])
+def test_all_of(suite: str):
+    check(suite)
 
 
 def test_distributed_checkpoint(tmp_path: Path):
     """What two processes saved is loaded by one, and by four."""
-    for suite, world in (("save_checks", 2), ("load_checks", 1), ("load_checks", 4)):
-        check(suite, world, str(tmp_path))
+    for does, world in (("save", 2), ("load", 1), ("load", 4)):
+        check("saving_checks", world, does, str(tmp_path))
 
 
 def test_a_script_runs_alone_and_under_torchrun():

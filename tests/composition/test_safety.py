@@ -1,6 +1,6 @@
 """Weights travel as tensors alone, a hostile file runs no code, and the package calls neither programs nor machines.
 
-That every layer's state is loaded strictly and with ``weights_only=True`` into the same values is also part of
+That every layer's state is loaded strictly and with ``weights_only=True`` into the same values is part of
 `iz.testing.assert_portable`, which `tests/testing/test_catalogue.py` runs on every case.
 """
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import invzoo as iz
+from invzoo.engine import tuple_of
 
 CASES = {case.name: case for case in iz.testing.cases()}
 ROOT = pathlib.Path(iz.__file__).parent
@@ -31,32 +32,16 @@ def saved(value: object) -> io.BytesIO:
     return file
 
 
-@pytest.mark.parametrize("name", [*CASES])
-def test_state_is_tensors_alone(name: str):
-    """Of the layer after a step, so that what a step leaves behind is in it too."""
-    case = CASES[name]
-    layer, other = case.layer(), case.layer(seed=1)
-    for module in (layer, other):
-        y = module(*case.inputs(), **case.side_inputs())
-        y = y if isinstance(y, tuple) else (y,)
-        if any(v.requires_grad for v in y):
-            sum(v.sum() for v in y).backward()
-    state = layer.state_dict()
-    assert all(type(value) in (Tensor, nn.Parameter) for value in state.values())
-    loaded = torch.load(saved(state), weights_only=True)
-    assert {*loaded} == {*state}
-    assert not any(other.load_state_dict(loaded, strict=True))
-    for key, value in other.state_dict().items():
-        assert torch.equal(value, state[key])
-
-
-def test_a_checkpoint_of_a_training_is_loaded_with_weights_only():
-    layers = [case.layer() for case in CASES.values() if [*case.layer().parameters()]]
-    net = nn.ModuleList(layers)
+def test_a_checkpoint_of_a_training_is_tensors_alone_and_loaded_with_weights_only():
+    """Behind a step of every layer, so that what a step leaves behind is in it too."""
+    net = nn.ModuleList(case.layer() for case in CASES.values())
+    for layer, case in zip(net, CASES.values(), strict=True):
+        for y in tuple_of(layer(*case.inputs(), **case.side_inputs())):
+            if y.requires_grad:
+                y.sum().backward(retain_graph=True)
     optimizer = torch.optim.Adam(net.parameters())
-    for parameter in net.parameters():
-        parameter.grad = torch.ones_like(parameter)
     optimizer.step()
+    assert all(type(value) in (Tensor, nn.Parameter) for value in net.state_dict().values())
     checkpoint = {"net": net.state_dict(), "optimizer": optimizer.state_dict(), "random": torch.get_rng_state()}
     loaded = torch.load(saved(checkpoint), weights_only=True)
     net.load_state_dict(loaded["net"], strict=True)
@@ -153,32 +138,17 @@ def test_what_is_allowed_is_there():
         assert what in findings((ROOT / file).read_text())
 
 
-@pytest.mark.parametrize(
-    "planted",
-    [
-        "eval('1')",
-        "def f(s):\n    exec(s)",
-        "compile('1', '', 'eval')",
-        "__import__('os')",
-        "import os\nos.system('ls')",
-        "import os\nos.execv('a', [])",
-        "import pickle\npickle.load(f)",
-        "from pickle import loads",
-        "import pickle\nclass U(pickle.Unpickler): pass\npickle.Unpickler(f)",
-        "import subprocess",
-        "from subprocess import run",
-        "import urllib.request",
-        "def f():\n    import socket",
-        "from http import client",
-        "import requests as r",
-        "from torch import hub",
-        "import torch.utils.cpp_extension",
-        "torch.load(f)",
-        "torch.load(f, weights_only=False)",
-        "torch.load(f, weights_only=flag)",
-        "importlib.import_module(name)",
-    ],
+PLANTED = (
+    *("eval('1')", "exec('1')", "compile('1', '', 'eval')", "__import__('os')", "importlib.import_module(name)"),
+    *("def f(s):\n    exec(s)", "import os\nos.system('ls')", "import os\nos.execv('a', [])"),
+    *("import pickle\npickle.load(f)", "from pickle import loads", "import pickle\npickle.Unpickler(f)"),
+    *("import subprocess", "from subprocess import run", "import urllib.request", "def f():\n    import socket"),
+    *("from http import client", "import requests as r", "from torch import hub", "import torch.utils.cpp_extension"),
+    *("torch.load(f)", "torch.load(f, weights_only=False)", "torch.load(f, weights_only=flag)"),
 )
+
+
+@pytest.mark.parametrize("planted", PLANTED)
 def test_the_search_finds(planted: str):
     assert findings(planted)
 
@@ -198,5 +168,4 @@ def test_no_step_opens_a_socket_or_runs_a_command(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(os, "system", refuse)
     for name in ("AffineCoupling", "InvertibleLinear"):
         case = next(case for case in CASES.values() if case.name.startswith(name))
-        y = case.layer()(*case.inputs())
-        sum(v.sum() for v in (y if isinstance(y, tuple) else (y,))).backward()
+        sum(y.sum() for y in tuple_of(case.layer()(*case.inputs()))).backward()

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,15 +17,14 @@ __all__ = [
     "FORMS",
     "WORLD",
     "Recorded",
+    "Suite",
     "WithLogDet",
     "assert_overlaps",
     "assert_saves",
     "batches",
     "check_training",
-    "each",
     "full",
     "layers_of",
-    "modes",
     "reference",
     "train",
 ]
@@ -73,29 +73,28 @@ def check_training(case: Case, wrapped: nn.Module, rank: int, rtol: float = 1e-9
     assert_near(values, expected, rtol)
 
 
-def each(modes: tuple[str, ...] = MODES, names: tuple[str, ...] = FORMS) -> Callable[[Callable], Callable]:
-    """Turn a check of one case into checks of all kinds of nets in all modes."""
+class Suite(dict[str, Callable[..., None]]):
+    """Checks by name."""
 
-    def decorate(check: Callable[[Case, int], None]) -> dict[str, Callable[[int], None]]:
-        def run(name: str, mode: str, rank: int) -> None:
-            check(make(name, mode=mode), rank)
+    def modes(self, check: Callable[[str, int], None], name: str = "", modes: tuple[str, ...] = MODES) -> None:
+        """Add a check of a mode for each of them."""
+        self.update({f"{name or check.__name__}-{mode}": partial(check, mode) for mode in modes})
 
-        return {
-            f"{check.__name__}-{name}-{mode}": (lambda rank, n=name, m=mode: run(n, m, rank))
-            for name in names
-            for mode in modes
-        }
+    def each(self, *forms: str, modes: tuple[str, ...] = MODES) -> Callable[[Callable[[Case, int], None]], None]:
+        """Add a check of one case for some kinds of nets, or for all, in each mode."""
 
-    return decorate
+        def add(check: Callable[[Case, int], None]) -> None:
+            def run(form: str, mode: str, rank: int) -> None:
+                check(make(form, mode=mode), rank)
+
+            for form in forms or FORMS:
+                self.modes(partial(run, form), f"{check.__name__}-{form}", modes)
+
+        return add
 
 
 def layers_of(net: nn.Module) -> list[nn.Module]:
     return [m for m in net.modules() if hasattr(m, "f")]  # of a plain net too
-
-
-def modes(check: Callable[[str, int], None]) -> dict[str, Callable[[int], None]]:
-    """Turn a check of a mode into checks of all modes."""
-    return {f"{check.__name__}-{mode}": (lambda rank, m=mode: check(m, rank)) for mode in MODES}
 
 
 class WithLogDet(nn.Module):
