@@ -148,16 +148,23 @@ def test_state_is_restored_after_a_failed_replay(saving, x):
     torch.testing.assert_close(torch.get_rng_state(), state)
 
 
+def replace_data(net: nn.Module) -> None:
+    for p in net.parameters():
+        p.data = 2 * p.data
+
+
+CHANGES = {"step": lambda net: torch.optim.SGD(net.parameters(), 0.1).step(), "data": replace_data}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 @WARM
-def test_parameters_stepped_between_forward_and_backward(saving, x, warm):
+def test_parameters_stepped_between_forward_and_backward(saving, x, warm, change):
     _, ours = saving.pair()
-    steps(ours, x, warm)
-    optimizer = torch.optim.SGD(ours.parameters(), 0.1)
-    some_loss(ours(x)).backward()
-    y = some_loss(ours(x))
-    optimizer.step()
-    with raises("optimizer.step"):
-        y.backward()
+    steps(ours, x, warm + 1)
+    loss = some_loss(ours(x))
+    change(ours)
+    with raises("got a change of '.*'. Call backward before optimizer.step"):
+        loss.backward()
     some_loss(ours(x)).backward()
 
 

@@ -406,13 +406,17 @@ def test_parametrizations_of_the_layer_itself_are_seen_by_every_method(tool, mod
 
 
 @holds
-def test_requires_grad_switched_between_forward_and_backward(net, x):
-    """As a discriminator is frozen for the generator's turn."""
+def test_requires_grad_switched_between_forward_and_backward(net, data):
+    """As a discriminator is frozen for the generator's turn, and a part of it thawed."""
+    x, parameters = data.clone().requires_grad_(), [*net.parameters()]
+    parameters[0].requires_grad_(False)
     y = net(x)
     net.requires_grad_(False)
-    gradient = grad(some_loss(y), x)
+    parameters[0].requires_grad_(True)
+    some_loss(y).backward()
+    flags = [p.requires_grad for p in parameters]
     net.requires_grad_(True)
-    return gradient
+    return x.grad, flags
 
 
 @holds

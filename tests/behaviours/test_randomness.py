@@ -142,12 +142,6 @@ def deprecated():
 # ---- one step, and several in flight --------------------------------------------------------------------------------
 
 
-@holds
-def test_one_step(net, x, block):
-    y = net(x)
-    return y, grad(some_loss(y), [x, *net.parameters()], allow_unused=True)
-
-
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)], ids=["first", "last"])
 @pytest.mark.parametrize("block", [dropout, batch_norm, cumulative_batch_norm, Noise])  # of others, a plain net refuses
 @holds
@@ -166,8 +160,10 @@ def test_random_numbers_drawn_between(net, x):
     return noise, torch.randn(3)
 
 
-@holds(block=dropout)
-def test_the_same_masks_through_a_kept_graph(net, x):
+@pytest.mark.parametrize("block", [dropout, batch_norm])
+@holds
+def test_the_same_through_a_kept_graph(net, x, block):
+    """The same masks, and statistics that count each forward once."""
     loss = some_loss(net(x))
     first = grad(loss, x, retain_graph=True)
     torch.rand(5)
@@ -210,16 +206,19 @@ def test_attention_with_dropout(mode):
 # ---- flags ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("before", "after"), [(True, False), (False, True)], ids=["to eval", "to train"])
+SWITCHES = {"never": (True, True), "to eval": (True, False), "to train": (False, True)}
+
+
+@pytest.mark.parametrize(("before", "after"), SWITCHES.values(), ids=SWITCHES)
 @holds
 def test_flags_switched_between_forward_and_backward(net, x, block, before, after):
     net.train(before)
     y = net(x)
     net.train(after)
-    some_loss(y).backward()
+    grads = grad(some_loss(y), [x, *net.parameters()], allow_unused=True)
     assert all(m.training is after for m in net.modules())
     net.train()
-    return y
+    return y, grads
 
 
 def test_a_part_of_the_net_in_eval(subject, x):
@@ -352,16 +351,6 @@ def test_a_default_dtype_that_changes_between(net, x):
 
 
 # ---- what a step leaves behind --------------------------------------------------------------------------------------
-
-
-def test_batch_norm_counts_each_forward_once(saving, x):
-    _, ours = saving.pair(batch_norm)
-    for step in range(1, 4):
-        loss = some_loss(ours(x))
-        loss.backward(retain_graph=True)
-        loss.backward()
-        counts = [b.item() for name, b in ours.named_buffers() if name.endswith("num_batches_tracked")]
-        assert counts == [step] * len(counts)
 
 
 @pytest.mark.parametrize("block", [batch_norm, spectral_norm, dropout])
