@@ -6,7 +6,6 @@ import subprocess
 import sys
 
 import pytest
-import torch
 
 import invzoo as iz
 
@@ -102,24 +101,12 @@ def test_every_file_declares_what_it_offers(path):
     assert len(path.read_text().splitlines()) < (300 if "layers" in path.parts else 500) + 50
 
 
-def test_importing_leaves_the_compiler_alone():
-    """It takes longer to import than all of this package; and a step does without it too."""
-    code = """
+COMPILER = """
 import sys, invzoo as iz, invzoo.testing, torch
 iz.InvertibleSequential(iz.AdditiveCoupling(torch.nn.Linear(2, 2)))(torch.randn(3, 4)).sum().backward()
 sys.exit("torch._dynamo" in sys.modules)
 """
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT.parent, check=False).returncode == 0  # noqa: S603
-
-
-def test_a_step_leaves_the_compiler_alone(monkeypatch):
-    monkeypatch.setitem(sys.modules, "invzoo.engine.compile_time", None)
-    iz.InvertibleSequential(iz.AdditiveCoupling(torch.nn.Linear(2, 2)))(torch.randn(3, 4)).sum().backward()
-
-
-def test_numpy_is_not_needed():
-    """torch does without it, and so does a step that replays random numbers."""
-    code = """
+NUMPY = """
 import sys
 sys.modules["numpy"] = None
 import invzoo as iz, torch
@@ -127,4 +114,9 @@ from torch import nn
 net = iz.InvertibleSequential(*(iz.AdditiveCoupling(nn.Sequential(nn.Linear(2, 2), nn.Dropout())) for _ in range(3)))
 net(torch.randn(3, 4)).sum().backward()
 """
+
+
+@pytest.mark.parametrize("code", [COMPILER, NUMPY], ids=["compiler", "numpy"])
+def test_a_step_does_without(code):
+    """To import the compiler takes longer than all of this package; torch does without numpy, replays of noise too."""
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT.parent, check=False).returncode == 0  # noqa: S603

@@ -15,15 +15,17 @@ __all__ = ["Subnet", "all_gradients", "blocks", "holds", "some_loss", "twice_the
 Module = TypeVar("Module", bound=nn.Module)
 
 
-def holds(program: Callable[..., Any]) -> Callable[..., None]:
+def holds(program: Callable[..., Any] | None = None, *, block: Callable[..., nn.Module] = mlp) -> Callable[..., Any]:
     """Make a test of a program on a net: with ours it does the same as with the plain one, in every form and mode.
 
     Besides the net it takes fixtures and parameters; ``block``, if it is among them, is what makes the subnets.
     """
+    if program is None:
+        return functools.partial(holds, block=block)
 
     @functools.wraps(program)
     def test(subject: Subject, **given: Any) -> None:
-        subject.holds(lambda net: program(net, **given), given.get("block", mlp))
+        subject.holds(lambda net: program(net, **given), given.get("block", block))
 
     signature = inspect.signature(program)
     _, *others = signature.parameters.values()

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 import invzoo as iz
 from invzoo.testing.memory import track_memory
-from tests.reference import HALF, Subject, mlp
+from tests.behaviours.helpers import Subnet, blocks
+from tests.reference import HALF, Streams, Subject
 
 BATCH, WIDTH = 256, 32
 ACTIVATION = BATCH * 2 * WIDTH * 8  # bytes
@@ -16,14 +17,6 @@ ACTIVATION = BATCH * 2 * WIDTH * 8  # bytes
 
 def block() -> nn.Module:
     return nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH))
-
-
-class Streams(nn.Sequential):
-    def forward(self, x: Tensor) -> Tensor:
-        x1, x2 = x.chunk(2, 1)
-        for layer in self:
-            x1, x2 = layer(x1, x2)
-        return torch.cat((x1, x2), 1)
 
 
 CONTAINERS = {"stack": iz.InvertibleSequential, "sequential": nn.Sequential, "streams": Streams}
@@ -149,16 +142,17 @@ def test_nothing_leaks(container, what):
             assert memory.current == 0
 
 
+class Conditioned(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = block()
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        return self.net(x) * context
+
+
 @pytest.mark.parametrize("mode", ["recompute", "invert"])
 def test_nothing_leaks_from_a_functional_call_or_a_condition(mode):
-    class Conditioned(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.net = block()
-
-        def forward(self, x, context):
-            return self.net(x) * context
-
     net = iz.InvertibleSequential(*[iz.AdditiveCoupling(Conditioned(), mode=mode) for _ in range(3)])
     x = torch.randn(BATCH, 2 * WIDTH, requires_grad=True)
     with track_memory() as memory:
@@ -173,10 +167,8 @@ def test_nothing_leaks_from_a_functional_call_or_a_condition(mode):
             assert memory.current == 0
 
 
-class Counter(nn.Module):
-    def __init__(self, *sizes: int) -> None:
-        super().__init__()
-        self.net, self.calls = mlp(*sizes), 0
+class Counter(Subnet):
+    calls = 0
 
     def forward(self, x: Tensor) -> Tensor:
         self.calls += 1
@@ -187,14 +179,12 @@ class Counter(nn.Module):
 @pytest.mark.parametrize(("mode", "calls"), [("store", 1), ("recompute", 2), ("invert", 2)])
 def test_each_subnet_is_evaluated_once_in_backward(form, mode, calls):
     _, ours = Subject(form, mode).pair(Counter)
+    # A layer without a replay of its own inverts first, and then runs its function.
+    by_hand = [layer.f for layer in ours.modules() if type(layer).__name__ == "UserLayer" and mode == "invert"]
     for i in range(1, 3):
         ours(torch.randn(5, 2 * HALF)).sum().backward()
-        for owner in ours.modules():
-            for counter in owner.children():
-                if isinstance(counter, Counter):
-                    # a layer without a replay of its own inverts first, and then runs its function
-                    own = type(owner).__name__ == "UserLayer" and mode == "invert"
-                    assert counter.calls == i * (calls + own)
+        for counter in blocks(ours, Counter):
+            assert counter.calls == i * (calls + (counter in by_hand))
 
 
 def test_the_input_of_a_chain_is_not_held():

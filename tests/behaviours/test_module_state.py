@@ -12,28 +12,21 @@ from torch.nn import functional as F
 import invzoo as iz
 from invzoo.engine.surroundings import buffers
 from invzoo.testing import track_memory
+from tests.behaviours.helpers import Subnet, all_gradients, blocks, holds, some_loss
 from tests.reference import FEATURES, HALF, PlainAdditive, assert_near, assert_same_run, mlp, run
 
 grad = torch.autograd.grad
 
 
-def some_loss(y: Tensor) -> Tensor:
-    return (y * torch.linspace(-1, 2, y.numel()).view(y.shape)).square().sum()
-
-
-def blocks(net: nn.Module, kind: type[nn.Module]) -> list[nn.Module]:
-    return [m for m in net.modules() if isinstance(m, kind)]
-
-
 # ---- tensors that are mere attributes -------------------------------------------------------------------------------
 
 
-class Styled(nn.Module):
+class Styled(Subnet):
     """A subnet that looks at a tensor which others set."""
 
     def __init__(self, *sizes: int) -> None:
-        super().__init__()
-        self.net, self.style = mlp(*sizes), torch.ones(())
+        super().__init__(*sizes)
+        self.style = torch.ones(())
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x * self.style)
@@ -44,26 +37,21 @@ def set_style(net: nn.Module, style: Tensor) -> None:
         block.style = style
 
 
-def test_an_attribute_set_before_each_of_two_forwards(subject, x):
-    def program(net):
-        set_style(net, torch.tensor(0.5))
-        first = net(x)
-        set_style(net, torch.tensor(2.0))
-        (some_loss(first) + some_loss(net(x))).backward()
-        return [block.style for block in blocks(net, Styled)]
-
-    subject.holds(program, Styled)
+@holds(block=Styled)
+def test_an_attribute_set_before_each_of_two_forwards(net, x):
+    set_style(net, torch.tensor(0.5))
+    first = net(x)
+    set_style(net, torch.tensor(2.0))
+    (some_loss(first) + some_loss(net(x))).backward()
+    return [block.style for block in blocks(net, Styled)]
 
 
-def test_an_attribute_with_a_graph(subject, x):
+@holds(block=Styled)
+def test_an_attribute_with_a_graph(net, x):
     """A hypernet: gradients reach what made the attribute."""
     made_of = torch.randn((), requires_grad=True)
-
-    def program(net):
-        set_style(net, made_of.exp())
-        return grad(some_loss(net(x)), [x, made_of])
-
-    subject.holds(program, Styled)
+    set_style(net, made_of.exp())
+    return grad(some_loss(net(x)), [x, made_of])
 
 
 @pytest.mark.parametrize("warm", [False, True], ids=["first", "later"])
@@ -78,12 +66,8 @@ def test_an_attribute_changed_in_place_between_forward_and_backward(saving, x, w
         loss.backward()
 
 
-class Auxiliary(nn.Module):
+class Auxiliary(Subnet):
     """A subnet that leaves a part of the loss behind, as mixtures of experts do."""
-
-    def __init__(self, *sizes: int) -> None:
-        super().__init__()
-        self.net = mlp(*sizes)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.net(x)
@@ -91,42 +75,37 @@ class Auxiliary(nn.Module):
         return h
 
 
-def test_an_auxiliary_loss(subject, x):
-    def program(net):
-        y = net(x)
-        return grad(some_loss(y) + sum(b.auxiliary for b in blocks(net, Auxiliary)), [x, *net.parameters()])
-
-    subject.holds(program, Auxiliary)
-
-
-def test_an_auxiliary_loss_after_a_backward(subject, x):
+@pytest.mark.parametrize("after_a_backward", [False, True])
+@holds(block=Auxiliary)
+def test_an_auxiliary_loss(net, x, after_a_backward):
     """What the forward left behind is there, not what a replay did."""
-
-    def program(net):
-        some_loss(net(x)).backward(retain_graph=True)
-        return grad(sum(b.auxiliary for b in blocks(net, Auxiliary)), x)
-
-    subject.holds(program, Auxiliary)
+    loss = some_loss(net(x))
+    if after_a_backward:
+        loss.backward(retain_graph=True)
+    return grad(loss + sum(b.auxiliary for b in blocks(net, Auxiliary)), [x, *net.parameters()])
 
 
-class Logs(nn.Module):
+class Logs(Subnet):
     """A subnet that leaves something in a list, in its replays too."""
 
-    def __init__(self, *sizes: int) -> None:
-        super().__init__()
-        self.net, self.log = mlp(*sizes), []
+    log = ()
 
     def forward(self, x: Tensor) -> Tensor:
-        self.log.append(self.net[0].weight.norm())
+        self.log = [*self.log, self.net[0].weight.norm()]
         return self.net(x)
+
+
+def with_gradients(kind: type[nn.Module], depth: int, mode: str) -> nn.Module:
+    """Return a stack whose gradients exist already, so that they count for nothing."""
+    net = iz.InvertibleSequential(*[iz.AdditiveCoupling(kind(32, 32)) for _ in range(depth)], mode=mode)
+    for p in net.parameters():
+        p.grad = torch.zeros_like(p)
+    return net
 
 
 @pytest.mark.parametrize("mode", ["recompute", "invert"])
 def test_what_is_left_in_a_list_holds_no_more_than_itself(mode):
-    net = iz.InvertibleSequential(*[iz.AdditiveCoupling(Logs(32, 32), mode=mode) for _ in range(8)])
-    for p in net.parameters():
-        p.grad = torch.zeros_like(p)
-    x = torch.randn(64, 64)
+    net, x = with_gradients(Logs, 8, mode), torch.randn(64, 64)
     net(x).sum().backward()
     with track_memory() as memory:
         net(x).sum().backward()
@@ -136,10 +115,7 @@ def test_what_is_left_in_a_list_holds_no_more_than_itself(mode):
 @pytest.mark.parametrize("mode", ["recompute", "invert"])
 def test_what_is_left_behind_holds_no_more_than_itself(mode):
     def held(depth: int) -> int:
-        net = iz.InvertibleSequential(*[iz.AdditiveCoupling(Auxiliary(32, 32)) for _ in range(depth)], mode=mode)
-        for p in net.parameters():
-            p.grad = torch.zeros_like(p)
-        x = torch.randn(64, 64)
+        net, x = with_gradients(Auxiliary, depth, mode), torch.randn(64, 64)
         with track_memory() as memory:
             (net(x).sum() + sum(block.auxiliary for block in blocks(net, Auxiliary))).backward()
         return memory.current
@@ -236,7 +212,7 @@ def test_a_buffer_on_an_accelerator_that_begins_to_move_in_silence_is_refused_on
     def step(net, how):
         for block in blocks(net, Waits):
             block.how = how
-        return run(lambda net: grad(some_loss(net(x)), [x, *net.parameters()], allow_unused=True), net)
+        return run(lambda net: all_gradients(net, x), net)
 
     for how in ("", "", "data", "data", ""):
         expected = step(plain, how)
@@ -293,32 +269,28 @@ def drop_weights(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
     module.dropped = F.dropout(module.scale, 0.5)
 
 
-class Dropped(nn.Module):
+class Dropped(Subnet):
     def __init__(self, *sizes: int) -> None:
-        super().__init__()
-        self.net, self.scale = mlp(*sizes), nn.Parameter(torch.ones(sizes[0]))
+        super().__init__(*sizes)
+        self.scale = nn.Parameter(torch.ones(sizes[0]))
         self.register_forward_pre_hook(drop_weights)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x * self.dropped)
 
 
-def test_a_hook_that_sets_what_the_function_computes_with(subject, x):
-    def program(net):
-        first, second = net(x), net(x.detach() * 2)
-        (some_loss(first) + some_loss(second)).backward()
+def evaluated(*sizes: int) -> nn.Module:
+    net = nn.Sequential(nn.Dropout(), mlp(*sizes))
+    net.register_forward_pre_hook(lambda m, i: m.eval() and None)
+    net.register_forward_hook(lambda m, i, o: m.train() and None)
+    return net
 
-    subject.holds(program, Dropped)
 
-
-def test_hooks_that_switch_the_mode(subject, x):
-    def block(*sizes: int) -> nn.Module:
-        net = nn.Sequential(nn.Dropout(), mlp(*sizes))
-        net.register_forward_pre_hook(lambda m, i: m.eval() and None)
-        net.register_forward_hook(lambda m, i, o: m.train() and None)
-        return net
-
-    subject.holds(lambda net: some_loss(net(x)).backward(), block)
+@pytest.mark.parametrize("block", [Dropped, evaluated])
+@holds
+def test_hooks_that_set_what_the_function_computes_with(net, x, block):
+    first, second = net(x), net(x.detach() * 2)
+    (some_loss(first) + some_loss(second)).backward()
 
 
 # ---- modules --------------------------------------------------------------------------------------------------------
@@ -348,15 +320,15 @@ class MakesModules(nn.Module):
         return self.later(self.first(x).tanh())
 
 
-class StartsFromData(nn.Module):
+class StartsFromData(MakesModules):
     """Scales what it returns so that the first batch has a deviation of 1."""
 
     def __init__(self):
         super().__init__()
-        self.linear, self.scale, self.started = nn.Linear(HALF, HALF), nn.Parameter(torch.ones(HALF)), False
+        self.scale, self.started = nn.Parameter(torch.ones(HALF)), False
 
     def forward(self, x):
-        h = self.linear(x)
+        h = self.first(x)
         if not self.started:
             with torch.no_grad():
                 self.scale.copy_(1 / h.std(0))
@@ -422,7 +394,7 @@ def test_scripts_as_subnets(subject, x, how):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         warnings.simplefilter("ignore", FutureWarning)
-        subject.holds(lambda net: grad(some_loss(net(x)), [x, *net.parameters()]), lambda *sizes: how(mlp(*sizes)))
+        subject.holds(lambda net: all_gradients(net, x), lambda *sizes: how(mlp(*sizes)))
 
 
 def test_an_output_that_is_held_is_not_rebuilt(x):
@@ -430,11 +402,9 @@ def test_an_output_that_is_held_is_not_rebuilt(x):
     f, g = iz.AdditiveCoupling(mlp(HALF, HALF)), iz.InvertibleLinear(FEATURES)
     y = f(x)
     z = g(y.detach())
-    with torch.no_grad():
-        for p in g.parameters():
-            p.add_(1)
-    actual = grad(some_loss(y), x)
-    assert_near(actual, grad(some_loss(f(x)), x))
+    for p in g.parameters():
+        p.detach().add_(1)
+    assert_near(grad(some_loss(y), x), grad(some_loss(f(x)), x))
     del z
 
 
@@ -488,9 +458,7 @@ def test_saved_weights_without_memory_are_not_read(x):
     assert_near(grad(loss, x), expected)
 
 
-def test_attributes_without_memory_are_not_read(subject, x):
-    def program(net):
-        for _ in range(3):
-            some_loss(net(x)).backward()
-
-    subject.holds(program, Hollow)
+@holds(block=Hollow)
+def test_attributes_without_memory_are_not_read(net, x):
+    for _ in range(3):
+        some_loss(net(x)).backward()

@@ -17,13 +17,10 @@ from torch.nn.modules import module as torch_module
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import invzoo as iz
-from tests.reference import FEATURES, HALF, PlainAdditive, Subject, assert_near, assert_same_run, mlp, run
+from tests.behaviours.helpers import Subnet, all_gradients, blocks, holds, some_loss, twice_the_same
+from tests.reference import FEATURES, HALF, MODES, PlainAdditive, Subject, assert_near, assert_same_run, mlp, run
 
 grad = torch.autograd.grad
-
-
-def some_loss(y: Tensor) -> Tensor:
-    return (y * torch.linspace(-1, 2, y.numel(), dtype=y.dtype).view(y.shape)).abs().square().sum()
 
 
 def modules_inside(net: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -33,247 +30,175 @@ def modules_inside(net: nn.Module) -> list[tuple[str, nn.Module]]:
 
 # ---- hooks ----------------------------------------------------------------------------------------------------------
 
+WATCHED = {
+    "inside blocks": modules_inside,
+    "the whole": lambda net: [("", net)],
+    "every layer": lambda net: net.named_children(),
+}
 
-def test_hooks_inside_blocks_fire_once_with_the_right_tensors(subject, x):
+
+@contextlib.contextmanager
+def removed(handles):
+    """Remove hooks in the end."""
+    yield
+    for handle in handles:
+        handle.remove()
+
+
+@pytest.mark.parametrize("where", WATCHED)
+def test_hooks_fire_once_with_the_right_tensors(subject, x, where):
+    if where == "every layer" and subject.form not in ("sequential", "stack"):
+        subject = Subject("stack", subject.mode)
+
     def program(net):
         log, handles = [], []
-        for name, module in modules_inside(net):
+        for name, module in WATCHED[where](net):
             handles += [
                 module.register_forward_pre_hook(lambda m, i, n=name: log.append(("pre", n, *i))),
                 module.register_forward_hook(lambda m, i, o, n=name: log.append(("post", n, *i, o))),
                 module.register_full_backward_pre_hook(lambda m, o, n=name: log.append(("back pre", n, *o))),
                 module.register_full_backward_hook(lambda m, i, o, n=name: log.append(("back", n, *i, *o))),
             ]
-        some_loss(net(x)).backward()
-        for handle in handles:
-            handle.remove()
+        with removed(handles):
+            some_loss(net(x)).backward()
         return log
 
     subject.holds(program)
 
 
-def test_hooks_on_the_stack_fire_once_with_the_right_tensors(subject, x):
-    def program(net):
-        log = []
-        handles = [
-            net.register_forward_pre_hook(lambda m, i: log.append(("pre", *i))),
-            net.register_forward_hook(lambda m, i, o: log.append(("post", *i, o))),
-            net.register_full_backward_pre_hook(lambda m, o: log.append(("back pre", *o))),
-            net.register_full_backward_hook(lambda m, i, o: log.append(("back", *i, *o))),
-        ]
-        some_loss(net(x)).backward()
-        for handle in handles:
-            handle.remove()
-        return log
-
-    subject.holds(program)
+RETURNING = {
+    "pre": lambda net, inner: inner.register_forward_pre_hook(lambda m, i: (i[0] * 2,)),
+    "post": lambda net, inner: inner.register_forward_hook(lambda m, i, o: o.exp() * o),
+    "noise": lambda net, inner: inner.register_forward_hook(lambda m, i, o: o * torch.rand_like(o)),
+    "stack pre": lambda net, inner: net.register_forward_pre_hook(lambda m, i: (i[0].exp(),)),
+    "stack post": lambda net, inner: net.register_forward_hook(lambda m, i, o: o.exp() * o),
+    "backward": lambda net, inner: inner.register_full_backward_hook(lambda m, i, o: (i[0] * 3,)),
+    "backward pre": lambda net, inner: inner.register_full_backward_pre_hook(lambda m, o: (o[0] * 3,)),
+    "kwargs": lambda net, inner: inner.register_forward_hook(lambda m, i, k, o: o.sin() * o, with_kwargs=True),
+}
 
 
-def test_hooks_on_every_layer_of_a_stack(subject, x):
-    if subject.form not in ("sequential", "stack"):
-        subject = Subject("stack", subject.mode)
-
-    def program(net):
-        log, handles = [], []
-        for i, layer in enumerate(net.children()):
-            handles += [
-                layer.register_forward_hook(lambda m, a, o, i=i: log.append((i, *a, o))),
-                layer.register_full_backward_hook(lambda m, a, o, i=i: log.append((i, *a, *o))),
-            ]
-        some_loss(net(x)).backward()
-        for handle in handles:
-            handle.remove()
-        return log
-
-    subject.holds(program)
-
-
-@pytest.mark.parametrize("where", ["pre", "post", "stack pre", "stack post", "backward", "backward pre", "kwargs"])
-def test_hooks_that_return_values(subject, x, where):
-    def program(net):
-        inner = [m for _, m in modules_inside(net) if isinstance(m, nn.Linear)][0]
-        handle = {
-            "pre": lambda: inner.register_forward_pre_hook(lambda m, i: (i[0] * 2,)),
-            "post": lambda: inner.register_forward_hook(lambda m, i, o: o.exp() * o),
-            "stack pre": lambda: net.register_forward_pre_hook(lambda m, i: (i[0].exp(),)),
-            "stack post": lambda: net.register_forward_hook(lambda m, i, o: o.exp() * o),
-            "backward": lambda: inner.register_full_backward_hook(lambda m, i, o: (i[0] * 3,)),
-            "backward pre": lambda: inner.register_full_backward_pre_hook(lambda m, o: (o[0] * 3,)),
-            "kwargs": lambda: inner.register_forward_hook(lambda m, i, k, o: o.sin() * o, with_kwargs=True),
-        }[where]()
+@pytest.mark.parametrize("register", RETURNING.values(), ids=RETURNING)
+@holds
+def test_hooks_that_return_values(net, x, register):
+    with register(net, blocks(net, nn.Linear)[0]):
         y = net(x)
         some_loss(y).backward()
+    return y
+
+
+@holds
+def test_a_hook_removed_before_backward(net, x):
+    with blocks(net, nn.Linear)[0].register_forward_hook(lambda m, i, o: o.exp() * o):
+        y = net(x)
+    some_loss(y).backward()
+    return y
+
+
+@holds
+def test_a_hook_added_before_backward(net, x):
+    log, y = [], net(x)
+    with blocks(net, nn.Linear)[0].register_forward_hook(lambda m, i, o: log.append(o) or o * 2):
+        some_loss(y).backward()
+    return log
+
+
+@holds
+def test_a_hook_that_removes_itself(net, x):
+    def once(module, inputs, output):
         handle.remove()
-        return y
+        return output * 2
 
-    subject.holds(program)
-
-
-def test_a_hook_that_returns_noise(subject, x):
-    def program(net):
-        inner = [m for _, m in modules_inside(net) if isinstance(m, nn.Linear)][0]
-        handle = inner.register_forward_hook(lambda m, i, o: o * torch.rand_like(o))
-        y = net(x)
-        some_loss(y).backward()
-        handle.remove()
-        return y
-
-    subject.holds(program)
+    handle = blocks(net, nn.Linear)[0].register_forward_hook(once)
+    y = net(x)
+    some_loss(y).backward()
+    return y, net(x)
 
 
-def test_a_hook_removed_before_backward(subject, x):
-    def program(net):
-        inner = [m for _, m in modules_inside(net) if isinstance(m, nn.Linear)][0]
-        handle = inner.register_forward_hook(lambda m, i, o: o.exp() * o)
-        y = net(x)
-        handle.remove()
-        some_loss(y).backward()
-        return y
-
-    subject.holds(program)
-
-
-def test_a_hook_added_before_backward(subject, x):
-    def program(net):
-        log, inner = [], [m for _, m in modules_inside(net) if isinstance(m, nn.Linear)][0]
-        y = net(x)
-        handle = inner.register_forward_hook(lambda m, i, o: log.append(o) or o * 2)
-        some_loss(y).backward()
-        handle.remove()
-        return log
-
-    subject.holds(program)
-
-
-def test_a_hook_that_removes_itself(subject, x):
-    def program(net):
-        inner = [m for _, m in modules_inside(net) if isinstance(m, nn.Linear)][0]
-
-        def once(module, inputs, output):
-            handle.remove()
-            return output * 2
-
-        handle = inner.register_forward_hook(once)
-        y = net(x)
-        some_loss(y).backward()
-        return y, net(x)
-
-    subject.holds(program)
-
-
-def test_a_hook_that_builds_a_loss(subject, x):
+@holds
+def test_a_hook_that_builds_a_loss(net, x):
     """An auxiliary loss on what a block computes inside, as feature extractors do."""
 
-    def program(net):
-        kept = []
-        handles = [
-            m.register_forward_hook(lambda m, i, o: kept.append(o.square().sum() + i[0].exp().sum()))
-            for _, m in modules_inside(net)
-            if isinstance(m, nn.Tanh)
-        ]
+    def keep(module, inputs, output):
+        kept.append(output.square().sum() + inputs[0].exp().sum())
+
+    kept = []
+    with removed([m.register_forward_hook(keep) for m in blocks(net, nn.Tanh)]):
         (some_loss(net(x)) + sum(kept)).backward()
-        for handle in handles:
-            handle.remove()
-
-    subject.holds(program)
 
 
-def test_global_hooks(subject, x):
-    def program(net):
-        log = []
-        handles = [
-            torch_module.register_module_forward_hook(
-                lambda m, i, o: log.append(o) if isinstance(m, nn.Linear) else None
-            ),
-            torch_module.register_module_forward_pre_hook(
-                lambda m, i: log.append(i[0]) if isinstance(m, nn.Linear) else None
-            ),
-        ]
-        try:
-            some_loss(net(x)).backward()
-        finally:
-            for handle in handles:
-                handle.remove()
-        return log
+@holds
+def test_global_hooks(net, x):
+    def keep(module, *tensors):
+        if isinstance(module, nn.Linear):
+            log.append(tensors)
 
-    subject.holds(program)
-
-
-def test_tensor_hooks_fire_once_with_the_right_gradients(subject, x):
-    def program(net):
-        log = []
-        h = x.exp()
-        h.register_hook(lambda g: log.append(("input", g)))
-        y = net(h)
-        y.register_hook(lambda g: log.append(("output", g)))
-        z = net(y)
-        z.register_hook(lambda g: g * 2)
-        handles = [p.register_hook(lambda g, n=n: log.append((n, g))) for n, p in net.named_parameters()]
-        some_loss(z).backward()
-        for handle in handles:
-            handle.remove()
-        return sorted(log, key=lambda entry: (entry[0], entry[1].norm().item()))
-
-    subject.holds(program)
-
-
-def test_hooks_on_the_graph(subject, x):
-    def program(net):
-        log = []
-        y = net(x.exp())
-        z = net(y)
-        handles = [
-            y.grad_fn.register_prehook(lambda g: log.append(g[0])),
-            z.grad_fn.register_prehook(lambda g: log.append(g[0])),
-        ]
-        some_loss(z).backward()
-        return log, len(handles)
-
-    subject.holds(program)
-
-
-def test_post_accumulate_hooks(subject, x):
-    def program(net):
-        log = []
-        handles = [
-            p.register_post_accumulate_grad_hook(lambda p, n=n: log.append((n, p.grad.clone())))
-            for n, p in net.named_parameters()
-        ]
+    log = []
+    with torch_module.register_module_forward_hook(keep), torch_module.register_module_forward_pre_hook(keep):
         some_loss(net(x)).backward()
-        for handle in handles:
-            handle.remove()
-        return dict(log), len(log)
-
-    subject.holds(program)
+    return log
 
 
-class Biased(nn.Module):
+@holds
+def test_tensor_hooks_fire_once_with_the_right_gradients(net, x):
+    log = []
+    h = x.exp()
+    h.register_hook(lambda g: log.append(("input", g)))
+    y = net(h)
+    y.register_hook(lambda g: log.append(("output", g)))
+    z = net(y)
+    z.register_hook(lambda g: g * 2)
+    with removed([p.register_hook(lambda g, n=n: log.append((n, g))) for n, p in net.named_parameters()]):
+        some_loss(z).backward()
+    return sorted(log, key=lambda entry: (entry[0], entry[1].norm().item()))
+
+
+@holds
+def test_hooks_on_the_graph(net, x):
+    log = []
+    y = net(x.exp())
+    z = net(y)
+    for tensor in (y, z):
+        tensor.grad_fn.register_prehook(lambda g: log.append(g[0]))
+    some_loss(z).backward()
+    return log
+
+
+@holds
+def test_post_accumulate_hooks(net, x):
+    log = []
+    handles = [
+        p.register_post_accumulate_grad_hook(lambda p, n=n: log.append((n, p.grad.clone())))
+        for n, p in net.named_parameters()
+    ]
+    with removed(handles):
+        some_loss(net(x)).backward()
+    return dict(log), len(log)
+
+
+class Biased(Subnet):
     """Its bias gets a gradient that needs nothing saved, before all else."""
 
     def __init__(self, *sizes: int) -> None:
-        super().__init__()
-        self.net, self.bias = mlp(*sizes), nn.Parameter(torch.zeros(sizes[1]))
+        super().__init__(*sizes)
+        self.bias = nn.Parameter(torch.zeros(sizes[1]))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x) + self.bias
 
 
 @pytest.mark.parametrize("block", [mlp, Biased])
-def test_the_optimizer_steps_in_backward(subject, x, block):
-    def program(net):
-        def step(p):
-            with torch.no_grad():
-                p.sub_(p.grad, alpha=1e-2)
-            p.grad = None
+@holds
+def test_the_optimizer_steps_in_backward(net, x, block):
+    def step(p):
+        with torch.no_grad():
+            p.sub_(p.grad, alpha=1e-3)
+        p.grad = None
 
-        handles = [p.register_post_accumulate_grad_hook(step) for p in net.parameters()]
+    with removed([p.register_post_accumulate_grad_hook(step) for p in net.parameters()]):
         for _ in range(3):
             some_loss(net(x)).backward()
-        for handle in handles:
-            handle.remove()
-        return net(x)
-
-    subject.holds(program, block)
+    return net(x)
 
 
 @pytest.mark.parametrize("mode", ["recompute", "invert"])
@@ -294,19 +219,14 @@ def test_an_optimizer_steps_in_backward_on_a_call_that_saves_nothing(mode):
     def move(p):
         p.detach().add_(100)
 
-    def gradient(shift, scale):
-        handle = shift.bias.register_post_accumulate_grad_hook(move)
-        some_loss(shift(scale(x))).backward()
-        handle.remove()
-        return scale.log_scale.grad, x.grad
-
     results = []
     for option in ("store", mode):
         x = torch.ones(5, FEATURES, requires_grad=True)
-        scale = iz.ElementwiseAffine(FEATURES, mode=option)
-        shift = Shift()
+        scale, shift = iz.ElementwiseAffine(FEATURES, mode=option), Shift()
         shift.mode = option
-        results.append(gradient(shift, scale))
+        shift.bias.register_post_accumulate_grad_hook(move)
+        some_loss(shift(scale(x))).backward()
+        results.append((scale.log_scale.grad, x.grad))
     assert_near(*results)
 
 
@@ -342,18 +262,13 @@ def test_copies(subject, x, how, when):
         file.seek(0)
         twin = torch.load(file, weights_only=False)
     for net in (twin, ours):
-        assert_same_run(lambda net: grad(some_loss(net(x)), [x, *net.parameters()]), plain, net)
+        assert_same_run(lambda net: all_gradients(net, x), plain, net)
     modes = [m.mode for m in twin.modules() if isinstance(m, iz.InvertibleModule)]
     assert set(modes) <= {subject.mode}
-
-
-def test_deepcopy_shares_nothing(subject, x):
-    plain, ours = subject.pair()
-    twin = copy.deepcopy(ours)
     with torch.no_grad():
         for p in twin.parameters():
             p.zero_()
-    assert_same_run(lambda net: grad(some_loss(net(x)), [x, *net.parameters()]), plain, ours)
+    assert_same_run(lambda net: all_gradients(net, x), plain, ours)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -366,8 +281,7 @@ def test_conversions(subject, dtype):
         return y, grad(some_loss(y), [x, *net.parameters()])
 
     eps = torch.finfo(dtype).eps
-    for _ in range(2):
-        assert_same_run(program, plain.to(dtype), ours.to(dtype), 30 * eps)
+    twice_the_same(program, plain.to(dtype), ours.to(dtype), 30 * eps)
     if dtype is torch.float16:
         assert_same_run(program, plain.half(), ours.half(), 30 * eps)
 
@@ -377,7 +291,7 @@ class Modulus(nn.Module):
         return x * torch.sigmoid(x.abs())
 
 
-@pytest.mark.parametrize("mode", ["store", "recompute", "invert"])
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("container", [nn.Sequential, iz.InvertibleSequential])
 @pytest.mark.filterwarnings("ignore:Complex modules are a new feature")  # torch's own
 def test_complex(mode, container):
@@ -389,19 +303,13 @@ def test_complex(mode, container):
     ours.load_state_dict(plain.state_dict())
     z = torch.randn(5, FEATURES, dtype=torch.complex128, requires_grad=True)
 
-    def program(net, of):
-        y = net(of(z))
-        return grad(y.abs().square().sum(), [z, *net.parameters()])
-
     for of in (lambda z: z, lambda z: z.conj(), lambda z: z.exp(), lambda z: -z.conj().resolve_conj()):
-        for _ in range(2):
-            pairs = zip(
-                run(lambda n, of=of: program(n, of), ours)["result"],
-                run(lambda n, of=of: program(n, of), plain)["result"],
-                strict=True,
-            )
-            for a, b in pairs:
-                torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+        def program(net, of=of):
+            grads = grad(net(of(z)).abs().square().sum(), [z, *net.parameters()])
+            return [torch.view_as_real(g.resolve_conj()) for g in grads]
+
+        twice_the_same(program, plain, ours)
 
 
 # ---- parametrizations -----------------------------------------------------------------------------------------------
@@ -422,45 +330,35 @@ PARAMETRIZED = {
 
 
 @pytest.fixture(params=PARAMETRIZED)
-def parametrized(request):
-    def block(inputs, outputs):
+def block(request):
+    def parametrized(inputs, outputs):
         make = PARAMETRIZED[request.param]
         return nn.Sequential(make(nn.Linear(inputs, 4)), nn.Tanh(), make(nn.Linear(4, outputs)))
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is deprecated", category=FutureWarning)
-        yield block
+        yield parametrized
 
 
-def test_parametrizations(subject, x, parametrized):
-    def program(net):
-        y = net(x)
-        return y, grad(some_loss(y), [x, *net.parameters()])
-
-    subject.holds(program, parametrized)
-
-
-def test_parametrizations_train(subject, x, parametrized):
-    def program(net):
-        optimizer = torch.optim.SGD(net.parameters(), 1e-3)
-        for _ in range(3):
-            optimizer.zero_grad()
-            some_loss(net(x)).backward()
-            optimizer.step()
-
-    subject.holds(program, parametrized)
+@holds
+def test_parametrizations(net, x, block):
+    optimizer = torch.optim.SGD(net.parameters(), 1e-4)
+    for _ in range(3):
+        optimizer.zero_grad()
+        some_loss(net(x)).backward()
+        optimizer.step()
+    return all_gradients(net, x)
 
 
-def test_cached_parametrizations(subject, x):
-    def block(inputs, outputs):
-        return nn.Sequential(PARAMETRIZED["custom"](nn.Linear(inputs, 4)), nn.Tanh(), nn.Linear(4, outputs))
+def partly_custom(inputs, outputs):
+    return nn.Sequential(PARAMETRIZED["custom"](nn.Linear(inputs, 4)), nn.Tanh(), nn.Linear(4, outputs))
 
-    def program(net):
-        with parametrize.cached():
-            loss = some_loss(net(net(x)))
-            loss.backward()
 
-    subject.holds(program, block)
+@holds(block=partly_custom)
+def test_cached_parametrizations(net, x):
+    with parametrize.cached():
+        loss = some_loss(net(net(x)))
+        loss.backward()
 
 
 HOOKED = {
@@ -507,122 +405,106 @@ def test_parametrizations_of_the_layer_itself_are_seen_by_every_method(tool, mod
         torch.testing.assert_close(layer.inverse(x), back)
 
 
-def test_requires_grad_switched_between_forward_and_backward(subject, x):
-    """As a discriminator is frozen for the generator's turn."""
+@holds
+def test_requires_grad_switched_between_forward_and_backward(net, data):
+    """As a discriminator is frozen for the generator's turn, and a part of it thawed."""
+    x, parameters = data.clone().requires_grad_(), [*net.parameters()]
+    parameters[0].requires_grad_(False)
+    y = net(x)
+    net.requires_grad_(False)
+    parameters[0].requires_grad_(True)
+    some_loss(y).backward()
+    flags = [p.requires_grad for p in parameters]
+    net.requires_grad_(True)
+    return x.grad, flags
 
-    def program(net):
-        y = net(x)
-        net.requires_grad_(False)
-        gradient = grad(some_loss(y), x)
-        net.requires_grad_(True)
-        return gradient
 
-    subject.holds(program)
-
-
-def test_a_parameter_replaced_between_forward_and_backward(subject, x):
-    def program(net):
-        linear = [m for m in net.modules() if isinstance(m, nn.Linear)][0]
-        y, old = net(x), linear.weight
-        linear.weight = nn.Parameter(torch.zeros_like(old))
-        some_loss(y).backward()
-        linear.weight = old
-
-    subject.holds(program)
+@holds
+def test_a_parameter_replaced_between_forward_and_backward(net, x):
+    linear = blocks(net, nn.Linear)[0]
+    y, old = net(x), linear.weight
+    linear.weight = nn.Parameter(torch.zeros_like(old))
+    some_loss(y).backward()
+    linear.weight = old
 
 
 def test_lazy_modules(subject, x):
-    def program(net):
-        y = net(x)
-        some_loss(y).backward()
-        return y
+    def lazy(inputs, outputs):
+        return nn.Sequential(nn.LazyLinear(4), nn.Tanh(), nn.Linear(4, outputs))
 
-    plain, ours = subject.pair(_lazy)
-    torch.manual_seed(0)
-    first = plain(x)
-    torch.manual_seed(0)
-    torch.testing.assert_close(ours(x), first)
-    for _ in range(2):
-        assert_same_run(program, plain, ours)
-
-
-def _lazy(inputs: int, outputs: int) -> nn.Module:
-    return nn.Sequential(nn.LazyLinear(4), nn.Tanh(), nn.Linear(4, outputs))
+    plain, ours = subject.pair(lazy)
+    firsts = []
+    for net in (plain, ours):
+        torch.manual_seed(0)
+        firsts.append(net(x))
+    torch.testing.assert_close(*firsts)
+    twice_the_same(lambda net: all_gradients(net, x), plain, ours)
 
 
 # ---- side inputs ----------------------------------------------------------------------------------------------------
 
 
-class Conditioned(nn.Module):
+class Conditioned(Subnet):
+    width = 2
+
     def __init__(self, *sizes: int) -> None:
-        super().__init__()
-        self.net, self.condition = mlp(*sizes), nn.Linear(2, sizes[1])
+        super().__init__(*sizes)
+        self.condition = nn.Linear(self.width, sizes[1])
 
     def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
         h = self.net(x) * self.condition(context).tanh()
         return h if mask is None else h.masked_fill(mask, 0.0)
 
 
-def test_conditions(subject, x):
-    leaf = torch.randn(5, 2, requires_grad=True)
+@pytest.fixture
+def leaf():
+    return torch.randn(5, 2, requires_grad=True)
+
+
+CONDITIONS = {
+    "data": lambda leaf, encoder: leaf.detach(),
+    "leaf": lambda leaf, encoder: leaf,
+    "encoder": lambda leaf, encoder: encoder(leaf),
+    "view": lambda leaf, encoder: encoder(leaf)[:1].expand(5, -1),
+}
+
+
+@pytest.mark.parametrize("make", CONDITIONS.values(), ids=CONDITIONS)
+@holds(block=Conditioned)
+def test_conditions(net, x, leaf, make):
     encoder = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 2))
-    mask = torch.rand(5, 1) > 0.7
-    conditions = {
-        "data": lambda: leaf.detach(),
-        "leaf": lambda: leaf,
-        "encoder": lambda: encoder(leaf),
-        "view": lambda: encoder(leaf)[:1].expand(5, -1),
-    }
-    for make in conditions.values():
-
-        def program(net, make=make):
-            y = net(x, context=make(), mask=mask)
-            return y, grad(some_loss(y), [x, leaf, *encoder.parameters(), *net.parameters()], allow_unused=True)
-
-        subject.holds(program, Conditioned)
+    y = net(x, context=make(leaf, encoder), mask=torch.rand(5, 1) > 0.7)
+    return y, grad(some_loss(y), [x, leaf, *encoder.parameters(), *net.parameters()], allow_unused=True)
 
 
-def test_a_condition_shared_by_two_passes(subject, x):
-    leaf = torch.randn(5, 2, requires_grad=True)
-
-    def program(net):
-        context = leaf.exp()
-        y = net(net(x, context=context), context=context)
-        (some_loss(y) + context.sum()).backward(retain_graph=True)
-        gradient = leaf.grad.clone()
-        leaf.grad = None
-        return gradient, grad(some_loss(y), [x, leaf], create_graph=True)
-
-    subject.holds(program, Conditioned)
+@holds(block=Conditioned)
+def test_a_condition_shared_by_two_passes(net, x, leaf):
+    leaf.grad = None
+    context = leaf.exp()
+    y = net(net(x, context=context), context=context)
+    (some_loss(y) + context.sum()).backward(retain_graph=True)
+    return leaf.grad.clone(), grad(some_loss(y), [x, leaf], create_graph=True)
 
 
-def test_the_condition_is_an_earlier_output(subject, x):
-    def program(net):
-        y = net(x, context=x[:, :2])
-        z = net(y, context=y[:, -2:])
-        w = net(z, context=y[:, :2])
-        return grad(some_loss(w), [x, *net.parameters()])
-
-    subject.holds(program, Conditioned)
+@holds(block=Conditioned)
+def test_the_condition_is_an_earlier_output(net, x):
+    y = net(x, context=x[:, :2])
+    z = net(y, context=y[:, -2:])
+    w = net(z, context=y[:, :2])
+    return grad(some_loss(w), [x, *net.parameters()])
 
 
-def test_the_condition_is_the_input_itself(subject, x):
-    class Whole(nn.Module):
-        def __init__(self, *sizes):
-            super().__init__()
-            self.net, self.condition = mlp(*sizes), nn.Linear(FEATURES, sizes[1])
+class OnTheWhole(Conditioned):
+    width = FEATURES
 
-        def forward(self, x, context):
-            return self.net(x) * self.condition(context).tanh()
 
-    def program(net):
-        h = x.exp()
-        y = net(h, context=h)
-        z = net(y, context=y)
-        w = net(z, context=y)
-        return grad(some_loss(w), [x, *net.parameters()])
-
-    subject.holds(program, Whole)
+@holds(block=OnTheWhole)
+def test_the_condition_is_the_input_itself(net, x):
+    h = x.exp()
+    y = net(h, context=h)
+    z = net(y, context=y)
+    w = net(z, context=y)
+    return grad(some_loss(w), [x, *net.parameters()])
 
 
 @dataclass
@@ -635,23 +517,16 @@ class Info:
         return getattr(self, name)
 
 
+class Nested(Conditioned):
+    def forward(self, x: Tensor, info: Any) -> Tensor:
+        return super().forward(x, info["context"][0], info["mask"]) * info["scale"]
+
+
 @pytest.mark.parametrize("structure", [dict, partial(defaultdict, list), OrderedDict, Info])
-def test_conditions_in_structures(subject, x, structure):
-    class Nested(nn.Module):
-        def __init__(self, *sizes):
-            super().__init__()
-            self.net = Conditioned(*sizes)
-
-        def forward(self, x, info):
-            return self.net(x, info["context"][0], info["mask"]) * info["scale"]
-
-    leaf = torch.randn(5, 2, requires_grad=True)
-
-    def program(net):
-        info = structure(context=[leaf.exp(), None], mask=torch.ones(5, 1) > 2, scale=0.5)
-        return grad(some_loss(net(x, info=info)), [x, leaf, *net.parameters()])
-
-    subject.holds(program, Nested)
+@holds(block=Nested)
+def test_conditions_in_structures(net, x, leaf, structure):
+    info = structure(context=[leaf.exp(), None], mask=torch.ones(5, 1) > 2, scale=0.5)
+    return grad(some_loss(net(x, info=info)), [x, leaf, *net.parameters()])
 
 
 def test_a_condition_changed_in_place_before_backward(saving, x):

@@ -12,18 +12,15 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 import invzoo as iz
 from invzoo.engine.nested import plain_parts
+from tests.behaviours.helpers import all_gradients, holds, some_loss, twice_the_same
 from tests.reference import FEATURES, HALF, MODES, Chain, PlainAdditive, assert_near, assert_same_run, mlp, run
 
 grad = torch.autograd.grad
 
 
-def some_loss(y: Tensor) -> Tensor:
-    return (y * torch.linspace(-1, 2, y.numel(), dtype=y.real.dtype).view(y.shape)).abs().square().sum()
-
-
-def right_or_refused(program, subject, match="in.?place", block=mlp):
+def right_or_refused(program, subject):
     """The numbers of the plain net, had it copied what it saved; or an error that says what is wrong. Twice over."""
-    plain, ours = subject.pair(block)
+    plain, ours = subject.pair()
 
     def truth(net):
         with saved_tensors_hooks(lambda tensor: tensor.detach().clone(), lambda copy: copy):
@@ -33,11 +30,14 @@ def right_or_refused(program, subject, match="in.?place", block=mlp):
         try:
             actual = run(program, ours)
         except RuntimeError as error:
-            assert re.search(match, str(error)), error  # noqa: PT017 - a number may be right instead
+            assert re.search("in.?place", str(error)), error  # noqa: PT017 - a number may be right instead
         else:
             assert_near(actual, run(truth, plain))
-        if block is mlp:
-            some_loss(ours(torch.randn(5, FEATURES))).backward()  # an unhurt step between
+        some_loss(ours(torch.randn(5, FEATURES))).backward()  # an unhurt step between
+
+
+def numbers(rows: int = 5) -> Tensor:
+    return torch.linspace(-1, 1, rows * FEATURES).view(rows, FEATURES)
 
 
 # ---- before ---------------------------------------------------------------------------------------------------------
@@ -57,18 +57,16 @@ def right_or_refused(program, subject, match="in.?place", block=mlp):
     ],
     ids=["relu", "exp", "sigmoid", "tanh", "relu_", "mul_", "leaky_relu_", "layer_norm"],
 )
-def test_an_operation_that_saved_its_output(subject, x, before):
-    subject.holds(lambda net: grad(some_loss(net(before(x))), [x, *net.parameters()]))
+@holds
+def test_an_operation_that_saved_its_output(net, x, before):
+    return grad(some_loss(net(before(x))), [x, *net.parameters()])
 
 
-def test_plain_layers_around_and_between(subject, x):
+@holds
+def test_plain_layers_around_and_between(net, x):
     outer = nn.ModuleList([nn.Linear(FEATURES, FEATURES), nn.LayerNorm(FEATURES), nn.ReLU(), nn.Linear(FEATURES, 2)])
-
-    def program(net):
-        y = outer[3](net(outer[2](outer[1](net(outer[0](x))))))
-        return grad(some_loss(y), [x, *outer.parameters(), *net.parameters()])
-
-    subject.holds(program)
+    y = outer[3](net(outer[2](outer[1](net(outer[0](x))))))
+    return grad(some_loss(y), [x, *outer.parameters(), *net.parameters()])
 
 
 # ---- beside ---------------------------------------------------------------------------------------------------------
@@ -87,103 +85,39 @@ def test_plain_layers_around_and_between(subject, x):
     ids=["x+f", "f+x", "x*f", "f-exp", "matmul", "ff*f*x"],
 )
 @pytest.mark.parametrize("of", ["op", "net"])
-def test_residuals(subject, x, combine, of):
-    def program(net):
-        here = {"op": lambda: x.exp(), "net": lambda: net(x)}[of]()
-        return grad(some_loss(combine(here, net)), [x, *net.parameters()])
-
-    subject.holds(program)
+@holds
+def test_residuals(net, x, combine, of):
+    here = {"op": torch.exp, "net": net}[of](x)
+    return grad(some_loss(combine(here, net)), [x, *net.parameters()])
 
 
-def test_the_input_is_read_after_forward(subject, x):
-    def program(net):
-        h = x.exp()
-        y = net(h)
-        copy, mean = h.detach().clone(), h.mean()
-        (some_loss(y) + h.square().sum() + mean).backward()
-        return copy, h.detach()
-
-    subject.holds(program)
+@holds
+def test_the_input_is_read_after_forward(net, x):
+    h = x.exp()
+    y = net(h)
+    copy, mean = h.detach().clone(), h.mean()
+    (some_loss(y) + h.square().sum() + mean).backward()
+    return copy, h.detach()
 
 
-def change(tensor: Tensor) -> None:
-    with torch.no_grad():
-        tensor.mul_(2)
+ACTS = {
+    "mul_": lambda y: y.mul_(2),
+    "relu_": F.relu_,
+    "add_": lambda y: y.add_(1),
+    "rows": lambda y: (y.detach()[1].mul_(2), y[0].zero_()),
+    "detach": lambda y: y.detach().add_(1),
+    "clamp_": lambda y: y.clamp_(-1, 1),
+    "view": lambda y: y.view(-1)[2:7].exp_(),
+    "clone": lambda y: y.chunk(2, 1)[0].clone().mul_(2),
+    "t_": lambda y: y.t_(),
+    "unsqueeze_": lambda y: y.unsqueeze_(0),
+}
 
 
-def test_raw_data_changed_after_forward(subject):
-    def program(net):
-        buffer = torch.randn(5, FEATURES)
-        loss = some_loss(net(buffer))
-        buffer.copy_(torch.randn(5, FEATURES))
-        loss.backward()
-
-    right_or_refused(program, subject)
-
-
-def test_an_activation_changed_after_forward(subject):
-    def program(net):
-        x = torch.linspace(-1, 1, 5 * FEATURES).view(5, FEATURES).requires_grad_()
-        h = x * 2
-        y = net(h)
-        h.mul_(3)
-        return grad(some_loss(y) + some_loss(h), [x, *net.parameters()])
-
-    right_or_refused(program, subject)
-
-
-def test_an_activation_changed_after_forward_of_a_frozen_net(subject):
-    def program(net):
-        x = torch.linspace(-1, 1, 5 * FEATURES).view(5, FEATURES).requires_grad_()
-        h = x * 2
-        y = net.requires_grad_(False)(h)
-        net.requires_grad_(True)
-        h.mul_(3)
-        return grad(some_loss(y) + some_loss(h), [x])
-
-    right_or_refused(program, subject)
-
-
-def test_raw_data_of_an_inner_net_changed_after_forward(subject):
-    def program(net):
-        y = net(torch.linspace(-1, 1, 5 * FEATURES).view(5, FEATURES)).detach()
-        z = net(y)
-        y.zero_()
-        some_loss(z).backward()
-
-    right_or_refused(program, subject)
-
-
-def test_a_leaf_stepped_after_forward(subject):
-    def program(net):
-        x = torch.ones(5, FEATURES, requires_grad=True)
-        loss = some_loss(net(x))
-        change(x)
-        loss.backward()
-        return x.grad
-
-    right_or_refused(program, subject)
-
-
-@pytest.mark.parametrize(
-    "act",
-    [
-        lambda y: y.mul_(2),
-        lambda y: F.relu_(y),
-        lambda y: y.add_(1),
-        lambda y: y[0].zero_() if not change(y[1]) else y,
-        lambda y: y.detach().add_(1),
-        lambda y: y.clamp_(-1, 1),
-        lambda y: y.view(-1)[2:7].exp_(),
-        lambda y: y.chunk(2, 1)[0].clone().mul_(2),
-        lambda y: y.t_(),
-        lambda y: y.unsqueeze_(0),
-    ],
-    ids=["mul_", "relu_", "add_", "rows", "detach", "clamp_", "view", "clone", "t_", "unsqueeze_"],
-)
+@pytest.mark.parametrize("act", ACTS.values(), ids=ACTS)
 def test_the_output_is_changed_in_place(subject, act):
     def program(net):
-        x = torch.linspace(-1, 1, 5 * FEATURES).view(5, FEATURES).requires_grad_()
+        x = numbers().requires_grad_()
         y = net(x)
         act(y)
         return y, grad(some_loss(y), [x, *net.parameters()])
@@ -191,31 +125,73 @@ def test_the_output_is_changed_in_place(subject, act):
     right_or_refused(program, subject)
 
 
-def test_an_intermediate_output_is_changed_in_place(subject):
-    def program(net):
-        x = torch.linspace(-1, 1, 5 * FEATURES).view(5, FEATURES).requires_grad_()
-        h = net(x)
-        y = net(h)
-        h.add_(1)
-        return grad(some_loss(y) + some_loss(h), [x, *net.parameters()])
+def raw_data(net):
+    buffer = torch.randn(5, FEATURES)
+    loss = some_loss(net(buffer))
+    buffer.copy_(torch.randn(5, FEATURES))
+    loss.backward()
 
+
+def other_rows_of_a_buffer(net):
+    buffer = numbers(20)
+    loss = some_loss(net(buffer[:5]))
+    buffer[10:].zero_()
+    loss.backward()
+
+
+def raw_data_of_an_inner_net(net):
+    y = net(numbers()).detach()
+    z = net(y)
+    y.zero_()
+    some_loss(z).backward()
+
+
+def an_activation(net):
+    x = numbers().requires_grad_()
+    h = x * 2
+    y = net(h)
+    h.mul_(3)
+    return grad(some_loss(y) + some_loss(h), [x, *net.parameters()])
+
+
+def an_activation_before_a_frozen_net(net):
+    x = numbers().requires_grad_()
+    h = x * 2
+    y = net.requires_grad_(False)(h)
+    net.requires_grad_(True)
+    h.mul_(3)
+    return grad(some_loss(y) + some_loss(h), [x])
+
+
+def a_leaf(net):
+    x = torch.ones(5, FEATURES, requires_grad=True)
+    loss = some_loss(net(x))
+    x.detach().mul_(2)
+    loss.backward()
+    return x.grad
+
+
+def an_intermediate_output(net):
+    x = numbers().requires_grad_()
+    h = net(x)
+    y = net(h)
+    h.add_(1)
+    return grad(some_loss(y) + some_loss(h), [x, *net.parameters()])
+
+
+def an_output_by_a_layer_between(net):
+    x = numbers().requires_grad_()
+    y = net(nn.ReLU(inplace=True)(net(x)))
+    return y, grad(some_loss(y), [x, *net.parameters()])
+
+
+CHANGED = [raw_data, other_rows_of_a_buffer, raw_data_of_an_inner_net, an_activation]
+CHANGED += [an_activation_before_a_frozen_net, a_leaf, an_intermediate_output, an_output_by_a_layer_between]
+
+
+@pytest.mark.parametrize("program", CHANGED, ids=lambda program: program.__name__)
+def test_what_is_changed_in_place_after_forward(subject, program):
     right_or_refused(program, subject)
-
-
-def test_an_inplace_layer_between(subject):
-    def program(net):
-        x = torch.linspace(-1, 1, 5 * FEATURES).view(5, FEATURES).requires_grad_()
-        y = net(nn.ReLU(inplace=True)(net(x)))
-        return y, grad(some_loss(y), [x, *net.parameters()])
-
-    right_or_refused(program, subject)
-
-
-def test_inplace_operations_inside_blocks(subject, x):
-    def block(inputs, outputs):
-        return nn.Sequential(nn.Linear(inputs, 4), nn.ReLU(inplace=True), nn.Linear(4, outputs), nn.ELU(inplace=True))
-
-    subject.holds(lambda net: grad(some_loss(net(x)), [x, *net.parameters()], allow_unused=True), block)
 
 
 @pytest.mark.parametrize("grads", [torch.enable_grad, torch.no_grad, torch.inference_mode])
@@ -260,84 +236,50 @@ def test_inputs_of_the_inference_mode_are_looked_at_as_often_as_replays_are():
             assert found == expected
 
 
-def test_a_block_that_returns_its_input(x):
-    for mode in ("recompute", "invert"):
-        plain, ours = (
-            PlainAdditive(nn.Identity(), nn.Identity()),
-            iz.AdditiveCoupling(nn.Identity(), nn.Identity(), mode=mode),
-        )
-        for _ in range(2):
-            assert_same_run(lambda net: grad(some_loss(net(x)), x), plain, ours)
+@pytest.mark.parametrize("mode", MODES[1:])
+def test_a_block_that_returns_its_input(mode, x):
+    plain = PlainAdditive(nn.Identity(), nn.Identity())
+    ours = iz.AdditiveCoupling(nn.Identity(), nn.Identity(), mode=mode)
+    twice_the_same(lambda net: grad(some_loss(net(x)), x), plain, ours)
 
 
-class Constant(nn.Module):
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__()
-        self.bias = nn.Parameter(torch.randn(outputs))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.bias.expand(len(x), -1)
+def one_tensor_as_both(net, x, _):
+    return net(*net(x, x))
 
 
-def test_a_block_that_returns_a_view_of_a_parameter(subject, x):
-    subject.holds(lambda net: some_loss(net(x)).backward(), Constant)
+def one_alone_is_used(net, x, z):
+    return net(*net(x, z))[:1]
 
 
-@pytest.mark.parametrize("mode", ["store", "recompute", "invert"])
-@pytest.mark.parametrize("needs_grad", [True, False])
-def test_one_tensor_as_both_streams(mode, needs_grad):
-    torch.manual_seed(0)
-    x = torch.randn(5, HALF, requires_grad=needs_grad)
-    plain = PlainAdditive(mlp(HALF, HALF), mlp(HALF, HALF))
-    ours = iz.AdditiveCoupling(mlp(HALF, HALF), mlp(HALF, HALF), mode=mode)
-    ours.load_state_dict(plain.state_dict())
-
-    def program(net):
-        a, b = net(*net(x, x))
-        loss = some_loss(a) + some_loss(b)
-        return grad(loss, [*net.parameters(), *([x] if needs_grad else [])])
-
-    for _ in range(2):
-        assert_same_run(program, plain, ours)
+def the_other_alone_is_used(net, x, z):
+    return net(*net(x, z))[1:]
 
 
-@pytest.mark.parametrize("mode", ["store", "recompute", "invert"])
-@pytest.mark.parametrize("first", [True, False])
-def test_one_stream_alone_is_used(mode, first):
-    torch.manual_seed(0)
-    x = [torch.randn(5, HALF, requires_grad=True) for _ in range(2)]
-    plain = PlainAdditive(mlp(HALF, HALF), mlp(HALF, HALF))
-    ours = iz.AdditiveCoupling(mlp(HALF, HALF), mlp(HALF, HALF), mode=mode)
-    ours.load_state_dict(plain.state_dict())
-
-    def program(net):
-        streams = net(*net(*x))
-        kept = streams[not first]
-        del streams
-        return grad(some_loss(kept), [*x, *net.parameters()], allow_unused=True)
-
-    for _ in range(2):
-        assert_same_run(program, plain, ours)
-
-
-@pytest.mark.parametrize("mode", ["store", "recompute", "invert"])
-def test_a_stream_from_elsewhere(mode):
+def one_from_elsewhere(net, x, z):
     """One stream goes on, the other is replaced, read or changed."""
-    torch.manual_seed(0)
-    x = [torch.randn(5, HALF, requires_grad=True) for _ in range(2)]
+    a, b = net(x, z)
+    c, d = net(a, b.sigmoid())
+    e, f = net(d, a)
+    return *net(e * c, f), c
+
+
+STREAMS = [one_tensor_as_both, one_alone_is_used, the_other_alone_is_used, one_from_elsewhere]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("needs_grad", [True, False], ids=["leaf", "data"])
+@pytest.mark.parametrize("use", STREAMS, ids=lambda use: use.__name__)
+def test_streams(mode, use, needs_grad):
     plain = PlainAdditive(mlp(HALF, HALF), mlp(HALF, HALF))
     ours = iz.AdditiveCoupling(mlp(HALF, HALF), mlp(HALF, HALF), mode=mode)
     ours.load_state_dict(plain.state_dict())
+    x = [torch.randn(5, HALF, requires_grad=needs_grad) for _ in range(2)]
 
     def program(net):
-        a, b = net(*x)
-        c, d = net(a, b.sigmoid())
-        e, f = net(d, a)
-        g, h = net(e * c, f)
-        return grad(some_loss(g) + some_loss(h) + some_loss(c), [*x, *net.parameters()])
+        loss = sum(some_loss(y) for y in use(net, *x))
+        return grad(loss, [*net.parameters(), *(x if needs_grad else [])], allow_unused=True)
 
-    for _ in range(2):
-        assert_same_run(program, plain, ours)
+    twice_the_same(program, plain, ours)
 
 
 # ---- the input's memory ---------------------------------------------------------------------------------------------
@@ -363,37 +305,23 @@ def test_a_stream_from_elsewhere(mode):
     ids="view slice transposed expanded columns strided inner rows empty one flip overlapping conj".split(),  # noqa: SIM905
 )
 @pytest.mark.parametrize("needs_grad", [True, False])
-def test_inputs_of_every_geometry(subject, data, of, needs_grad):
-    def program(net):
-        x = data.clone().requires_grad_(needs_grad)
-        y = net(of(x))
-        return y, grad(some_loss(y), [*net.parameters(), *([x] if needs_grad else [])])
-
-    subject.holds(program)
+@holds
+def test_inputs_of_every_geometry(net, data, of, needs_grad):
+    x = data.clone().requires_grad_(needs_grad)
+    y = net(of(x))
+    return y, grad(some_loss(y), [*net.parameters(), *([x] if needs_grad else [])])
 
 
-def test_slices_of_a_data_buffer(subject):
-    def program(net):
-        buffer = torch.linspace(-1, 1, 20 * FEATURES).view(20, FEATURES)
-        losses = [some_loss(net(buffer[i : i + 5])) for i in (0, 3, 10)]
-        for loss in losses:
-            loss.backward()
-
-    subject.holds(program)
-
-
-def test_a_slice_of_a_buffer_whose_other_rows_change(subject):
-    def program(net):
-        buffer = torch.linspace(-1, 1, 20 * FEATURES).view(20, FEATURES)
-        loss = some_loss(net(buffer[:5]))
-        buffer[10:].zero_()
+@holds
+def test_slices_of_a_data_buffer(net):
+    buffer = numbers(20)
+    losses = [some_loss(net(buffer[i : i + 5])) for i in (0, 3, 10)]
+    for loss in losses:
         loss.backward()
-
-    right_or_refused(program, subject)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("mode", ["store", "recompute", "invert"])
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("container", [nn.Sequential, iz.InvertibleSequential])
 def test_images(layout, mode, container):
     def block():
@@ -409,18 +337,14 @@ def test_images(layout, mode, container):
         return y, y.stride(), grad(some_loss(y), [x, *net.parameters()])
 
     with iz.mode(ours, mode):
-        for _ in range(2):
-            assert_same_run(program, plain, ours)
+        twice_the_same(program, plain, ours)
 
 
-def test_inputs_made_without_gradients(subject, data):
-    def program(net):
-        with torch.inference_mode():
-            x = data * 2
-        y = net(x)
-        return y
-
-    subject.holds(lambda net: program(net.requires_grad_(False)))
+@holds
+def test_inputs_made_without_gradients(net, data):
+    with torch.inference_mode():
+        x = data * 2
+    return net.requires_grad_(False)(x)
 
 
 def test_inference_tensors_are_refused_as_plain_nets_do(subject):
@@ -430,56 +354,50 @@ def test_inference_tensors_are_refused_as_plain_nets_do(subject):
     with pytest.raises(RuntimeError, match="[Ii]nference"):
         some_loss(plain(x)).backward()
     try:
-        y = ours(x)
-        some_loss(y).backward()
+        some_loss(ours(x)).backward()
     except RuntimeError as error:
         assert "nference" in str(error)  # noqa: PT017 - either is right
 
 
-def test_parameters_as_inputs(subject):
-    x = nn.Parameter(torch.randn(5, FEATURES))
-    subject.holds(lambda net: grad(some_loss(net(x)), [x, *net.parameters()]))
+@holds
+def test_parameters_as_inputs(net, data):
+    return all_gradients(net, nn.Parameter(data))
 
 
-def test_long_chains_by_hand_with_views_between(subject, x):
-    def program(net):
-        y = x
-        for _ in range(3):
-            y = net(y).view(-1).view(5, FEATURES)
-            y = net(y.flip(0))
-            y = net(y[:])
-        return grad(some_loss(y), [x, *net.parameters()])
-
-    subject.holds(program)
+@holds
+def test_long_chains_by_hand_with_views_between(net, x):
+    y = x
+    for _ in range(3):
+        y = net(y).view(-1).view(5, FEATURES)
+        y = net(y.flip(0))
+        y = net(y[:])
+    return grad(some_loss(y), [x, *net.parameters()])
 
 
 def test_values_that_are_not_finite(subject, data):
     def program(net):
-        x = data.clone()
-        x[0, 0], x[1, 1] = float("inf"), float("nan")
-        y = net(x)
+        y = net(data)
         some_loss(y).backward()
         return y
 
+    data[0, 0], data[1, 1] = float("inf"), float("nan")
     plain, ours = subject.pair()
     with contextlib.suppress(RuntimeError):
         assert_same_run(program, plain, ours)
 
 
-def test_a_stack_with_reshapes_between(x):
-    for mode in ("store", "recompute", "invert"):
-        ours = iz.InvertibleSequential(
-            iz.AdditiveCoupling(mlp(3, 3)), iz.Reverse(), iz.AdditiveCoupling(mlp(3, 3)), iz.Reverse()
-        )
+class Flip(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flip(1)
 
-        class Flip(nn.Module):
-            def forward(self, x):
-                return x.flip(1)
 
-        plain = Chain(PlainAdditive(mlp(3, 3)), Flip(), PlainAdditive(mlp(3, 3)), Flip())
-        ours.load_state_dict(plain.state_dict())
-        with iz.mode(ours, mode):
-            assert_same_run(lambda net: grad(some_loss(net(x)), [x, *net.parameters()]), plain, ours)
+@pytest.mark.parametrize("mode", MODES)
+def test_a_stack_with_reshapes_between(mode, x):
+    plain = Chain(PlainAdditive(mlp(3, 3)), Flip(), PlainAdditive(mlp(3, 3)), Flip())
+    couplings = [iz.AdditiveCoupling(mlp(3, 3)) for _ in range(2)]
+    ours = iz.InvertibleSequential(couplings[0], iz.Reverse(), couplings[1], iz.Reverse(), mode=mode)
+    ours.load_state_dict(plain.state_dict())
+    assert_same_run(lambda net: all_gradients(net, x), plain, ours)
 
 
 # ---- attributes of tensors ------------------------------------------------------------------------------------------

@@ -52,7 +52,9 @@ def made(how, norm):
         "a lambda": lambda x: norm(x),
         "a cell that is empty": unused,
         "a partial": functools.partial(by_name, norm=norm),
+        "itself": norm,
         "a list": lambda x, norms=[norm]: norms[0](x),
+        "a tuple": lambda x, norms=(norm,): norms[0](x),
         "a dict": lambda x, norms={"norm": norm}: norms["norm"](x),
         "a bound method": norm.forward,
     }[how]
@@ -66,18 +68,20 @@ GLOBALS = {
 }
 
 
-@pytest.mark.parametrize("how", [*WAYS, "a list", "a dict", "a bound method", *GLOBALS])
+@pytest.mark.parametrize("how", [*WAYS, "itself", "a list", "a tuple", "a dict", "a bound method", *GLOBALS])
 @pytest.mark.parametrize("mode", ["recompute", "invert"])
-@pytest.mark.parametrize("kind", ["coupling", "conditioner"])
+@pytest.mark.parametrize("kind", ["coupling", "conditioner", "checkpoint"])
 def test_statistics_behind_functions_move_once(how, mode, kind):
     NORM.reset_running_stats()
     norm = NORM if how in GLOBALS else nn.BatchNorm1d(2, affine=False)
     f = GLOBALS.get(how) or made(how, norm)
-    layer = iz.AdditiveCoupling(f, mode=mode) if kind == "coupling" else iz.ConditionalAffine(f, mode=mode)
-    x, side = torch.randn(5, 4), {} if kind == "coupling" else {"context": torch.randn(5, 2, requires_grad=True)}
-    if kind == "conditioner":
-        x = x[:, :1]
-    y = layer(x.requires_grad_(), **side)
+    x = torch.randn(5, 2, requires_grad=True)
+    if kind == "coupling":
+        y = iz.AdditiveCoupling(f, mode=mode)(torch.cat((x, x), 1))
+    elif kind == "conditioner":
+        y = iz.ConditionalAffine(f, mode=mode)(x[:, :1], context=x)
+    else:
+        y = iz.checkpoint(f, x)
     mean = norm.running_mean.clone()
     y.square().sum().backward()
     assert norm.num_batches_tracked == 1

@@ -35,13 +35,6 @@ def double(x: Tensor) -> Tensor:
 # ---- what it refuses ------------------------------------------------------------------------------------------------
 
 
-@SAVING
-def test_a_function_that_changes_its_input_is_refused_at_once(mode: str):
-    inverse = torch.log if mode == "invert" else None
-    with pytest.raises(RuntimeError, match="Expected exp_ to leave its inputs as they are"):
-        iz.checkpoint(torch.exp_, torch.ones(3, requires_grad=True) * 1, inverse=inverse)
-
-
 def test_a_wrong_inverse_behind_a_stream_that_is_passed_on():
     """The call before it saves nothing; the coupling between needs what comes out there."""
     moving, passed = torch.randn(5, 3, requires_grad=True), double(torch.randn(5, 3, requires_grad=True))
@@ -71,18 +64,6 @@ def test_an_inverse_that_returns_something_else(returned: str):
         y.sum().backward()
 
 
-@SAVING
-@pytest.mark.parametrize("warm", [False, True], ids=["first", "later"])
-def test_the_data_of_a_parameter_replaced_between_forward_and_backward(mode: str, warm: bool):
-    layer = iz.AdditiveCoupling(nn.Linear(2, 2, bias=False), mode=mode)
-    for _ in range(2 * warm):
-        layer(torch.randn(3, 4)).sum().backward()
-    y = layer(torch.randn(3, 4))
-    layer.f.weight.data = 2 * layer.f.weight.data
-    with pytest.raises(RuntimeError, match="got a change of 'weight'"):
-        y.sum().backward()
-
-
 class Shifted(iz.InvertibleModule):
     """Its inverse is wrong by a constant."""
 
@@ -93,11 +74,13 @@ class Shifted(iz.InvertibleModule):
         return y.log() + 0.1
 
 
-def test_a_layer_that_was_not_checked_is_checked_when_it_is_to_be():
-    layer, x = Shifted(check="never"), torch.randn(3, requires_grad=True)
+@pytest.mark.parametrize(("check", "mode"), [("never", "invert"), ("first", "recompute")])
+def test_an_inverse_is_compared_when_it_is_to_be(check: str, mode: str):
+    """Though calls before were not, or those before recomputed, and their outputs were compared."""
+    layer, x = Shifted(check=check, mode=mode), torch.randn(3, requires_grad=True)
     layer(x).sum().backward()
-    layer.check = "first"
-    with pytest.raises(RuntimeError, match="Expected Shifted to be replayed within a relative error"):
+    layer.check, layer.mode = "first", "invert"
+    with pytest.raises(RuntimeError, match="Expected Shifted to be replayed .* for input 0. Its inverse is wrong"):
         layer(x).sum().backward()
 
 
@@ -115,17 +98,8 @@ def test_an_input_that_was_stepped_is_rebuilt():
     x = torch.rand(3, requires_grad=True)
     wanted = 2 * x.detach().clone()
     loss = iz.checkpoint(torch.square, x, inverse=torch.sqrt).sum()
-    with torch.no_grad():
-        x.add_(1)
+    x.detach().add_(1)
     assert_close(torch.autograd.grad(loss, x)[0], wanted)
-
-
-def test_an_inverse_is_compared_though_the_recomputed_outputs_were():
-    layer, x = Shifted(mode="recompute"), torch.randn(3, requires_grad=True)
-    layer(x).sum().backward()
-    layer.mode = "invert"
-    with pytest.raises(RuntimeError, match="for input 0. Its inverse is wrong"):
-        layer(x).sum().backward()
 
 
 def test_a_function_that_is_not_deterministic_is_told_which_output():
@@ -283,21 +257,19 @@ def test_no_gradient_comes_back_to_a_call_inside_a_transform():
 
 @SAVING
 def test_a_functional_call_of_a_layer_without_a_bias(mode: str):
-    layer, x = iz.AdditiveCoupling(nn.Linear(2, 2, bias=False), mode=mode), torch.randn(3, 4)
-    weight = layer.f.weight.detach().requires_grad_()
-    y = functional_call(layer, {"f.weight": weight.exp()}, (x,))
-    (found,) = torch.autograd.grad(y.square().sum(), weight)
-    with iz.mode(layer, "store"):
-        y = functional_call(layer, {"f.weight": weight.exp()}, (x,))
-    assert_close(found, torch.autograd.grad(y.square().sum(), weight)[0])
+    layer, x = iz.AdditiveCoupling(nn.Linear(2, 2, bias=False)), torch.randn(3, 4)
+    weight, found = layer.f.weight.detach().requires_grad_(), []
+    for value in ("store", mode):
+        with iz.mode(layer, value):
+            y = functional_call(layer, {"f.weight": weight.exp()}, (x,))
+            found += torch.autograd.grad(y.square().sum(), weight)
+    assert_close(*found)
 
 
 def test_a_container_hands_side_inputs_on_where_a_log_det_is_asked_for():
     layer = iz.AffineCoupling(lambda x, *, scale: torch.cat((x * scale, x), 1))
-    x, scale = torch.randn(3, 4), torch.randn(3, 1)
-    assert_close(
-        iz.InvertibleSequential(layer).forward_and_log_det(x, scale=scale), layer.forward_and_log_det(x, scale=scale)
-    )
+    (x, scale), net = (torch.randn(3, 4), torch.randn(3, 1)), iz.InvertibleSequential(layer)
+    assert_close(net.forward_and_log_det(x, scale=scale), layer.forward_and_log_det(x, scale=scale))
 
 
 def test_a_subnet_with_any_side_inputs_takes_those_without_names_of_their_own():
@@ -459,17 +431,6 @@ def test_hooks_are_the_user_s_own_after_a_step(mode: str):
     for _ in range(2):
         layer(torch.randn(3, 4)).sum().backward()
         assert [*layer.f._forward_hooks.values(), *layer.f._forward_pre_hooks.values()] == hooks
-
-
-@SAVING
-def test_requires_grad_is_that_of_the_forward_in_a_replay_alone(mode: str):
-    layer = iz.AdditiveCoupling(nn.Linear(2, 2), mode=mode)
-    weight, bias = layer.f.weight, layer.f.bias.requires_grad_(False)
-    y = layer(torch.randn(3, 4))
-    weight.requires_grad_(False)
-    bias.requires_grad_(True)
-    y.sum().backward()
-    assert (weight.requires_grad, bias.requires_grad) == (False, True)
 
 
 @SAVING

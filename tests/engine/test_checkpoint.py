@@ -1,6 +1,5 @@
 """`checkpoint`: the engine for plain callables."""
 
-import functools
 import weakref
 
 import pytest
@@ -51,35 +50,6 @@ def test_several_tensors_side_inputs_and_other_values(x):
     got = torch.autograd.grad((a + b.square()).sum(), [x, scale])
     a, b, label = function(x * 1, x + 1, "label", scale=scale)
     assert_close(got, torch.autograd.grad((a + b.square()).sum(), [x, scale]))
-
-
-def first_of(nets):
-    return lambda x: nets[0](x)
-
-
-@pytest.mark.parametrize(
-    "wrap",
-    [
-        lambda net: net,
-        lambda net: net.forward,
-        functools.partial,
-        lambda net: lambda x: net(x) + 0,
-        lambda net: first_of([net]),
-        lambda net: first_of((net,)),
-        lambda net: first_of({0: net}),
-    ],
-)
-def test_modules_behind_a_callable_are_found(wrap, x):
-    net = nn.Sequential(nn.Linear(32, 32).double(), nn.BatchNorm1d(32).double())
-    y = iz.checkpoint(wrap(net), x)
-    batches = net[1].num_batches_tracked.item()
-    y.sum().backward()
-    assert net[1].num_batches_tracked.item() == batches == 1
-    y = iz.checkpoint(wrap(net), x)
-    with torch.no_grad():
-        net[0].bias.add_(1)
-    with pytest.raises(RuntimeError, match="got a change of 'bias'"):
-        y.sum().backward()
 
 
 def test_callables_are_not_held(x):

@@ -48,15 +48,27 @@ def stack(**options):
     return iz.InvertibleSequential(*couplings, **options)
 
 
+def numbers():
+    return torch.randn(3, 4, dtype=torch.float64)
+
+
+def assert_frees_and_restores(net, x, *others, freed=True):
+    was, version = x.detach().clone(), x._version
+    y = net(x, *others)
+    assert all(other.untyped_storage().size() for other in others)
+    assert not freed or x.untyped_storage().size() == 0
+    sum(t.square().sum() for t in (y if isinstance(y, tuple) else [y])).backward()
+    assert type(x) is torch.Tensor
+    assert x._version == version
+    assert_close(x.detach(), was)
+
+
 @pytest.fixture
 def freed():
-    x = torch.randn(3, 4, dtype=torch.float64)
-    was = x.clone()
+    x = numbers()
     y = stack(free_input=True)(x)
-    assert x.untyped_storage().size() == 0
     yield x
     y.sum().backward()
-    assert_close(x, was)
 
 
 @pytest.mark.parametrize("read", READS.values(), ids=READS)
@@ -73,43 +85,28 @@ def test_metadata_can_be_read(freed):
     assert freed.grad_fn is None
 
 
-@pytest.mark.parametrize("leaf", [True, False])
+@pytest.mark.parametrize("needs_grad", [True, False])
 @pytest.mark.parametrize("first", [iz.Reverse, iz.Identity, iz.Interleave])
-def test_restored_though_nothing_in_backward_needs_it(first, leaf):
-    source = torch.randn(3, 4, dtype=torch.float64, requires_grad=not leaf)
-    x = source * 1
-    was, version = x.detach().clone(), x._version
-    y = iz.InvertibleSequential(first(), *stack(), free_input=True)(x)
-    assert x.untyped_storage().size() == (0 if first is not iz.Identity else x.untyped_storage().size())
-    y.square().sum().backward()
-    assert type(x) is torch.Tensor
-    assert x._version == version
-    assert_close(x.detach(), was)
+def test_restored_though_nothing_in_backward_needs_it(first, needs_grad):
+    x = numbers().requires_grad_(needs_grad) * 1
+    net = iz.InvertibleSequential(first(), *stack(), free_input=True)
+    assert_frees_and_restores(net, x, freed=first is not iz.Identity)  # which passes it on
 
 
 def test_gradients_are_those_of_a_plain_stack():
-    net, source = stack(free_input=True), torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
-    wanted = torch.autograd.grad(stack_plain(net, source * 2).square().sum(), [source, *net.parameters()])
+    net, source = stack(free_input=True), numbers().requires_grad_()
     got = torch.autograd.grad(net(source * 2).square().sum(), [source, *net.parameters()])
+    with iz.mode(net, "store"):
+        wanted = torch.autograd.grad(net(source * 2).square().sum(), [source, *net.parameters()])
     assert_close(got, wanted)
 
 
-def stack_plain(net, x):
-    with iz.mode(net, "store"):
-        return net(x)
-
-
 def test_a_single_layer_frees_and_restores():
-    layer, x = iz.InvertibleLinear(4, 4, dtype=torch.float64, free_input=True), torch.randn(3, 4, dtype=torch.float64)
-    was = x.clone()
-    y = layer(x)
-    assert x.untyped_storage().size() == 0
-    y.sum().backward()
-    assert_close(x, was)
+    assert_frees_and_restores(iz.InvertibleLinear(4, dtype=torch.float64, free_input=True), numbers())
 
 
 def test_dropping_the_graph_leaves_the_guard():
-    x = torch.randn(3, 4, dtype=torch.float64)
+    x = numbers()
     y = stack(free_input=True)(x)
     del y
     with pytest.raises(RuntimeError, match="freed"):
@@ -118,7 +115,7 @@ def test_dropping_the_graph_leaves_the_guard():
 
 @pytest.mark.parametrize("setting", ["no_grad", "store", "recompute", "frozen"])
 def test_nothing_is_freed_where_nothing_is_rebuilt(setting):
-    net, x = stack(free_input=True), torch.randn(3, 4, dtype=torch.float64)
+    net, x = stack(free_input=True), numbers()
     if setting in ("store", "recompute"):
         net.mode = setting
     net.requires_grad_(setting != "frozen")
@@ -128,12 +125,12 @@ def test_nothing_is_freed_where_nothing_is_rebuilt(setting):
 
 
 REFUSED = {
-    "a leaf that needs its gradient": lambda: torch.randn(3, 4, dtype=torch.float64, requires_grad=True),
+    "a leaf that needs its gradient": lambda: numbers().requires_grad_(),
     "a Tensor with layout torch.sparse_coo": lambda: torch.eye(3, dtype=torch.float64).to_sparse(),
     "a view": lambda: torch.randn(6, 4, dtype=torch.float64)[:3],
     "memory that is numpy's": lambda: torch.from_numpy(np.ones((3, 4))),
-    "other processes' too": lambda: torch.randn(3, 4, dtype=torch.float64).share_memory_(),
-    "memory is in use elsewhere": lambda: torch.randn(3, 4, dtype=torch.float64, requires_grad=True).exp(),
+    "other processes' too": lambda: numbers().share_memory_(),
+    "memory is in use elsewhere": lambda: numbers().requires_grad_().exp(),
 }
 
 
@@ -154,26 +151,16 @@ def test_a_container_frees_its_input_for_its_first_layer(where):
         net = iz.InvertibleSequential(net) if where.endswith("nested") else net
     elif where.endswith("later"):
         net.free_input = True
-    x = torch.randn(3, 4, dtype=torch.float64)
-    was = x.clone()
-    y = net(x)
-    assert x.untyped_storage().size() == 0
-    y.sum().backward()
-    assert_close(x, was)
+    assert_frees_and_restores(net, numbers())
 
 
 def test_a_stream_that_is_passed_on_is_not_freed():
-    x1, x2 = (torch.randn(3, 2, dtype=torch.float64) for _ in range(2))
-    was = x1.clone()
-    y = iz.AdditiveCoupling(nn.Linear(2, 2, dtype=torch.float64), free_input=True)(x1, x2)
-    assert x1.untyped_storage().size() == 0
-    assert x2.untyped_storage().size() == x2.nbytes
-    sum(t.sum() for t in y).backward()
-    assert_close(x1, was)
+    x1, x2 = numbers()[:, :2].clone(), numbers()[:, 2:].clone()
+    assert_frees_and_restores(iz.AdditiveCoupling(nn.Linear(2, 2).double(), free_input=True), x1, x2)
 
 
 def test_refused_while_a_view_of_it_is_held():
-    source = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    source = numbers().requires_grad_()
     x = iz.checkpoint(torch.exp, source, inverse=torch.log)
     view = x[0]
     with pytest.raises(ValueError, match="a view of it"):

@@ -86,6 +86,11 @@ def function(change):
     return planted(Scale, function=lambda self, x: change(self, x, Scale.function(self, x)))
 
 
+def argument(change):
+    """Plant something before the function of `Scale`."""
+    return planted(Scale, function=lambda self, x: Scale.function(self, change(x)))
+
+
 def inverse(change):
     """Plant something behind its inverse."""
     return planted(Scale, inverse=lambda self, y: change(self, y, Scale.inverse(self, y)))
@@ -340,12 +345,9 @@ DEFECTS = {
             planted(Scale, function=lambda self, x: 0 * x.detach().mul_(1) + Scale.function(self, x)),
             "got a write into it|RuntimeError",
         ),
-        "FrEIA's IResNetLayer": (
-            planted(Scale, function=lambda self, x: Scale.function(self, x.requires_grad_())),
-            "requires_grad=True|RuntimeError",
-        ),
+        "FrEIA's IResNetLayer": (argument(lambda x: x.requires_grad_()), "requires_grad=True|RuntimeError"),
         "memory is read": (
-            planted(Scale, function=lambda self, x: Scale.function(self, x.as_strided(x.shape, (x.shape[1], 1)))),
+            argument(lambda x: x.as_strided(x.shape, (x.shape[1], 1))),
             "on strided inputs|RuntimeError",
         ),
     },
@@ -389,10 +391,7 @@ DEFECTS = {
             log_det(lambda self, x, d: d if len(x) else x.new_zeros(1)),
             "outputs of shapes",
         ),
-        "no gradient of none": (
-            planted(Scale, function=lambda self, x: Scale.function(self, x if len(x) else x.detach())),
-            "gradients of all inputs of shapes",
-        ),
+        "no gradient of none": (argument(lambda x: x if len(x) else x.detach()), "gradients of all inputs of shapes"),
         "the mean of gradients": (function(lambda self, x, y: mean(y)), "the gradients of a batch of 1"),
     },
     "trainable": {

@@ -79,26 +79,22 @@ def test_a_domain_without_bounds_is_refused():
         draw_from(constraints.simplex, (2,), torch.Generator())
 
 
-@QUICK
-@given(x=strategies.inputs(testing.Case(iz.InvertibleLogit, (2,)), batch=st.integers(0, 3), dtype=torch.float32))
-def test_inputs_of_a_case(x):
-    assert x[0].dtype == torch.float32
-    assert x[0].shape[1:] == (2,)
-    assert ((x[0] >= 0) & (x[0] <= 1)).all()
+INTEGERS = testing.Case(iz.Identity, (2,), draw=lambda shape, g: torch.randint(0, 9, shape, generator=g))
+COUPLING = iz.AdditiveCoupling(nn.Linear(2, 2))
 
 
 @QUICK
-@given(
-    x=strategies.inputs(testing.Case(iz.Identity, (2,), draw=lambda shape, g: torch.randint(0, 9, shape, generator=g)))
-)
-def test_a_draw_of_the_case_is_used(x):
-    assert torch.equal(x[0], x[0].round())
-
-
-@QUICK
-@given(x=strategies.inputs(iz.AdditiveCoupling(nn.Linear(2, 2)), (2,), (2,), batch=1))
-def test_inputs_of_a_layer_with_two_streams(x):
-    assert [tuple(t.shape) for t in x] == [(1, 2), (1, 2)]
+@given(data=st.data())
+def test_inputs(data):
+    logit = testing.Case(iz.InvertibleLogit, (2,))
+    (x,) = data.draw(strategies.inputs(logit, batch=st.integers(0, 3), dtype=torch.float32))
+    assert x.dtype == torch.float32
+    assert x.shape[1:] == (2,)
+    assert ((x >= 0) & (x <= 1)).all()
+    (x,) = data.draw(strategies.inputs(INTEGERS))  # a draw of the case is used
+    assert torch.equal(x, x.round())
+    streams = data.draw(strategies.inputs(COUPLING, (2,), (2,), batch=1))
+    assert [tuple(x.shape) for x in streams] == [(1, 2), (1, 2)]
 
 
 BLOCKED = """
