@@ -119,26 +119,6 @@ def test_value_and_gradient_are_pytorchs(name: str, shape: list[int]) -> None:
         assert layer.log_det(x).shape == (shape[0],)
 
 
-@every
-@directions
-@dtypes
-def test_dtype_is_kept_and_precision_is_the_dtypes(name: str, direction: str, dtype: torch.dtype) -> None:
-    f = getattr(LAYERS[name], direction)
-    x = argument(LAYERS[name], direction, 500).detach().to(dtype)
-    y = f(x)
-    assert y.dtype == dtype
-    eps = torch.finfo(dtype).eps
-    assert_close(y.double(), f(x.double()), rtol=2 * eps, atol=2 * eps)
-
-
-@every
-@directions
-def test_transforms_of_torch_func(name: str, direction: str) -> None:
-    f, x = getattr(LAYERS[name], direction), argument(LAYERS[name], direction, 3, 4).detach()
-    assert_close(torch.func.vmap(f)(x), f(x))
-    assert_close(torch.func.vmap(torch.func.grad(lambda v: f(v).sum()))(x), torch.func.grad(lambda v: f(v).sum())(x))
-
-
 # ---- log-determinants -----------------------------------------------------------------------------------------------
 
 
@@ -146,34 +126,7 @@ def test_log_det_of_identity_takes_several_inputs() -> None:
     assert torch.equal(Identity().log_det(torch.ones(2, 3), torch.ones(2)), torch.zeros(2))
 
 
-@real
-def test_log_det_refuses_a_scalar_and_integers(name: str) -> None:
-    with pytest.raises(ValueError, match=r"Expected input to have a batch dim, for a log-determinant; got a scalar$"):
-        LAYERS[name].log_det(torch.tensor(0.5))
-    with pytest.raises(TypeError, match=r"Expected x to be real floating point; got torch.int64$"):
-        LAYERS[name].log_det(torch.ones(3, dtype=torch.long))
-
-
 # ---- bad input ------------------------------------------------------------------------------------------------------
-
-
-@real
-@directions
-@pytest.mark.parametrize(
-    ("value", "wanted"),
-    [
-        *(
-            (torch.ones(3).to(dtype), f"real floating point; got {dtype}")
-            for dtype in (torch.cfloat, torch.long, torch.bool)
-        ),
-        (0.5, "a Tensor; got float"),
-    ],
-    ids=["complex", "long", "bool", "float"],
-)
-def test_other_values_are_refused(name: str, direction: str, value: Any, wanted: str) -> None:
-    layer, argument = LAYERS[name], "x" if direction == "function" else "y"
-    with refused(f"{type(layer).__name__}: Expected {argument} to be {wanted}", TypeError):
-        getattr(layer, direction)(value)
 
 
 # ---- Identity -------------------------------------------------------------------------------------------------------
@@ -214,32 +167,6 @@ def test_leaky_relu_keeps_the_slope_of_what_underflows() -> None:
     assert torch.equal(torch.autograd.grad(y.sum(), x)[0], torch.tensor([0.01, 1]))
 
 
-def test_leaky_relu_stays_close_through_a_thousand_layers() -> None:
-    net = nn.Sequential(*(InvertibleLeakyReLU(slope) for slope in (0.3, 1 / 0.3) * 500))
-    x = torch.randn(50)
-    y = net(x)
-    for layer in reversed(net):
-        y = layer.inverse(y)
-    assert_close(y, x, rtol=2e-4, atol=0)
-
-
-@pytest.mark.parametrize("slope", [0, 0.0, -0.1, float("inf"), float("nan")])
-def test_leaky_relu_refuses_a_slope(slope: float) -> None:
-    with pytest.raises(
-        ValueError, match=r"^InvertibleLeakyReLU: Expected negative_slope to be positive and finite; got"
-    ):
-        InvertibleLeakyReLU(slope)
-
-
-def test_leaky_relu_refuses_a_slope_that_is_no_number() -> None:
-    with pytest.raises(TypeError, match=r"^InvertibleLeakyReLU: Expected negative_slope to be a number; got '0.1'$"):
-        InvertibleLeakyReLU("0.1")
-
-
-def test_leaky_relu_repr() -> None:
-    assert repr(InvertibleLeakyReLU(0.2)) == "InvertibleLeakyReLU(negative_slope=0.2)"
-
-
 # ---- SneakyReLU and ELU ---------------------------------------------------------------------------------------------
 
 
@@ -263,22 +190,6 @@ def test_sneaky_relu_has_gradients_where_the_form_that_is_not_taken_is_singular(
     y = torch.tensor([-0.5], dtype=torch.float64, requires_grad=True)
     (gradient,) = torch.autograd.grad(SneakyReLU(0.5).inverse(y).sum(), y)
     assert_close(gradient, SneakyReLU(0.5).log_det(SneakyReLU(0.5).inverse(y)).neg().exp())
-
-
-@pytest.mark.parametrize(("slope", "message"), [(0, "positive and finite; got 0"), (1, "below 1; got 1")])
-def test_sneaky_relu_refuses_a_slope(slope: float, message: str) -> None:
-    with pytest.raises(ValueError, match=rf"^SneakyReLU: Expected negative_slope to be {message}$"):
-        SneakyReLU(slope)
-
-
-def test_elu_refuses_an_alpha() -> None:
-    with pytest.raises(ValueError, match=r"^InvertibleELU: Expected alpha to be positive and finite; got -1$"):
-        InvertibleELU(-1)
-
-
-def test_smooth_kinked_reprs() -> None:
-    assert repr(SneakyReLU(0.2)) == "SneakyReLU(negative_slope=0.2)"
-    assert repr(InvertibleELU(0.2)) == "InvertibleELU(alpha=0.2)"
 
 
 def test_softplus_has_all_digits_far_out() -> None:
@@ -366,12 +277,6 @@ def test_a_flow_trains_through_saturated_values(name: str) -> None:
     assert torch.equal(*grads)
     assert grads[0].isfinite().all()
     assert grads[0].count_nonzero() >= 2
-
-
-@checked
-def test_nan_passes(name: str) -> None:
-    y = getattr(LAYERS[name], CHECKED[name][0])(torch.tensor([0.5, torch.nan]))
-    assert y.isnan().tolist() == [False, True]
 
 
 @pytest.mark.parametrize("name", [*CHECKED, "logit_eps"])
@@ -471,12 +376,6 @@ def test_eps_has_an_inverse_for_every_real_number() -> None:
     assert layer.inverse(y).tolist() == [-0.5, -0.5, 0.5, 1.5, 1.5]
     assert layer(torch.tensor([-0.5, 1.5])).tolist() == [-math.inf, math.inf]
     assert layer.domain.check(layer.inverse(y)).all()
-    with pytest.raises(
-        ValueError, match=r"InvertibleLogit: Expected x to have values in \[-0.5, 1.5\]; got values from"
-    ):
-        layer(torch.tensor([1.6]))
-    with pytest.raises(ValueError, match=r"InvertibleSigmoid: Expected y to have values in \[-0.5, 1.5\]; got values"):
-        InvertibleSigmoid(0.25).inverse(torch.tensor([1.6]))
 
 
 @pytest.mark.parametrize("eps", [0.05, 0.3, 1e-3])
@@ -485,14 +384,3 @@ def test_sigmoid_with_eps_takes_its_own_outputs(eps: float, dtype: torch.dtype) 
     layer = InvertibleSigmoid(eps)
     back = layer.inverse(layer(torch.tensor([-1e4, 0.0, 1e4], dtype=dtype)))
     assert not back.isnan().any()
-
-
-@pytest.mark.parametrize("layer", [InvertibleLogit, InvertibleSigmoid])
-def test_eps_is_checked_and_shown(layer: type[InvertibleModule]) -> None:
-    assert repr(layer()) == f"{layer.__name__}()"
-    assert repr(layer(eps=1e-6)) == f"{layer.__name__}(eps=1e-06)"
-    for eps in (0.5, -1e-6, math.nan):
-        with pytest.raises(ValueError, match=rf"{layer.__name__}: Expected eps to be in \[0, 0.5\); got {eps}"):
-            layer(eps)
-    with pytest.raises(TypeError, match=rf"{layer.__name__}: Expected eps to be a number; got None"):
-        layer(None)
