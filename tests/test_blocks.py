@@ -7,6 +7,7 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import invzoo as iz
+from tests.layers.helpers import inputs, jacobian, perturbed
 
 
 class Net(nn.Module):
@@ -27,51 +28,20 @@ class Net32(Net):
         super().__init__(inputs, outputs, torch.float32)
 
 
-def trained(layer, std=0.3):
-    with torch.no_grad():
-        for p in layer.parameters():
-            p.add_(std * torch.randn_like(p))
-    return layer
-
-
 def glow(features=5, **options):
     first = -(-features // 2)
-    return trained(iz.GlowStep(features, Net(features - first, 2 * first), dtype=torch.float64, **options))
+    return perturbed(iz.GlowStep(features, Net(features - first, 2 * first), dtype=torch.float64, **options), 0.3)
 
 
 def hint(features=7, **options):
-    return trained(iz.HINTCoupling(features, Net, **options))
-
-
-def inputs(*shape, dtype=torch.float64):
-    return torch.randn(shape, dtype=dtype, requires_grad=True)
-
-
-def jacobian(function, x):
-    matrix = torch.autograd.functional.jacobian(lambda sample: function(sample[None])[0], x.detach())
-    return matrix.reshape(x.numel(), x.numel())
-
-
-CASES = [
-    pytest.param(lambda: glow(5), (5, 3, 2), id="glow"),
-    pytest.param(lambda: glow(4, dim=-1, kind="plu"), (4,), id="glow of vectors"),
-    pytest.param(lambda: glow(4, dim=1, kind="scaled", scale="softclip"), (4, 3), id="glow of sequences"),
-    pytest.param(lambda: hint(7), (7,), id="hint"),
-    pytest.param(lambda: hint(6, depth=2), (6, 2, 2), id="hint of images"),
-    pytest.param(lambda: hint(6, dim=-1, scale="sigmoid"), (6,), id="hint, dim -1"),
-]
-blocks = pytest.mark.parametrize(("make", "shape"), CASES)
-
-
-@blocks
-def test_options_are_those_of_the_layers(make, shape):
-    block = make()
-    assert block.mode == "invert"
-    block.mode = "recompute"
-    assert all(m.mode == "recompute" for m in block.modules() if isinstance(m, iz.InvertibleModule))
+    return perturbed(iz.HINTCoupling(features, Net, **options), 0.3)
 
 
 def test_options_reach_every_layer():
+    block = hint()
+    assert block.mode == "invert"
+    block.mode = "recompute"
+    assert all(m.mode == "recompute" for m in block.modules() if isinstance(m, iz.InvertibleModule))
     for block in (glow(mode="store", check="never"), hint(mode="store", check="never")):
         layers = [m for m in block.modules() if isinstance(m, iz.AffineCoupling | iz.ActNorm)]
         assert {(m.mode, m.check) for m in layers} == {("store", "never")}
@@ -88,7 +58,7 @@ def test_options_reach_every_layer():
 def test_subnets_alone_in_half_precision(make, mode):
     """All else is float32, so that the inverse is as good as ever, and gradients do not depend on the mode."""
     half = torch.bfloat16
-    block, x = trained(make(lambda n, m: Net(n, m, half), half)), torch.randn(5, 7, 2, requires_grad=True)
+    block, x = perturbed(make(lambda n, m: Net(n, m, half), half), 0.3), torch.randn(5, 7, 2, requires_grad=True)
     block(x)  # sets the norm
     y, log_det = block.forward_and_log_det(x)
     assert {y.dtype, log_det.dtype} == {torch.float32}

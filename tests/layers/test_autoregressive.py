@@ -18,7 +18,7 @@ import invzoo as iz
 from invzoo.layers.couplings.made import MADE, spread
 from invzoo.layers.maps.affine import Affine
 from invzoo.layers.maps.mixture import MixtureOfLogistics
-from tests.layers.helpers import back
+from tests.layers.helpers import back, inputs, jacobian, perturbed
 
 MAPS = ["affine", "shift", "spline", Affine("softclip", 1.0), MixtureOfLogistics(2)]
 ORDERS = ["input", "reversed", "random"]
@@ -27,23 +27,8 @@ all_maps = pytest.mark.parametrize("map_", MAPS, ids=str)
 all_orders = pytest.mark.parametrize("order", ORDERS)
 
 
-def trained(layer, std=0.5):
-    with torch.no_grad():
-        for p in layer.parameters():
-            p.add_(std * torch.randn_like(p))
-    return layer
-
-
 def made(features=5, hidden=(12, 10), std=0.5, dtype=torch.float64, **options):
-    return trained(iz.MaskedAutoregressive(features, hidden, dtype=dtype, **options), std)
-
-
-def inputs(*shape, dtype=torch.float64):
-    return torch.randn(shape, dtype=dtype, requires_grad=True)
-
-
-def jacobian(function, x):
-    return torch.autograd.functional.jacobian(lambda sample: function(sample[None])[0], x)
+    return perturbed(iz.MaskedAutoregressive(features, hidden, dtype=dtype, **options), std)
 
 
 def test_shifts_keep_volumes():
@@ -94,7 +79,7 @@ def test_degrees_are_balanced(units, first, count):
 @pytest.mark.parametrize("context_features", [None, 3])
 def test_the_net_is_that_of_the_papers_masks(context_features):
     net = MADE(4, 2, (7, 5), context_features, torch.tanh, dtype=torch.float64)
-    trained(net)
+    perturbed(net, 0.5)
     x, context = inputs(6, 4), None if context_features is None else inputs(6, context_features)
     first, count = (1, 3) if context is None else (0, 4)
     degrees = [[1, 2, 3, 4], spread(7, first, count), spread(5, first, count), [0, 1, 2, 3, 0, 1, 2, 3]]

@@ -70,33 +70,6 @@ def of_sample(layer: Any, context: Tensor) -> Any:
 # Matrices in a batch
 
 
-@real_and_complex
-@all_kinds
-def test_matrices_take_parameters_with_leading_dims(kind: str, dtype: torch.dtype) -> None:
-    matrix = perturbed(MATRICES[kind]("Layer", 4, 4, dtype=dtype), 0.2)
-    parameters = [p + 0.3 * torch.randn(2, 3, *p.shape, dtype=p.dtype) for p in matrix.own()]
-    factors = matrix.factors(*parameters)
-    weight, inverse = matrix.weight(*factors), matrix.inverse(*factors)
-    log_det = weight.real.new_zeros(weight.shape[:-2]) if matrix.volume_preserving else matrix.log_det(*factors)
-    assert weight.shape == inverse.shape == (2, 3, 4, 4)
-    for i in range(2):
-        for j in range(3):
-            one = [p[i, j] for p in parameters]
-            assert_close(weight[i, j], matrix.weight(*matrix.factors(*one)))
-            assert_close(inverse[i, j], matrix.inverse(*matrix.factors(*one)))
-    assert_close(torch.linalg.slogdet(weight).logabsdet, log_det)
-    assert_close(weight @ inverse, torch.eye(4, dtype=dtype).expand(2, 3, -1, -1))
-
-
-@pytest.mark.parametrize("kind", WIDE)
-def test_wide_matrices_take_parameters_with_leading_dims(kind: str) -> None:
-    matrix = MATRICES[kind]("Layer", 5, 3, dtype=torch.float64)
-    factors = matrix.factors(*(p + 0.3 * torch.randn(2, *p.shape, dtype=p.dtype) for p in matrix.own()))
-    weight, inverse = matrix.weight(*factors), matrix.inverse(*factors)
-    assert weight.shape == (2, 5, 3)
-    assert_close(inverse @ weight, torch.eye(3, dtype=torch.float64).expand(2, -1, -1))
-
-
 @all_kinds
 def test_own_parameters_are_all_in_order(kind: str) -> None:
     matrix = MATRICES[kind]("Layer", 4, 4)

@@ -22,7 +22,7 @@ from invzoo.layers.maps.roots import bracket, newton, with_gradients
 from invzoo.layers.monotone import monotone
 from invzoo.layers.monotone.monotone import BernsteinPolynomial, Monotone, SumOfSquares, UnconstrainedMonotonic
 from invzoo.layers.residual import residual
-from tests.layers.helpers import inputs
+from tests.layers.helpers import inputs, perturbed
 
 
 class Cubic(nn.Module):
@@ -153,22 +153,15 @@ class Gradient(nn.Module):
             return self.scale * torch.autograd.grad(potential, point, create_graph=True)[0]
 
 
-def moved(layer: nn.Module) -> Any:
-    with torch.no_grad():
-        for p in layer.parameters():
-            p.add_(0.3 * torch.randn_like(p))
-    return layer.double()
-
-
 SEARCHES: dict[str, Callable[[], Any]] = {
     "monotone": lambda: Monotone(Cubic()),
     "monotone, differentiating": lambda: Monotone(Gradient(1.0)),
-    "snake": lambda: moved(iz.Snake(4)),
-    "net integral": lambda: moved(UnconstrainedMonotonic(4)),
-    "squares": lambda: moved(SumOfSquares(4)),
-    "bernstein": lambda: moved(BernsteinPolynomial(4)),
-    "mixture coupling": lambda: moved(iz.MixtureLogisticCoupling(nn.Linear(2, 28))),
-    "autoregressive": lambda: moved(iz.MaskedAutoregressive(4, (8,), map=MixtureOfLogistics(2))),
+    "snake": lambda: perturbed(iz.Snake(4).double(), 0.3),
+    "net integral": lambda: perturbed(UnconstrainedMonotonic(4).double(), 0.3),
+    "squares": lambda: perturbed(SumOfSquares(4).double(), 0.3),
+    "bernstein": lambda: perturbed(BernsteinPolynomial(4).double(), 0.3),
+    "mixture coupling": lambda: perturbed(iz.MixtureLogisticCoupling(nn.Linear(2, 28)).double(), 0.3),
+    "autoregressive": lambda: perturbed(iz.MaskedAutoregressive(4, (8,), map=MixtureOfLogistics(2)).double(), 0.3),
     "residual": lambda: iz.InvertibleResidual(lambda x: x.sin() / 2),
     "residual, differentiating": lambda: iz.InvertibleResidual(Gradient(0.4)),
 }

@@ -10,10 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from invzoo.containers import InvertibleSequential
 from invzoo.layers.rearrangements.halves import Deinterleave, Interleave, Swap
 from invzoo.layers.rearrangements.permutation import Permute, Reverse, Shuffle
-from invzoo.layers.rearrangements.split import Merge, Split
 from invzoo.module import InvertibleModule
 
 
@@ -124,17 +122,6 @@ def test_log_dets_of_other_numbers_are_zeros(name: str, dtype: torch.dtype, expe
         assert no_log_det(run(x)[1], 5, expected)
 
 
-def test_chains_on_streams_add_zeros() -> None:
-    x = torch.randn(3, 4, dtype=torch.float64)
-    net = InvertibleSequential(Split(), Swap(), Merge(), Permute([3, 0, 1, 2]), Reverse())
-    y, log_det = net.forward_and_log_det(x)
-    assert same(y, x[:, [0, 3, 2, 1]])
-    assert no_log_det(log_det, 3)
-    (a, b), log_det = InvertibleSequential(Split(), Swap()).forward_and_log_det(x)
-    assert same(torch.cat((b, a), 1), x)
-    assert no_log_det(log_det, 3)
-
-
 @every
 @directions
 @pytest.mark.parametrize("n", [2, 3, 4])
@@ -232,16 +219,6 @@ def test_shuffle_draws_anew_on_request() -> None:
 
 
 # ---- Swap -----------------------------------------------------------------------------------------------------------
-
-
-@given(n=st.integers(2, 12))
-def test_the_halves_are_those_of_chunk(n: int) -> None:
-    x = torch.randn(2, n)
-    a, b = x.chunk(2, 1)
-    assert same(Swap()(x), torch.cat((b, a), 1))
-    assert same(Interleave()(x)[:, ::2], a.contiguous())
-    assert same(Interleave()(x)[:, 1::2], b.contiguous())
-    assert same(Deinterleave().inverse(x), Interleave()(x))
 
 
 @directions

@@ -20,6 +20,14 @@ from invzoo.layers.maps.affine import Affine
 X, Y, net = ones(3, 4), ones(3, 7), nn.Sequential(nn.Linear(3, 3))
 
 
+# Words of several.
+DIMS = "to have dims (batch, channels, ...) with"
+MULTIPLES = "to have sizes that are multiples"
+RETURNED = "as function returns them; got y"
+LOG_DET = "for a log-determinant; got"
+BEHIND = "behind the batch, with"
+
+
 def same(n: int) -> list[iz.Identity]:
     return [iz.Identity() for _ in range(n)]
 
@@ -45,7 +53,7 @@ VALUE_ERRORS: Refused = {
         "scale to be one of ...; got 'cubic'": lambda _: iz.HINTCoupling(4, nn.Linear, scale="cubic"),
     },
     iz.layers.couplings.coupling.Coupling: {
-        "input to have spatial dims after dim 1, ...; got shape (3, 7)": lambda _: iz.AdditiveCoupling(
+        "input to have spatial dims after dim 1, for a checkerboard; got shape (3, 7)": lambda _: iz.AdditiveCoupling(
             net, split="checkerboard"
         )(Y)
     },
@@ -90,9 +98,9 @@ VALUE_ERRORS: Refused = {
         "x to have dims (..., features); got shape ()": lambda kind: kind(4, 5)(ones(())),
         "x to be on the layer's device cpu; got meta": lambda kind: kind(4, 5)(X.to("meta")),
         "x to have a batch dim, for a log-determinant; got shape (4,)": lambda kind: kind(4).log_det(ones(4)),
-        "conditioner to return shape (3, 20)...; got (3, 19)": lambda kind: kind(4, conditioner=lambda _: ones(3, 19))(
-            X, context=0
-        ),
+        "conditioner to return shape (3, 20), (batch, num_parameters); got (3, 19)": lambda kind: kind(
+            4, conditioner=lambda _: ones(3, 19)
+        )(X, context=0),
         "conditioner to return shape (3, 20)...; got (1, 20)": lambda kind: kind(
             4, conditioner=lambda _: ones(1, 20)
         ).inverse(X, context=0),
@@ -109,9 +117,11 @@ VALUE_ERRORS: Refused = {
         "out_channels to be channels=4 with kind='free'; got 5": lambda kind: kind(4, 5, kind="free"),
         "kind to be one of ...; got 'lu'": lambda _: iz.GlowStep(4, net, kind="lu"),
         "kind to be one of ...; got 'qr'": lambda _: iz.InvertiblePatchConv(3, kind="qr"),
-        "x to have dims ...; got shape (4,)": lambda kind: kind(4)(ones(4)),
-        "x to have dims ...; got shape (2, 4)": lambda kind: kind(4)(ones(2, 4)),
-        "y to have dims ...; got shape (2, 4, 1, 1, 1, 1)": lambda kind: kind(4).inverse(ones(2, 4, 1, 1, 1, 1)),
+        f"x {DIMS} one to three dims of pixels; got shape (4,)": lambda kind: kind(4)(ones(4)),
+        f"x {DIMS} one to three dims of pixels; got shape (2, 4)": lambda kind: kind(4)(ones(2, 4)),
+        f"y {DIMS} one to three dims of pixels; got shape (2, 4, 1, 1, 1, 1)": lambda kind: kind(4).inverse(
+            ones(2, 4, 1, 1, 1, 1)
+        ),
         "x to have size 4 in dim 1; got shape (4, 3, 3)": lambda kind: kind(4)(ones(4, 3, 3)),
         "y to have size 4 in dim 1; got shape (2, 3, 4, 4)": lambda kind: kind(4).inverse(ones(2, 3, 4, 4)),
         "out_channels to be at least channels=12; got 11": lambda _: iz.InvertiblePatchConv(3, 11, 2),
@@ -131,9 +141,9 @@ VALUE_ERRORS: Refused = {
         "max_log_scale to be positive and finite; got -1.0": lambda kind: kind(4, 2, max_log_scale=-1.0),
         "y to have size 4 in dim 1; got shape (2, 3)": lambda kind: kind(4, 2, dim=1).inverse(ones(2, 3)),
         "x to have size 4 in dim 1; got shape (2, 3)": lambda kind: kind(4, 2, dim=1).log_det(ones(2, 3)),
-        "x to have a batch dim before dim 0...; got (4, 3)": lambda kind: kind(4, 2, dim=0).log_det(ones(4, 3)),
-        "x to have a batch dim before dim -1...; got (4,)": lambda kind: kind(4, 2).log_det(ones(4)),
-        "x to have a batch dim before dim -2...; got (4, 3)": lambda kind: kind(4, 2, dim=-2).log_det(ones(4, 3)),
+        f"x to have a batch dim before dim 0, {LOG_DET} (4, 3)": lambda kind: kind(4, 2, dim=0).log_det(ones(4, 3)),
+        f"x to have a batch dim before dim -1, {LOG_DET} (4,)": lambda kind: kind(4, 2).log_det(ones(4)),
+        f"x to have a batch dim before dim -2, {LOG_DET} (4, 3)": lambda kind: kind(4, 2, dim=-2).log_det(ones(4, 3)),
     },
     iz.InvertiblePatchConv: {
         "channels to be at least 1; got 0": lambda kind: kind(0),
@@ -147,7 +157,7 @@ VALUE_ERRORS: Refused = {
         "stride to be an int or one to three of them; got ()": lambda kind: kind(4, ()),
         "init to be one of 'haar', 'dct', 'random'; got 'db2'": lambda kind: kind(4, init="db2"),
         "kind to be one of 'householder', 'cayley'; got 'plu'": lambda kind: kind(4, kind="plu"),
-        "x to have dims ... 2 dims of pixels; got shape (2, 4, 4)": lambda kind: kind(4)(ones(2, 4, 4)),
+        f"x {DIMS} 2 dims of pixels; got shape (2, 4, 4)": lambda kind: kind(4)(ones(2, 4, 4)),
         "x to have size 4 in dim 1; got shape (2, 3, 4, 4)": lambda kind: kind(4)(ones(2, 3, 4, 4)),
         "y to have size 16 in dim 1; got shape (2, 8, 2, 2)": lambda kind: kind(4).inverse(ones(2, 8, 2, 2)),
     },
@@ -157,7 +167,7 @@ VALUE_ERRORS: Refused = {
         "reflections to be at least 1; got 0": lambda kind: kind(4, reflections=0),
         "reflections to be None with kind='cayley'; got 2": lambda kind: kind(4, kind="cayley", reflections=2),
         "channels to be a multiple of 4, the pixels of a cell; got 6": lambda kind: kind(6),
-        "y to have ... multiples of (2, 2) in dims 2, ...; got shape (2, 4, 3, 4)": lambda kind: kind(16).inverse(
+        f"y {MULTIPLES} of (2, 2) in dims 2, ...; got shape (2, 4, 3, 4)": lambda kind: kind(16).inverse(
             ones(2, 4, 3, 4)
         ),
     },
@@ -175,15 +185,17 @@ VALUE_ERRORS: Refused = {
         "max_log_scale to be positive and finite; got -1.0": lambda kind: kind(4, 3, max_log_scale=-1.0),
         "kernel_size to be odd with mask='raster'; got (3, 2)": lambda kind: kind(4, (3, 2)),
         "mask to be one of 'raster', 'corner'; got 'lower'": lambda kind: kind(4, 3, mask="lower"),
-        "x to have dims (batch, channels, ...); got shape (2, 4, 3)": lambda kind: kind(4, 3).log_det(ones(2, 4, 3)),
+        "x to have dims (batch, channels, height, width); got shape (2, 4, 3)": lambda kind: kind(4, 3).log_det(
+            ones(2, 4, 3)
+        ),
         "x to have at least one pixel; got shape (2, 4, 0, 4)": lambda kind: kind(4, 3)(ones(2, 4, 0, 4)),
     },
     iz.ActNorm: {
         "features to be at least 1; got 0": lambda kind: kind(0),
         "min_std to be positive and finite; got 0.0": lambda kind: kind(3, min_std=0.0),
         "x to have size 3 in dim 1; got shape (2, 4)": lambda kind: kind(3)(ones(2, 4)),
-        "layer to have seen a training batch...; got one that has not": lambda kind: torch.func.grad(kind(3))(
-            ones(2, 3)
+        "layer to have seen a training batch before it is transformed or traced; got one that has not": lambda kind: (
+            torch.func.grad(kind(3))(ones(2, 3))
         ),
     },
     iz.ElementwiseAffine: {
@@ -197,10 +209,10 @@ VALUE_ERRORS: Refused = {
     },
     iz.ConditionalAffine: {
         "scale to be one of 'tanh', 'softclip', 'sigmoid', 'unit', 'exp'; got 'no'": lambda kind: kind(net, scale="no"),
-        "conditioner to return ...; got (2, 6, 3)": lambda kind: kind(nn.Identity(), dim=1)(
+        "conditioner to return shape (2, 6) or (2, 6, 4); got (2, 6, 3)": lambda kind: kind(nn.Identity(), dim=1)(
             ones(2, 3, 4), context=ones(2, 6, 3)
         ),
-        "conditioner to return ...; got (3, 6)": lambda kind: kind(nn.Identity(), dim=1)(
+        "conditioner to return shape (2, 6) or (2, 6, 4); got (3, 6)": lambda kind: kind(nn.Identity(), dim=1)(
             ones(2, 3, 4), context=ones(3, 6)
         ),
         "conditioner to return shape (3, 8); got (3, 4)": lambda kind: kind(lambda c: c + 0j)(X, context=X),
@@ -211,7 +223,9 @@ VALUE_ERRORS: Refused = {
         "eps to be positive and finite; got -1.0": lambda kind: kind(3, -1.0),
         "momentum to be None or in [0, 1]; got 2": lambda kind: kind(3, momentum=2),
         "max_log_scale to be positive and finite; got 0": lambda kind: kind(3, max_log_scale=0),
-        "input to have more than one value... in training; got shape (1, 3)": lambda kind: kind(3)(ones(1, 3)),
+        "input to have more than one value for each feature in training; got shape (1, 3)": lambda kind: kind(3)(
+            ones(1, 3)
+        ),
         "input to have size 3 in dim 1; got shape (2, 4)": lambda kind: kind(3)(ones(2, 4)),
         "input to have size 3 in dim 1; got shape (3,)": lambda kind: kind(3)(ones(3)),
     },
@@ -306,7 +320,9 @@ VALUE_ERRORS: Refused = {
     },
     iz.Leapfrog: {
         "step_size to be positive and finite; got 0": lambda kind: kind(net, 0),
-        "second stream to be ..., as the first; got torch.float32 of shape (3, 2)": lambda kind: kind(net)(X, X[:, :2]),
+        "second stream to be torch.float32 of shape (3, 4), as the first; got ...(3, 2)": lambda kind: kind(net)(
+            X, X[:, :2]
+        ),
     },
     iz.MomentumResidual: {
         "gamma to be below 1; got 1": lambda kind: kind(net, 1),
@@ -314,11 +330,15 @@ VALUE_ERRORS: Refused = {
         "second stream to be ..., as the first; got torch.float32 of shape (2, 4)": lambda kind: kind(net).inverse(
             X, X[:2]
         ),
-        "second stream to be ..., as the first; got torch.float64...": lambda kind: kind(net)(X, X.double()),
+        "second stream to be torch.float32 of shape (3, 4), as the first; got torch.float64...": lambda kind: kind(net)(
+            X, X.double()
+        ),
         "f to return a Tensor of shape (3, 4); got shape (3, 2)": lambda kind: kind(nn.Linear(4, 2))(X, X),
     },
     iz.lipschitz: {
-        "net to have parameters in plain ... layers; got BatchNorm1d": lambda kind: kind(nn.BatchNorm1d(3)),
+        "net to have parameters in plain linear and convolutional layers; got BatchNorm1d": lambda kind: kind(
+            nn.BatchNorm1d(3)
+        ),
         "net to have parameters in plain ... layers; got ParametrizedLinear": lambda kind: kind(kind(nn.Linear(3, 3))),
         "net to pad with zeros or circularly; got padding_mode='reflect'": lambda kind: kind(
             nn.Conv1d(2, 2, 3, padding=1, padding_mode="reflect")
@@ -352,7 +372,7 @@ VALUE_ERRORS: Refused = {
         "x to have a dim -3; got shape (3, 4)": lambda kind: kind(-3)(X),
         "y to have a dim 0; got shape ()": lambda kind: kind(0).inverse(ones(())),
         "x to have at least 2 entries in dim -1; got shape (3, 0)": lambda kind: kind(-1)(ones(3, 0)),
-        "input to be a Tensor with a batch dim...; got a scalar": lambda kind: kind().log_det(ones(()), ones(())),
+        f"input to be a Tensor with a batch dim, {LOG_DET} a scalar": lambda kind: kind().log_det(ones(()), ones(())),
     },
     iz.Interleave: {
         "x to have a dim 1; got shape (4,)": lambda kind: kind(1)(ones(4)),
@@ -368,12 +388,12 @@ VALUE_ERRORS: Refused = {
         "factor to be an int or one to three of them; got ()": lambda kind: kind(()),
         "factor to be an int or one to three of them; got (1, 2, 1, 2)": lambda kind: kind((1, 2, 1, 2)),
         "order to be one of 'channels_first', 'positions_first'; got 'tf'": lambda kind: kind(order="tf"),
-        "x to have dims ...; got shape (2, 4)": lambda kind: kind()(ones(2, 4)),
-        "y to have dims ...; got shape (2, 4, 2, 2, 2, 2)": lambda kind: kind().inverse(ones(2, 4, 2, 2, 2, 2)),
-        "x to have dims ... 1 dims of pixels; got shape (2, 4)": lambda kind: kind((2,))(ones(2, 4)),
-        "x to have ... multiples of (2, 3) in dims 2, ...; got shape (1, 1, 4, 4)": lambda kind: kind((2, 3))(
-            ones(1, 1, 4, 4)
+        f"x {DIMS} one to three dims of pixels; got shape (2, 4)": lambda kind: kind()(ones(2, 4)),
+        f"y {DIMS} one to three dims of pixels; got shape (2, 4, 2, 2, 2, 2)": lambda kind: kind().inverse(
+            ones(2, 4, 2, 2, 2, 2)
         ),
+        f"x {DIMS} 1 dims of pixels; got shape (2, 4)": lambda kind: kind((2,))(ones(2, 4)),
+        f"x {MULTIPLES} of (2, 3) in dims 2, ...; got shape (1, 1, 4, 4)": lambda kind: kind((2, 3))(ones(1, 1, 4, 4)),
         "y to have a multiple of 6 channels; got shape (1, 8, 4, 4)": lambda kind: kind((2, 3)).inverse(
             ones(1, 8, 4, 4)
         ),
@@ -401,8 +421,12 @@ VALUE_ERRORS: Refused = {
         "pattern to have the same axes on both sides; got 'b -> b c'": lambda kind: kind("b -> b c"),
         "pattern to have the same axes on both sides; got 'b c -> b c 2'": lambda kind: kind("b c -> b c 2"),
         "pattern to have the same axes on both sides; got 'b c ... -> b c'": lambda kind: kind("b c ... -> b c"),
-        "pattern to have no '...' inside parentheses...; got 'b ... -> (b ...)'": lambda kind: kind("b ... -> (b ...)"),
-        "sizes to give all but one of (c h)...; got none of c, h": lambda kind: kind("b (c h) -> b c h"),
+        "pattern to have no '...' inside parentheses, for an inverse; got 'b ... -> (b ...)'": lambda kind: kind(
+            "b ... -> (b ...)"
+        ),
+        "sizes to give all but one of (c h), for function and inverse; got none of c, h": lambda kind: kind(
+            "b (c h) -> b c h"
+        ),
         "sizes to name axes of the pattern; got 'd', 'e'": lambda kind: kind("b c -> b c", {"e": 1, "d": 2}),
         "size of 'c' to be at least 1; got 0": lambda kind: kind("b c -> b c", {"c": 0}),
         "x to have dims 'b (n p)' with {'p': 2}; got shape (3, 5)": lambda kind: kind("b (n p) -> b n p", {"p": 2})(
@@ -424,14 +448,12 @@ VALUE_ERRORS: Refused = {
     },
     iz.HaarDownsample: {
         "wavelet to be one of 'haar', 'db2', 'db3'; got 'db4'": lambda kind: kind("db4"),
-        "x to have ... multiples of (2, 2) in dims 2, ...; got shape (1, 1, 2, 3)": lambda kind: kind()(
-            ones(1, 1, 2, 3)
-        ),
+        f"x {MULTIPLES} of (2, 2) in dims 2, ...; got shape (1, 1, 2, 3)": lambda kind: kind()(ones(1, 1, 2, 3)),
         "y to have a multiple of 4 channels; got shape (1, 2, 2, 2)": lambda kind: kind().inverse(ones(1, 2, 2, 2)),
     },
     iz.HaarUpsample: {
         "order to be one of 'channels_first', 'positions_first'; got 'c'": lambda kind: kind(order="c"),
-        "x to have dims ...; got shape (2, 4)": lambda kind: kind()(ones(2, 4)),
+        f"x {DIMS} one to three dims of pixels; got shape (2, 4)": lambda kind: kind()(ones(2, 4)),
     },
     iz.DCT: {
         "x to have a dim 0 behind the batch; got shape (2, 4, 4)": lambda kind: kind(0)(ones(2, 4, 4)),
@@ -446,13 +468,13 @@ VALUE_ERRORS: Refused = {
     },
     iz.Slice: {
         "features to be at least 1; got 0": lambda kind: kind(0),
-        "x to have a dim 1 ... at least 3 entries; got shape (4, 2)": lambda kind: kind(3)(ones(4, 2)),
+        f"x to have a dim 1 {BEHIND} at least 3 entries; got shape (4, 2)": lambda kind: kind(3)(ones(4, 2)),
         "y to have a dim 1 behind the batch; got shape (4,)": lambda kind: kind(3).inverse(ones(4)),
-        "x to have a dim 0 ... at least 1 entries; got shape (4, 2)": lambda kind: kind(1, 0)(ones(4, 2)),
+        f"x to have a dim 0 {BEHIND} at least 1 entries; got shape (4, 2)": lambda kind: kind(1, 0)(ones(4, 2)),
     },
     iz.Augment: {
         "features to be at least 1; got 0": lambda kind: kind(0),
-        "y to have a dim 1 ... at least 3 entries; got shape (4, 2)": lambda kind: kind(3).inverse(ones(4, 2)),
+        f"y to have a dim 1 {BEHIND} at least 3 entries; got shape (4, 2)": lambda kind: kind(3).inverse(ones(4, 2)),
         "x to have a dim 1 behind the batch; got shape (4,)": lambda kind: kind(3)(ones(4)),
         "x to have a dim -2 behind the batch; got shape (4, 2)": lambda kind: kind(1, -2)(ones(4, 2)),
     },
@@ -504,7 +526,9 @@ TYPE_ERRORS: Refused = {
         "f to return real numbers, for a real stream; got torch.complex64": lambda kind: kind(lambda x: x + 0j)(X),
     },
     iz.AffineCoupling: {
-        "f to return real numbers, ...; got torch.complex64": lambda kind: kind(lambda x: ones(3, 4) + 0j)(X),
+        "f to return real numbers, for a real stream; got torch.complex64": lambda kind: kind(
+            lambda x: ones(3, 4) + 0j
+        )(X),
         "f to be a module or a function; got int": lambda _: iz.GlowStep(4, 3),
         "f to be a module or a function; got NoneType": lambda _: iz.HINTCoupling(4, lambda n, m: None),
     },
@@ -524,7 +548,9 @@ TYPE_ERRORS: Refused = {
         "side inputs among []; got ['context']": lambda kind: kind(4)(X, context=ones(3, 2)),
     },
     iz.InvertibleConv1x1: {
-        "layer to be a bijection ...; got one without": lambda kind: kind(4, 6).log_det(ones(2, 4, 4)),
+        "layer to be a bijection with a log-determinant; got one without": lambda kind: kind(4, 6).log_det(
+            ones(2, 4, 4)
+        ),
         "conditioner to be a module or a function; got str": lambda kind: kind(4, conditioner="net"),
         "out_channels to be an int; got 12.0": lambda _: iz.InvertiblePatchConv(3, 12.0, 2),
     },
@@ -553,15 +579,19 @@ TYPE_ERRORS: Refused = {
         "conditioner to return a Tensor; got list": lambda kind: kind(lambda c: [c])(ones(2, 3), context=1),
     },
     iz.InvertibleBatchNorm: {
-        "input to be of the layer's dtype ...; got torch.float64": lambda kind: kind(3, affine=False)(
+        "input to be of the layer's dtype torch.float32; got torch.float64": lambda kind: kind(3, affine=False)(
             ones(2, 3).double()
         ),
-        "inverse to be given ...; got y and 1 statistics": lambda kind: kind(3).inverse(ones(2, 3), ones(3)),
-        "inverse to be given ...; got y alone": lambda kind: kind(3, track_running_stats=False).inv(ones(2, 3)),
+        f"inverse to be given y, mean and std, {RETURNED} and 1 statistics": lambda kind: kind(3).inverse(
+            ones(2, 3), ones(3)
+        ),
+        f"inverse to be given y, mean and std, {RETURNED} alone": lambda kind: kind(3, track_running_stats=False).inv(
+            ones(2, 3)
+        ),
     },
     iz.InvertibleLayerNorm: {
         "normalized_shape to be an int; got 1.5": lambda kind: kind(1.5),
-        "inverse to be given ...; got y and 1 statistics": lambda kind: kind(3).inverse(ones(2, 3), ones(2, 1)),
+        f"inverse to be given y, mean, rstd, {RETURNED} and 1 statistics": lambda kind: kind(3).inverse(ones(2, 3), X),
     },
     iz.InvertibleLeakyReLU: {"negative_slope to be a number; got '0.1'": lambda kind: kind("0.1")},
     iz.InvertibleSigmoid: {"eps to be a number; got None": lambda kind: kind(None)},
@@ -611,7 +641,7 @@ TYPE_ERRORS: Refused = {
     },
     iz.Augment: {"side inputs among []; got ['context']": lambda kind: kind(1)(ones(2, 3), context=ones(2, 1))},
     iz.Slice: {
-        "distribution to be ... that returns a Distribution; got Normal": lambda kind: kind(
+        "distribution to be a module or a function that returns a Distribution; got Normal": lambda kind: kind(
             1, distribution=Normal(0.0, 1.0)
         )
     },

@@ -81,11 +81,12 @@ def reference_inverse(spline, y, h):
 # ---- the map --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("tails", TAILS)
+@pytest.mark.parametrize("tails", [*TAILS, None])
 @pytest.mark.parametrize(("bins", "bound", "gain"), [(2, 1.0, 1.0), (5, 3.0, 1.0), (8, 2.5, 0.3)])
 def test_agrees_with_the_papers_formulas(tails, bins, bound, gain):
     spline = spline_of(bins, bound, tails, gain=gain)
     x, h = draw(spline, 60, 1)
+    x = x if tails else (x.detach() / 2).clamp(-bound, bound).requires_grad_()
     wanted = [reference(spline, a, b) for a, b in zip(x.flatten().tolist(), h)]
     y, log_slope = there(spline, x, h, 1)
     assert_close(y.flatten(), torch.tensor([v for v, _ in wanted], dtype=torch.float64))
@@ -93,7 +94,7 @@ def test_agrees_with_the_papers_formulas(tails, bins, bound, gain):
     assert_close(there(spline, x, h, 1)[0], y)
     assert_close(there(spline, x, h, 1)[1], log_slope)
     assert_close(torch.autograd.grad(y.sum(), x)[0].log(), log_slope)
-    if tails == "linear":
+    if tails != "circular":
         wanted = [reference_inverse(spline, a, b) for a, b in zip(x.flatten().tolist(), h)]
         assert_close(back(spline, x, h, 1).flatten(), torch.tensor(wanted, dtype=torch.float64))
 
@@ -215,15 +216,6 @@ def test_nan_and_infinity_pass():
     assert_close(there(NARROW, x, h, 1)[1], torch.tensor([[math.nan], [0.0], [0.0]]), equal_nan=True)
 
 
-@pytest.mark.parametrize("tails", TAILS)
-def test_float32_agrees_with_float64(tails):
-    spline = spline_of(tails=tails)
-    x, h = (t.detach().float() for t in draw(spline, 500, 3, size=2.0))
-    for function in (there, back):
-        found, wanted = function(spline, x, h), function(spline, x.double(), h.double())
-        assert_close([v.double() for v in tuple_of(found)], [*tuple_of(wanted)], rtol=1e-4, atol=1e-4)
-
-
 def test_autograd_keeps_two_numbers_for_each_bin():
     spline = spline_of(64)
     x, h = draw(spline, 10, 20)
@@ -260,17 +252,6 @@ def test_without_tails_the_ends_stay_and_have_free_slopes(bound, dtype):
                 assert slope.std() > 0.1
 
 
-def test_without_tails_values_are_those_of_the_papers_formulas():
-    spline = spline_of(5, 2.0, None)
-    h = torch.randn(60, spline.parameters, dtype=torch.float64)
-    x = torch.rand(60, 1, dtype=torch.float64).mul(3.9).sub(1.95).requires_grad_()
-    y, log_slope = there(spline, x, h, 1)
-    wanted = [reference(spline, a, b) for a, b in zip(x.flatten().tolist(), h)]
-    assert_close(y.flatten(), torch.tensor([v for v, _ in wanted], dtype=torch.float64))
-    assert_close(log_slope.exp().flatten(), torch.tensor([v for _, v in wanted], dtype=torch.float64))
-    assert_close(back(spline, y, h, 1), x)
-
-
 LAYERS_WITHOUT_TAILS = {
     "RationalQuadraticSpline": lambda: iz.RationalQuadraticSpline(4, tails=None, bound=2.0),
     "RationalQuadraticCoupling": lambda: iz.RationalQuadraticCoupling(nn.Linear(2, 50), tails=None, bound=2.0),
@@ -299,17 +280,6 @@ def test_without_tails_values_that_cannot_be_read_give_nan():
 
 
 # ---- the layers -----------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def test_deep_stacks_of_conditioned_splines_come_back_in_float32():
-    layers = []
-    for _ in range(64):
-        net = nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 64 * 23))
-        layers += [iz.RationalQuadraticSpline(64, conditioner=net), iz.InvertibleLinear(64)]
-        nn.init.normal_(layers[-2].weight, std=0.5)
-    net, x, context = iz.InvertibleSequential(*layers), torch.randn(64, 64), torch.randn(64, 8)
-    assert (net.inverse(net(x, context=context), context=context) - x).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize(

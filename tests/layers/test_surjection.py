@@ -14,7 +14,7 @@ from invzoo.layers.couplings.couplings import AffineCoupling
 from invzoo.layers.linear.linear import InvertibleLinear
 from invzoo.layers.surjections.dequantize import Dequantize
 from invzoo.layers.surjections.surjection import Abs, Augment, Slice, Surjection
-from invzoo.module import Inverse, mode
+from invzoo.module import mode
 from tests.layers.helpers import close, refused
 
 
@@ -392,11 +392,3 @@ def test_a_flow_of_surjections_trains_alike_in_every_mode() -> None:
     for value in ("recompute", "invert"):
         for actual, wanted in zip(run(value), expected):
             close(actual, wanted, 1e-4)
-
-
-def test_swapped_by_hand_it_maps_alike() -> None:
-    layer = Augment(2)
-    x = torch.randn(3, 4)
-    y = layer(x)
-    assert torch.equal(Inverse(layer)(y), x)
-    assert layer.inv.inv is layer

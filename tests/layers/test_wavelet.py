@@ -2,45 +2,24 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from invzoo.layers.rearrangements.wavelet import DCT, WAVELETS, HaarDownsample, HaarUpsample, Hadamard
-from invzoo.module import InvertibleModule
+from invzoo.testing import CATALOGUE
 from tests.layers.helpers import close
 
-CASES: dict[str, tuple[Callable[..., InvertibleModule], tuple[int, ...]]] = {
-    "haar-1d": (HaarDownsample, (2, 3, 4)),
-    "haar-2d": (HaarDownsample, (2, 3, 4, 6)),
-    "haar-3d": (HaarDownsample, (2, 1, 2, 4, 2)),
-    "haar-positions": (lambda **o: HaarDownsample(order="positions_first", **o), (2, 3, 4, 6)),
-    "haar-up": (HaarUpsample, (2, 8, 2, 3)),
-    "db2": (lambda **o: HaarDownsample("db2", **o), (2, 1, 8, 6)),
-    "db2-short": (lambda **o: HaarDownsample("db2", **o), (2, 1, 2, 4)),
-    "db3": (lambda **o: HaarDownsample("db3", **o), (2, 2, 10)),
-    "db3-up": (lambda **o: HaarUpsample("db3", order="positions_first", **o), (2, 4, 3, 4)),
-    "dct": (DCT, (2, 5)),
-    "dct-one": (DCT, (2, 3, 1)),
-    "dct-pixels": (lambda **o: DCT((-2, -1), **o), (2, 3, 4, 5)),
-    "dct-channels": (lambda **o: DCT(1, **o), (2, 3, 4)),
-    "hadamard": (lambda **o: Hadamard(1, **o), (2, 8, 3)),
-    "hadamard-one": (Hadamard, (2, 1)),
-    "hadamard-pixels": (lambda **o: Hadamard((-1, 2), **o), (2, 3, 4, 2)),
+CASES = {
+    case.name: case
+    for entry in CATALOGUE
+    if entry.layer in (HaarDownsample, HaarUpsample, DCT, Hadamard)
+    for case in entry.cases
 }
 
 every = pytest.mark.parametrize("name", CASES)
 directions = pytest.mark.parametrize("direction", ["function", "inverse"])
-
-
-def layer_of(name: str, **options: Any) -> InvertibleModule:
-    return CASES[name][0](**options)
-
-
-def input_of(name: str, **kind: Any) -> Tensor:
-    return torch.randn(CASES[name][1], **{"dtype": torch.float64, **kind})
 
 
 def matrix_of(function: Callable[[Tensor], Tensor], shape: tuple[int, ...]) -> Tensor:
@@ -54,7 +33,7 @@ def matrix_of(function: Callable[[Tensor], Tensor], shape: tuple[int, ...]) -> T
 
 @every
 def test_is_orthonormal_and_its_inverse_the_transpose(name: str) -> None:
-    layer, x = layer_of(name), input_of(name)
+    layer, (x,) = CASES[name].layer(), CASES[name].inputs()
     matrix = matrix_of(layer, x.shape[1:])
     eye = torch.eye(len(matrix), dtype=torch.float64)
     close(matrix @ matrix.T, eye)
@@ -70,11 +49,12 @@ def test_is_orthonormal_and_its_inverse_the_transpose(name: str) -> None:
 @every
 @directions
 def test_no_more_than_a_row_is_saved_for_backward(name: str, direction: str) -> None:
-    layer, sizes = layer_of(name), list[int]()
-    x = input_of(name) if direction == "function" else layer(input_of(name))
+    layer, (x,), sizes = CASES[name].layer(), CASES[name].inputs(), list[int]()
+    shape = x.shape
+    x = x if direction == "function" else layer(x)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
         getattr(layer, direction)(x.requires_grad_())
-    assert all(size in CASES[name][1] for size in sizes)
+    assert all(size in shape for size in sizes)
 
 
 def test_a_replay_of_the_dct_transforms_once(monkeypatch: pytest.MonkeyPatch) -> None:
