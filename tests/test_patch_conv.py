@@ -50,46 +50,10 @@ def test_wide_inverse_is_the_nearest_patch(kernel: tuple[int, ...]) -> None:
     assert_close(layer.weight.flatten(1).mT @ gap, torch.zeros(2, layer.weight[0].numel(), gap.shape[-1]).double())
 
 
-@pytest.mark.parametrize("shape", [(0, 2, 4, 4), (2, 2, 0, 4), (1, 2, 2, 2)], ids=str)
-def test_odd_sizes(shape: tuple[int, ...]) -> None:
-    layer, x = conv(2, 2, 1), torch.randn(shape, dtype=torch.float64)
-    assert_close(layer.inverse(layer(x)), x)
-
-
-def test_complex() -> None:
-    layer, x = conv(2, 2, dtype=torch.complex128), image(2, (2, 2), torch.complex128)
-    assert_close(layer(x), F.conv2d(x, layer.weight, layer.mix.bias, stride=2))
-    assert_close(layer.inverse(layer(x)), x)
-
-
-def test_autocast_loses_nothing() -> None:
-    layer, x = conv(2, 2, dtype=torch.float32), image(2, (2, 2), torch.float32)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        y = layer(x)
-    assert_close(y, layer(x), rtol=0, atol=0)
-
-
 def test_names() -> None:
     layer = iz.InvertiblePatchConv(1, bias=False)
     assert [name for name, _ in layer.named_parameters()] == ["mix.matrix.vectors"]
     assert (layer.channels, layer.out_channels, layer.kernel_size) == (1, 4, (2, 2))
-
-
-@pytest.mark.parametrize(
-    ("arguments", "options", "error", "match"),
-    [
-        ((0,), {}, ValueError, "PatchConv: Expected channels to be at least 1; got 0"),
-        ((3, 11, 2), {}, ValueError, "Conv1x1: Expected out_channels to be at least channels=12; got 11"),
-        ((3, 12.0, 2), {}, TypeError, "Conv1x1: Expected out_channels to be an int; got 12.0"),
-        ((3, None, 0), {}, ValueError, "PatchConv: Expected kernel_size to be at least 1; got 0"),
-        ((3, None, (1,) * 4), {}, ValueError, "PatchConv: Expected kernel_size to be an int or one to three of them"),
-        ((3,), {"kind": "lu"}, ValueError, "Conv1x1: Expected kind to be one of 'householder', 'cayley'"),
-        ((3,), {"kind": "cayley", "reflections": 2}, ValueError, "Conv1x1: Expected reflections to be None"),
-    ],
-)
-def test_bad_arguments(arguments: tuple[Any, ...], options: dict[str, Any], error: type[Exception], match: str) -> None:
-    with pytest.raises(error, match=f"Invertible{match}"):
-        iz.InvertiblePatchConv(*arguments, **options)
 
 
 def test_bad_inputs_name_the_layer_inside() -> None:

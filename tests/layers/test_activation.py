@@ -2,7 +2,6 @@
 
 import copy
 import math
-from typing import Any
 
 import pytest
 import torch
@@ -14,54 +13,29 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.distributions import constraints
 from torch.testing import assert_close
 
-from invzoo.layers.activations.activation import Identity, InvertibleELU, InvertibleLeakyReLU, SneakyReLU
-from invzoo.layers.activations.squash import (
-    InvertibleAtanh,
-    InvertibleExp,
-    InvertibleLog,
-    InvertibleLogit,
-    InvertibleSigmoid,
-    InvertibleSoftplus,
-    InvertibleTanh,
-)
-from invzoo.module import InvertibleModule, mode
+import invzoo as iz
 from invzoo.testing.inputs import bounds
 from tests.layers.helpers import refused
 
-LAYERS = {
-    "identity": Identity(),
-    "leaky_relu": InvertibleLeakyReLU(),
-    "leaky_relu_steep": InvertibleLeakyReLU(3),
-    "sigmoid": InvertibleSigmoid(),
-    "logit": InvertibleLogit(),
-    "sigmoid_eps": InvertibleSigmoid(0.1),
-    "logit_eps": InvertibleLogit(0.1),
-    "tanh": InvertibleTanh(),
-    "atanh": InvertibleAtanh(),
-    "softplus": InvertibleSoftplus(),
-    "exp": InvertibleExp(),
-    "log": InvertibleLog(),
-    "elu": InvertibleELU(),
-    "elu_half": InvertibleELU(0.5),
-    "sneaky_relu": SneakyReLU(0.25),
+# Layers, and PyTorch's own functions.
+PAIRED = {
+    "identity": (iz.Identity(), lambda x: x),
+    "leaky_relu": (iz.InvertibleLeakyReLU(), F.leaky_relu),
+    "leaky_relu_steep": (iz.InvertibleLeakyReLU(3), lambda x: F.leaky_relu(x, 3)),
+    "sigmoid": (iz.InvertibleSigmoid(), torch.sigmoid),
+    "logit": (iz.InvertibleLogit(), torch.logit),
+    "sigmoid_eps": (iz.InvertibleSigmoid(0.1), lambda x: (torch.sigmoid(x) - 0.1) / 0.8),
+    "logit_eps": (iz.InvertibleLogit(0.1), lambda x: torch.logit(0.1 + 0.8 * x)),
+    "tanh": (iz.InvertibleTanh(), torch.tanh),
+    "atanh": (iz.InvertibleAtanh(), torch.atanh),
+    "softplus": (iz.InvertibleSoftplus(), F.softplus),
+    "exp": (iz.InvertibleExp(), torch.exp),
+    "log": (iz.InvertibleLog(), torch.log),
+    "elu": (iz.InvertibleELU(), F.elu),
+    "elu_half": (iz.InvertibleELU(0.5), lambda x: F.elu(x, 0.5)),
+    "sneaky_relu": (iz.SneakyReLU(0.25), lambda x: (x + 0.6 * ((1 + x**2).sqrt() - 1)) / 1.6),
 }
-REFERENCES = {
-    "identity": lambda x: x,
-    "leaky_relu": F.leaky_relu,
-    "leaky_relu_steep": lambda x: F.leaky_relu(x, 3),
-    "sigmoid": torch.sigmoid,
-    "logit": torch.logit,
-    "sigmoid_eps": lambda x: (torch.sigmoid(x) - 0.1) / 0.8,
-    "logit_eps": lambda x: torch.logit(0.1 + 0.8 * x),
-    "tanh": torch.tanh,
-    "atanh": torch.atanh,
-    "softplus": F.softplus,
-    "exp": torch.exp,
-    "log": torch.log,
-    "elu": F.elu,
-    "elu_half": lambda x: F.elu(x, 0.5),
-    "sneaky_relu": lambda x: (x + 0.6 * ((1 + x**2).sqrt() - 1)) / 1.6,
-}
+LAYERS = {name: layer for name, (layer, _) in PAIRED.items()}
 # The layers that look at values, the method that does, and the interval.
 CHECKED = {
     "sigmoid": ("inverse", 0, 1),
@@ -74,11 +48,9 @@ CHECKED = {
     "elu": ("inverse", -1, math.inf),
 }
 OTHER = {"function": "inverse", "inverse": "function"}
-REAL = [name for name in LAYERS if name != "identity"]
 PAIRS = [("sigmoid", "logit"), ("tanh", "atanh"), ("exp", "log")]
 
 every = pytest.mark.parametrize("name", LAYERS)
-real = pytest.mark.parametrize("name", REAL)
 checked = pytest.mark.parametrize("name", CHECKED)
 directions = pytest.mark.parametrize("direction", ["function", "inverse"])
 dtypes = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
@@ -98,7 +70,7 @@ def inside(constraint: constraints.Constraint, *shape: int, dtype: torch.dtype =
     return (low + (high - low) * (0.05 + 0.9 * torch.rand(shape, dtype=dtype))).requires_grad_()
 
 
-def argument(layer: InvertibleModule, direction: str, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+def argument(layer: iz.InvertibleModule, direction: str, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
     return inside(layer.domain if direction == "function" else layer.codomain, *shape, dtype=dtype)
 
 
@@ -108,9 +80,9 @@ def argument(layer: InvertibleModule, direction: str, *shape: int, dtype: torch.
 @every
 @given(shape=shapes)
 def test_value_and_gradient_are_pytorchs(name: str, shape: list[int]) -> None:
-    layer = LAYERS[name]
+    layer, reference = PAIRED[name]
     x = inside(layer.domain, *shape)
-    y, expected = layer(x), REFERENCES[name](x)
+    y, expected = layer(x), reference(x)
     assert_close(y, expected)
     cotangent = torch.randn_like(y)
     assert_close(*(torch.autograd.grad(out, x, cotangent)[0] for out in (y, expected)))
@@ -119,61 +91,14 @@ def test_value_and_gradient_are_pytorchs(name: str, shape: list[int]) -> None:
         assert layer.log_det(x).shape == (shape[0],)
 
 
-@every
-@directions
-@dtypes
-def test_dtype_is_kept_and_precision_is_the_dtypes(name: str, direction: str, dtype: torch.dtype) -> None:
-    f = getattr(LAYERS[name], direction)
-    x = argument(LAYERS[name], direction, 500).detach().to(dtype)
-    y = f(x)
-    assert y.dtype == dtype
-    eps = torch.finfo(dtype).eps
-    assert_close(y.double(), f(x.double()), rtol=2 * eps, atol=2 * eps)
-
-
-@every
-@directions
-def test_transforms_of_torch_func(name: str, direction: str) -> None:
-    f, x = getattr(LAYERS[name], direction), argument(LAYERS[name], direction, 3, 4).detach()
-    assert_close(torch.func.vmap(f)(x), f(x))
-    assert_close(torch.func.vmap(torch.func.grad(lambda v: f(v).sum()))(x), torch.func.grad(lambda v: f(v).sum())(x))
-
-
 # ---- log-determinants -----------------------------------------------------------------------------------------------
 
 
 def test_log_det_of_identity_takes_several_inputs() -> None:
-    assert torch.equal(Identity().log_det(torch.ones(2, 3), torch.ones(2)), torch.zeros(2))
-
-
-@real
-def test_log_det_refuses_a_scalar_and_integers(name: str) -> None:
-    with pytest.raises(ValueError, match=r"Expected input to have a batch dim, for a log-determinant; got a scalar$"):
-        LAYERS[name].log_det(torch.tensor(0.5))
-    with pytest.raises(TypeError, match=r"Expected x to be real floating point; got torch.int64$"):
-        LAYERS[name].log_det(torch.ones(3, dtype=torch.long))
+    assert torch.equal(iz.Identity().log_det(torch.ones(2, 3), torch.ones(2)), torch.zeros(2))
 
 
 # ---- bad input ------------------------------------------------------------------------------------------------------
-
-
-@real
-@directions
-@pytest.mark.parametrize(
-    ("value", "wanted"),
-    [
-        *(
-            (torch.ones(3).to(dtype), f"real floating point; got {dtype}")
-            for dtype in (torch.cfloat, torch.long, torch.bool)
-        ),
-        (0.5, "a Tensor; got float"),
-    ],
-    ids=["complex", "long", "bool", "float"],
-)
-def test_other_values_are_refused(name: str, direction: str, value: Any, wanted: str) -> None:
-    layer, argument = LAYERS[name], "x" if direction == "function" else "y"
-    with refused(f"{type(layer).__name__}: Expected {argument} to be {wanted}", TypeError):
-        getattr(layer, direction)(value)
 
 
 # ---- Identity -------------------------------------------------------------------------------------------------------
@@ -181,7 +106,7 @@ def test_other_values_are_refused(name: str, direction: str, value: Any, wanted:
 
 def test_identity_returns_what_it_gets() -> None:
     a, b = torch.ones(2, requires_grad=True), torch.zeros(3, dtype=torch.long)
-    layer = Identity()
+    layer = iz.Identity()
     assert layer(a) is a
     assert layer.inverse(b) is b
     assert all(got is given for got, given in zip(layer(a, b), (a, b), strict=True))
@@ -195,7 +120,7 @@ def test_identity_returns_what_it_gets() -> None:
 
 @given(x=st.floats(-1e30, 1e30), slope=st.floats(1e-3, 1e3))
 def test_leaky_relu_by_hand(x: float, slope: float) -> None:
-    layer, value = InvertibleLeakyReLU(slope), torch.tensor(x, dtype=torch.float64)
+    layer, value = iz.InvertibleLeakyReLU(slope), torch.tensor(x, dtype=torch.float64)
     y = layer(value)
     assert y.item() == (x if x > 0 else x * slope)
     assert_close(layer.inverse(y), value, rtol=1e-15, atol=1e-320)
@@ -203,41 +128,15 @@ def test_leaky_relu_by_hand(x: float, slope: float) -> None:
 
 @pytest.mark.parametrize("zero", [0.0, -0.0])
 def test_leaky_relu_gradients_at_zero(zero: float) -> None:
-    layer, x = InvertibleLeakyReLU(0.25), torch.tensor(zero, dtype=torch.float64, requires_grad=True)
+    layer, x = iz.InvertibleLeakyReLU(0.25), torch.tensor(zero, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.grad(layer(x), x)[0] == 0.25 == torch.autograd.grad(F.leaky_relu(x, 0.25), x)[0]
     assert torch.autograd.grad(layer.inverse(x), x)[0] == 4
 
 
 def test_leaky_relu_keeps_the_slope_of_what_underflows() -> None:
     x = torch.tensor([-1e-45, 1e-45], requires_grad=True)
-    y = InvertibleLeakyReLU(check="never")(x)
+    y = iz.InvertibleLeakyReLU(check="never")(x)
     assert torch.equal(torch.autograd.grad(y.sum(), x)[0], torch.tensor([0.01, 1]))
-
-
-def test_leaky_relu_stays_close_through_a_thousand_layers() -> None:
-    net = nn.Sequential(*(InvertibleLeakyReLU(slope) for slope in (0.3, 1 / 0.3) * 500))
-    x = torch.randn(50)
-    y = net(x)
-    for layer in reversed(net):
-        y = layer.inverse(y)
-    assert_close(y, x, rtol=2e-4, atol=0)
-
-
-@pytest.mark.parametrize("slope", [0, 0.0, -0.1, float("inf"), float("nan")])
-def test_leaky_relu_refuses_a_slope(slope: float) -> None:
-    with pytest.raises(
-        ValueError, match=r"^InvertibleLeakyReLU: Expected negative_slope to be positive and finite; got"
-    ):
-        InvertibleLeakyReLU(slope)
-
-
-def test_leaky_relu_refuses_a_slope_that_is_no_number() -> None:
-    with pytest.raises(TypeError, match=r"^InvertibleLeakyReLU: Expected negative_slope to be a number; got '0.1'$"):
-        InvertibleLeakyReLU("0.1")
-
-
-def test_leaky_relu_repr() -> None:
-    assert repr(InvertibleLeakyReLU(0.2)) == "InvertibleLeakyReLU(negative_slope=0.2)"
 
 
 # ---- SneakyReLU and ELU ---------------------------------------------------------------------------------------------
@@ -247,12 +146,12 @@ def test_leaky_relu_repr() -> None:
 @pytest.mark.parametrize("slope", [0.01, 0.5, 0.999])
 def test_sneaky_relu_cancels_nothing(slope: float, dtype: torch.dtype) -> None:
     size = 10.0 ** torch.arange(-30, 17, dtype=dtype)
-    layer, x = SneakyReLU(slope), torch.cat((-size, torch.zeros(1, dtype=dtype), size))
+    layer, x = iz.SneakyReLU(slope), torch.cat((-size, torch.zeros(1, dtype=dtype), size))
     assert_close(layer.inverse(layer.function(x)), x, rtol=1000 * torch.finfo(dtype).eps, atol=0)
 
 
 def test_sneaky_relu_is_smooth_where_its_inverse_changes_form() -> None:
-    layer = SneakyReLU(0.25)
+    layer = iz.SneakyReLU(0.25)
     y = torch.tensor([-0.375, -0.375 - 1e-9, -0.375 + 1e-9, 0.0], dtype=torch.float64, requires_grad=True)
     assert torch.autograd.grad(layer.inverse(y).sum(), y)[0].isfinite().all()
     assert gradcheck(layer.inverse, y)
@@ -261,31 +160,15 @@ def test_sneaky_relu_is_smooth_where_its_inverse_changes_form() -> None:
 
 def test_sneaky_relu_has_gradients_where_the_form_that_is_not_taken_is_singular() -> None:
     y = torch.tensor([-0.5], dtype=torch.float64, requires_grad=True)
-    (gradient,) = torch.autograd.grad(SneakyReLU(0.5).inverse(y).sum(), y)
-    assert_close(gradient, SneakyReLU(0.5).log_det(SneakyReLU(0.5).inverse(y)).neg().exp())
-
-
-@pytest.mark.parametrize(("slope", "message"), [(0, "positive and finite; got 0"), (1, "below 1; got 1")])
-def test_sneaky_relu_refuses_a_slope(slope: float, message: str) -> None:
-    with pytest.raises(ValueError, match=rf"^SneakyReLU: Expected negative_slope to be {message}$"):
-        SneakyReLU(slope)
-
-
-def test_elu_refuses_an_alpha() -> None:
-    with pytest.raises(ValueError, match=r"^InvertibleELU: Expected alpha to be positive and finite; got -1$"):
-        InvertibleELU(-1)
-
-
-def test_smooth_kinked_reprs() -> None:
-    assert repr(SneakyReLU(0.2)) == "SneakyReLU(negative_slope=0.2)"
-    assert repr(InvertibleELU(0.2)) == "InvertibleELU(alpha=0.2)"
+    (gradient,) = torch.autograd.grad(iz.SneakyReLU(0.5).inverse(y).sum(), y)
+    assert_close(gradient, iz.SneakyReLU(0.5).log_det(iz.SneakyReLU(0.5).inverse(y)).neg().exp())
 
 
 def test_softplus_has_all_digits_far_out() -> None:
     x = torch.tensor([-700.0, -30.0, 0.0, 25.0, 30.0, 700.0], dtype=torch.float64, requires_grad=True)
-    y = InvertibleSoftplus().function(x)
+    y = iz.InvertibleSoftplus().function(x)
     assert_close(y, torch.logaddexp(x, torch.zeros_like(x)), rtol=1e-15, atol=0)
-    assert_close(InvertibleSoftplus().inverse(y), x, rtol=1e-15, atol=1e-15)
+    assert_close(iz.InvertibleSoftplus().inverse(y), x, rtol=1e-15, atol=1e-15)
 
 
 # ---- saturating activations -----------------------------------------------------------------------------------------
@@ -357,21 +240,15 @@ def test_no_output_is_refused_by_the_inverse(name: str, dtype: torch.dtype, x: l
 @pytest.mark.parametrize("name", ["sigmoid", "tanh"])
 def test_a_flow_trains_through_saturated_values(name: str) -> None:
     x = torch.tensor([[-1e4, -100.0, -0.3, 0.0, 0.7, 100.0, 1e4]], requires_grad=True)
-    layers = [InvertibleLeakyReLU(0.5), LAYERS[name], InvertibleLeakyReLU(2.0)]
+    layers = [iz.InvertibleLeakyReLU(0.5), LAYERS[name], iz.InvertibleLeakyReLU(2.0)]
     grads = []
     for kind in ("invert", "store"):
         net = nn.Sequential(*copy.deepcopy(layers))
-        with mode(net, kind):
+        with iz.mode(net, kind):
             grads.append(torch.autograd.grad(net(x).square().sum(), x)[0])
     assert torch.equal(*grads)
     assert grads[0].isfinite().all()
     assert grads[0].count_nonzero() >= 2
-
-
-@checked
-def test_nan_passes(name: str) -> None:
-    y = getattr(LAYERS[name], CHECKED[name][0])(torch.tensor([0.5, torch.nan]))
-    assert y.isnan().tolist() == [False, True]
 
 
 @pytest.mark.parametrize("name", [*CHECKED, "logit_eps"])
@@ -393,32 +270,14 @@ def test_a_trace_does_not_read_values(name: str) -> None:
     assert_close(traced(x), f(x))
 
 
-def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Count how often values are looked at."""
-    count, aminmax = [0], Tensor.aminmax
-
-    def counted(self: Tensor, **options: Any) -> Any:
-        count[0] += 1
-        return aminmax(self, **options)
-
-    monkeypatch.setattr(Tensor, "aminmax", counted)
-    return count
-
-
-@pytest.mark.parametrize("name", ["logit", "atanh"])
-def test_a_replay_does_not_read_values_again(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    count = reads(monkeypatch)
+@pytest.mark.parametrize(("name", "reads"), [("logit", 1), ("atanh", 1), ("sigmoid", 0), ("tanh", 0)])
+def test_training_reads_values_that_may_be_refused_once(name: str, reads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    count, aminmax = [], Tensor.aminmax
+    monkeypatch.setattr(Tensor, "aminmax", lambda self, **options: count.append(1) or aminmax(self, **options))
     y = LAYERS[name](inside(LAYERS[name].domain, 5))
-    assert count == [1]
+    assert len(count) == reads
     y.sum().backward()
-    assert count == [1]
-
-
-@pytest.mark.parametrize("name", ["sigmoid", "tanh"])
-def test_training_never_reads_values(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    count = reads(monkeypatch)
-    LAYERS[name](inside(constraints.real, 5)).sum().backward()
-    assert count == [0]
+    assert len(count) == reads
 
 
 @pytest.mark.parametrize("name", ["logit", "atanh"])
@@ -438,7 +297,7 @@ def test_values_and_gradients_are_accurate_near_the_bounds(name: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_logit_has_digits_near_a_half(dtype: torch.dtype) -> None:
     x = torch.tensor([0.5 - 2.0**-9, 0.5 + 2.0**-8], dtype=dtype)
-    assert_close(InvertibleLogit()(x).double(), torch.logit(x.double()), rtol=2 * torch.finfo(dtype).eps, atol=0)
+    assert_close(iz.InvertibleLogit()(x).double(), torch.logit(x.double()), rtol=2 * torch.finfo(dtype).eps, atol=0)
 
 
 @pytest.mark.parametrize(("name", "limit"), [("sigmoid", 17.4), ("tanh", 9.1)])
@@ -455,7 +314,7 @@ def test_where_float32_saturates(name: str, limit: float) -> None:
 @pytest.mark.parametrize("eps", [0.25, 1e-6])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
 def test_eps_keeps_the_unit_interval_finite_and_brings_it_back(eps: float, dtype: torch.dtype) -> None:
-    layer, end = InvertibleLogit(eps), math.log(1 / eps - 1)
+    layer, end = iz.InvertibleLogit(eps), math.log(1 / eps - 1)
     x = torch.tensor([0.0, 0.5, 1.0], dtype=dtype)
     y = layer(x)
     rtol = 2 * torch.finfo(dtype).eps
@@ -466,33 +325,16 @@ def test_eps_keeps_the_unit_interval_finite_and_brings_it_back(eps: float, dtype
 
 
 def test_eps_has_an_inverse_for_every_real_number() -> None:
-    layer = InvertibleLogit(0.25)  # of [-1/2, 3/2]
+    layer = iz.InvertibleLogit(0.25)  # of [-1/2, 3/2]
     y = torch.tensor([-math.inf, -100.0, 0.0, 100.0, math.inf])
     assert layer.inverse(y).tolist() == [-0.5, -0.5, 0.5, 1.5, 1.5]
     assert layer(torch.tensor([-0.5, 1.5])).tolist() == [-math.inf, math.inf]
     assert layer.domain.check(layer.inverse(y)).all()
-    with pytest.raises(
-        ValueError, match=r"InvertibleLogit: Expected x to have values in \[-0.5, 1.5\]; got values from"
-    ):
-        layer(torch.tensor([1.6]))
-    with pytest.raises(ValueError, match=r"InvertibleSigmoid: Expected y to have values in \[-0.5, 1.5\]; got values"):
-        InvertibleSigmoid(0.25).inverse(torch.tensor([1.6]))
 
 
 @pytest.mark.parametrize("eps", [0.05, 0.3, 1e-3])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
 def test_sigmoid_with_eps_takes_its_own_outputs(eps: float, dtype: torch.dtype) -> None:
-    layer = InvertibleSigmoid(eps)
+    layer = iz.InvertibleSigmoid(eps)
     back = layer.inverse(layer(torch.tensor([-1e4, 0.0, 1e4], dtype=dtype)))
     assert not back.isnan().any()
-
-
-@pytest.mark.parametrize("layer", [InvertibleLogit, InvertibleSigmoid])
-def test_eps_is_checked_and_shown(layer: type[InvertibleModule]) -> None:
-    assert repr(layer()) == f"{layer.__name__}()"
-    assert repr(layer(eps=1e-6)) == f"{layer.__name__}(eps=1e-06)"
-    for eps in (0.5, -1e-6, math.nan):
-        with pytest.raises(ValueError, match=rf"{layer.__name__}: Expected eps to be in \[0, 0.5\); got {eps}"):
-            layer(eps)
-    with pytest.raises(TypeError, match=rf"{layer.__name__}: Expected eps to be a number; got None"):
-        layer(None)

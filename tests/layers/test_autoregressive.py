@@ -18,7 +18,7 @@ import invzoo as iz
 from invzoo.layers.couplings.made import MADE, spread
 from invzoo.layers.maps.affine import Affine
 from invzoo.layers.maps.mixture import MixtureOfLogistics
-from tests.layers.helpers import back
+from tests.layers.helpers import back, inputs, jacobian, perturbed
 
 MAPS = ["affine", "shift", "spline", Affine("softclip", 1.0), MixtureOfLogistics(2)]
 ORDERS = ["input", "reversed", "random"]
@@ -27,23 +27,8 @@ all_maps = pytest.mark.parametrize("map_", MAPS, ids=str)
 all_orders = pytest.mark.parametrize("order", ORDERS)
 
 
-def trained(layer, std=0.5):
-    with torch.no_grad():
-        for p in layer.parameters():
-            p.add_(std * torch.randn_like(p))
-    return layer
-
-
 def made(features=5, hidden=(12, 10), std=0.5, dtype=torch.float64, **options):
-    return trained(iz.MaskedAutoregressive(features, hidden, dtype=dtype, **options), std)
-
-
-def inputs(*shape, dtype=torch.float64):
-    return torch.randn(shape, dtype=dtype, requires_grad=True)
-
-
-def jacobian(function, x):
-    return torch.autograd.functional.jacobian(lambda sample: function(sample[None])[0], x)
+    return perturbed(iz.MaskedAutoregressive(features, hidden, dtype=dtype, **options), std)
 
 
 def test_shifts_keep_volumes():
@@ -94,7 +79,7 @@ def test_degrees_are_balanced(units, first, count):
 @pytest.mark.parametrize("context_features", [None, 3])
 def test_the_net_is_that_of_the_papers_masks(context_features):
     net = MADE(4, 2, (7, 5), context_features, torch.tanh, dtype=torch.float64)
-    trained(net)
+    perturbed(net, 0.5)
     x, context = inputs(6, 4), None if context_features is None else inputs(6, context_features)
     first, count = (1, 3) if context is None else (0, 4)
     degrees = [[1, 2, 3, 4], spread(7, first, count), spread(5, first, count), [0, 1, 2, 3, 0, 1, 2, 3]]
@@ -152,19 +137,6 @@ def test_the_net_is_evaluated_once_for_output_and_log_det():
     with iz.mode(layer, "store"):
         layer.forward_and_log_det(inputs(3, 5))
     assert len(calls) == 1
-
-
-def test_mode_invert_trains_the_inverse_flow_like_plain_modules():
-    """A stack of IAFs, fitted by reparametrised samples: gradients go through the sequential inverse."""
-    flow = iz.InvertibleSequential(*(made(4, (8,), order=order).inv for order in ORDERS))
-    z = torch.randn(5, 4, dtype=torch.float64)
-    gradients = []
-    for mode in iz.Mode:
-        with iz.mode(flow, mode):
-            x, log_det = flow.forward_and_log_det(z)
-            gradients.append(torch.autograd.grad((x.square().sum(1) / 2 - log_det).sum(), [*flow.parameters()]))
-    assert_close(gradients[1:], gradients[:1] * 2, rtol=1e-9, atol=1e-12)
-    assert_close(flow.inverse(x), z)
 
 
 def test_the_graph_of_the_inverse_is_small():
@@ -350,40 +322,10 @@ def test_a_stack_of_64_layers_comes_back_in_float32(map_):
         assert_close(net.inverse(net(x)), x, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("map_", ["affine", "shift", "spline"])
-def test_a_trained_stack_comes_back_in_float32(map_):
-    layers = [made(16, (32,), 0.1, torch.float32, map=map_, order=ORDERS[i % 3]) for i in range(16)]
-    net, x = iz.InvertibleSequential(*layers), torch.randn(8, 16)
-    with torch.no_grad():
-        assert not torch.allclose(net(x), x, atol=0.1)
-        assert_close(net.inverse(net(x)), x, rtol=0, atol=1e-3)
-
-
 @pytest.mark.parametrize("scale", [10.0, 1e4])
 def test_log_scales_are_bounded(scale):
     layer, x = made(std=scale), inputs(3, 5)
     assert layer.forward_and_log_det(x)[1].abs().le(10).all()
-
-
-@pytest.mark.parametrize("map_", ["affine", "shift", "spline"])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision(map_, dtype):
-    layer, x = made(std=0.1, dtype=dtype, map=map_, order="random"), torch.randn(4, 5).to(dtype)
-    y, log_det = layer.forward_and_log_det(x)
-    assert (y.dtype, log_det.dtype, layer(x).dtype) == (dtype, torch.float32, dtype)
-    wide = copy.deepcopy(layer).double()
-    assert_close(y.double(), wide(x.double()), rtol=2e-2, atol=2e-2)
-    assert_close(layer.inverse(y), x, rtol=5e-2, atol=5e-2)
-
-
-def test_autocast_can_be_undone():
-    layer, x = made(dtype=torch.float32, context_features=2), inputs(4, 5, dtype=torch.float32)
-    context = torch.randn(4, 2)
-    with torch.autocast("cpu", torch.bfloat16):
-        y = layer(x, context=context)
-        assert y.dtype is torch.float32
-        assert_close(layer.inverse(y, context=context), x, rtol=1e-4, atol=1e-4)
-    y.sum().backward()
 
 
 def test_parameters_are_made_anew_after_to_empty():
@@ -407,44 +349,6 @@ def test_repr():
 
 
 # ---- errors ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("arguments", "options", "error", "match"),
-    [
-        ((0,), {}, ValueError, r"MaskedAutoregressive: Expected features to be at least 1; got 0"),
-        ((5, ()), {}, ValueError, r"Expected hidden to be a sequence of one size or more; got \(\)"),
-        ((5, 64), {}, ValueError, r"Expected hidden to be a sequence of one size or more; got 64"),
-        ((5, (4, 0)), {}, ValueError, r"Expected hidden to be at least 1; got 0"),
-        ((5, (4, 2.0)), {}, TypeError, r"Expected hidden to be an int; got 2.0"),
-        ((5,), {"map": "quadratic"}, ValueError, r"Expected map to be one of 'affine', 'shift', 'spline'; got 'quad"),
-        ((5,), {"map": Affine(centred=True)}, ValueError, r"Expected map to move each value alone; got Affine"),
-        ((5,), {"map": Affine("cubic")}, ValueError, r"MaskedAutoregressive: Expected scale to be one of"),
-        ((5,), {"order": "sorted"}, ValueError, r"Expected order to be one of 'input', 'reversed', 'random'; got"),
-        ((5,), {"context_features": 0}, ValueError, r"Expected context_features to be at least 1; got 0"),
-        ((5,), {"activation": "relu"}, TypeError, r"Expected activation to be a function; got str"),
-    ],
-)
-def test_bad_arguments(arguments, options, error, match):
-    with pytest.raises(error, match=match):
-        iz.MaskedAutoregressive(*arguments, **options)
-
-
-@pytest.mark.parametrize(
-    ("x", "side", "error", "match"),
-    [
-        (torch.zeros(2, 4), {}, ValueError, r"Expected [xy] to have size 5 in dim -1; got shape \(2, 4\)"),
-        (torch.zeros(5), {}, ValueError, r"Expected [xy] to have dims \(batch, ..., features\); got shape \(5,\)"),
-        (torch.zeros(2, 5).double(), {}, TypeError, r"Expected [xy] to be of the layer's dtype torch.float32"),
-        (torch.zeros(2, 5).long(), {}, TypeError, r"Expected [xy] to be real floating point; got torch.int64"),
-        (torch.zeros(2, 5), {"context": torch.zeros(2, 3)}, TypeError, r"side inputs among \[\]; got \['context'\]"),
-    ],
-)
-def test_bad_inputs(x, side, error, match):
-    layer = iz.MaskedAutoregressive(5)
-    for run in (layer, layer.inverse, layer.forward_and_log_det, layer.inv):
-        with pytest.raises(error, match=match):
-            run(x, **side)
 
 
 @pytest.mark.parametrize(

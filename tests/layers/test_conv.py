@@ -4,7 +4,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.autograd import gradcheck, gradgradcheck
 from torch.testing import assert_close
 
 from invzoo.layers.linear.conv import InvertibleConv1x1
@@ -78,15 +77,6 @@ def test_memory_format_is_kept(size: int, ndim: int, memory_format: torch.memory
     assert_close(y, getattr(conv, direction)(x))
 
 
-@pytest.mark.parametrize("pixels", [2, 6])
-def test_strided_inputs(pixels: int) -> None:
-    conv, _ = pair(4)
-    x = torch.randn(3, 8, pixels, pixels, dtype=torch.float64)
-    for view in (x[:, ::2], x[:, :4], x.mT[:, 4:], x[:1, :4].expand(3, -1, -1, -1)):
-        assert_close(conv(view), conv(view.contiguous()))
-        assert_close(conv.inverse(conv(view)), view)
-
-
 @pytest.mark.parametrize("mode", ["store", "recompute", "invert"])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("channels", [1, 4])
@@ -98,81 +88,3 @@ def test_strided_inputs_are_replayed(mode: str, memory_format: torch.memory_form
         for view in (*views, x[:, :channels, :, :1], x[:, :1].expand(-1, channels, -1, -1)):
             expected = torch.autograd.grad(conv.function(view).pow(3).sum(), (x, *conv.parameters()))
             assert_close(torch.autograd.grad(conv(view).pow(3).sum(), (x, *conv.parameters())), expected)
-
-
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("pixels", [1, 2])
-@directions
-def test_gradients(memory_format: torch.memory_format, pixels: int, direction: str) -> None:
-    conv, _ = pair(2)
-    x = torch.randn(2, 2, pixels, pixels, dtype=torch.float64).to(memory_format=memory_format).requires_grad_()
-    apply, leaves = getattr(conv, direction), (x, *conv.parameters())
-    assert gradcheck(lambda x, *_: apply(x), leaves, fast_mode=True)
-    assert gradgradcheck(lambda x, *_: apply(x), leaves, fast_mode=True)
-
-
-@all_kinds
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_autocast_loses_nothing(kind: str, dtype: torch.dtype) -> None:
-    conv, _ = pair(8, kind=kind, dtype=torch.float32)
-    x = torch.randn(2, 8, 4, 4).to(dtype)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        y = conv(x)
-        back = conv.inverse(y)
-    assert y.dtype == back.dtype == torch.float32
-    assert_close(back, x.float(), rtol=0, atol=1e-4)
-
-
-def test_complex() -> None:
-    conv, _ = pair(4, dtype=torch.complex128)
-    x = inputs(2, 4, 3, 3, dtype=torch.complex128)
-    assert_close(torch.linalg.vector_norm(conv(x) - conv.bias[:, None, None]), torch.linalg.vector_norm(x))
-    assert_close(conv.inverse(conv(x)), x)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("shape", [(2, 4, 3), (2, 4, 3, 3)], ids=str)
-@directions
-def test_compiles_without_a_break(shape: tuple[int, ...], direction: str) -> None:
-    conv, _ = pair(4)
-    x, apply = inputs(*shape), getattr(conv, direction)
-    torch.compiler.reset()  # layers share the code of these methods, and its limit of recompilations
-    assert_close(torch.compile(apply, fullgraph=True, backend="aot_eager")(x), apply(x))
-
-
-def test_repr() -> None:
-    expected = "InvertibleConv1x1(\n  channels=4, out_channels=6, bias=False\n  (matrix): Cayley(6, 4)\n)"
-    assert repr(InvertibleConv1x1(4, 6, bias=False, kind="cayley")) == expected
-
-
-@pytest.mark.parametrize(
-    ("shape", "match"),
-    [
-        ((4,), r"to have dims \(batch, channels, ...\) with one to three dims of pixels; got shape \(4,\)"),
-        ((2, 4), r"to have dims \(batch, channels, ...\) with one to three dims of pixels; got shape \(2, 4\)"),
-        ((2, 4, 1, 1, 1, 1), r"to have dims \(batch, channels, ...\) with one to three dims .* got shape \(2, 4, 1"),
-        ((4, 3, 3), r"to have size 4 in dim 1; got shape \(4, 3, 3\)"),
-        ((2, 3, 4, 4), r"to have size 4 in dim 1; got shape \(2, 3, 4, 4\)"),
-    ],
-    ids=str,
-)
-def test_bad_shapes(shape: tuple[int, ...], match: str) -> None:
-    conv = InvertibleConv1x1(4)
-    with pytest.raises(ValueError, match="InvertibleConv1x1: Expected x " + match):
-        conv(torch.zeros(shape))
-    with pytest.raises(ValueError, match="InvertibleConv1x1: Expected y " + match):
-        conv.inverse(torch.zeros(shape))
-
-
-@pytest.mark.parametrize(
-    ("arguments", "options", "match"),
-    [
-        ((0,), {}, "InvertibleConv1x1: Expected channels to be at least 1; got 0"),
-        ((4, 3), {}, "InvertibleConv1x1: Expected out_channels to be at least channels=4; got 3"),
-        ((4, 5), {"kind": "free"}, "Expected out_channels to be channels=4 with kind='free'; got 5"),
-        ((4,), {"kind": "lu"}, "InvertibleConv1x1: Expected kind to be one of 'householder', .*; got 'lu'"),
-    ],
-)
-def test_bad_arguments(arguments: tuple[int, ...], options: dict[str, str], match: str) -> None:
-    with pytest.raises(ValueError, match=match):
-        InvertibleConv1x1(*arguments, **options)

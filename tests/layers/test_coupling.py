@@ -51,24 +51,8 @@ def test_halves_are_those_of_chunk_and_the_first_is_larger():
     assert_close((x1, x2), torch.arange(7).unsqueeze(0).chunk(2, 1))
 
 
-@pytest.mark.parametrize("n", [2, 3, 8, 9])
-@pytest.mark.parametrize("split", ["half", "interleave", 0.3, (1, None)])
-@pytest.mark.parametrize("dim", [1, -1])
-def test_split_and_merge_undo_each_other(n, split, dim):
-    split = (1, n - 1) if isinstance(split, tuple) else split
-    x = torch.randn(2, n, n, dtype=torch.float64)
-    streams = iz.Split(dim, split)(x)
-    assert sum(s.shape[dim] for s in streams) == n
-    assert torch.equal(iz.Merge(dim, split)(*streams), x)
-    assert torch.equal(iz.Split(dim, split).inverse(*streams), x)
-    assert all(map(torch.equal, iz.Merge(dim, split).inverse(x), streams))
-
-
 @pytest.mark.parametrize("scale", ["tanh", "softclip", "sigmoid", "unit", "exp"])
-def test_scales(scale):
-    layer = coupling(iz.AffineCoupling, scale=scale)
-    x = torch.randn(5, 7, dtype=torch.float64)
-    assert_close(layer.inverse(layer(x)), x)
+def test_log_scales_are_bounded(scale):
     h = torch.linspace(-1e4, 1e4, 101, dtype=torch.float64)
     log_scale = iz.layers.maps.affine._LOG_SCALES[scale](h, 2.0)
     bounds = {"tanh": (-2, 2), "softclip": (-2, 2), "sigmoid": (-2.31, 0), "unit": (-0.694, 0), "exp": (-1e4, 1e4)}
@@ -82,17 +66,6 @@ def test_zero_init_starts_at_the_identity():
     assert not torch.equal(coupling(iz.AffineCoupling)(x), x)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("mode", iz.Mode)
-def test_a_condition_gets_its_gradient(kind, mode):
-    layer = coupling(kind, mode=mode)
-    x, leaf = (torch.randn(3, 7, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    context = leaf[:, :1].exp()
-    got = torch.autograd.grad(layer(x, context=context).square().sum(), [x, leaf])
-    plain = layer.function(x, context=leaf[:, :1].exp()).square().sum()
-    assert_close(got, torch.autograd.grad(plain, [x, leaf]))
-
-
 def test_a_subnet_without_the_argument_gets_no_condition():
     layer = iz.AdditiveCoupling(Net(3, 4), nn.Linear(4, 3).double())
     x, context = torch.randn(3, 7, dtype=torch.float64), torch.tensor(2.0, dtype=torch.float64)
@@ -101,38 +74,6 @@ def test_a_subnet_without_the_argument_gets_no_condition():
     assert_close(layer(x, context=context), torch.cat((y1, x2 + layer.g(y1)), 1))
     with pytest.raises(TypeError, match=r"AdditiveCoupling: Expected side inputs among .*context.*; got \['mask'\]"):
         layer(x, mask=context)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_bfloat16_autocast_can_be_undone(kind):
-    layer = coupling(kind).float()
-    x = torch.randn(3, 7, 4, requires_grad=True)
-    with torch.autocast("cpu", torch.bfloat16):
-        y = layer(x)
-        assert y.dtype is torch.float32
-        assert_close(layer.inverse(y), x, rtol=1e-5, atol=1e-5)
-    y.sum().backward()
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision(kind, dtype):
-    layer, x = coupling(kind).to(dtype), torch.randn(3, 7, 4, dtype=dtype)
-    y = layer(x)
-    assert y.dtype is dtype
-    assert_close(layer.inverse(y), x, rtol=0.1, atol=0.1)
-
-
-class Tuples(nn.Module):
-    def forward(self, x):
-        return x, None
-
-
-class Sums(nn.Module):
-    """Raises where its input is not as wide as it thinks, itself rather than a module of torch."""
-
-    def forward(self, x):
-        return x + torch.ones(4)
 
 
 class With(nn.Module):
@@ -153,48 +94,39 @@ class May(nn.Linear):
         return super().forward(x)
 
 
+NARROW = {
+    r"Coupling: Expected f to take .*\(5, 3\) on cpu; got RuntimeError: mat1 .* has 3 of 7 features in dim 1$": (
+        lambda: iz.AdditiveCoupling(nn.Linear(4, 4)),
+        (5, 7),
+    ),
+    r"to return a Tensor of shape \(5, 6\); got shape \(5, 3\)\. The second half has 3 of 7 features": (
+        lambda: iz.AffineCoupling(nn.Linear(4, 3), swap=True),
+        (5, 7),
+    ),
+    "Expected f to take .* The second stream has 3 of 5 features in dim 1": (
+        lambda: iz.AdditiveCoupling(nn.Linear(2, 3), nn.Linear(4, 2), split=0.4),
+        (5, 5),
+    ),
+    r"Tensor of shape \(5, 3, 2\); got tuple. Let a module of your own return the one .*\[0\]`. The first": (
+        lambda: iz.AdditiveCoupling(lambda x: (x, None), dim=-1),
+        (5, 3, 4),
+    ),
+    r"Expected f to take torch.float32 of shape \(5, 2, 4, 4\) on cpu; got RuntimeError": (
+        lambda: iz.AdditiveCoupling(nn.Conv2d(3, 2, 1), split="checkerboard"),
+        (5, 2, 4, 4),
+    ),
+}
+
+
 @pytest.mark.parametrize("mode", iz.Mode)
 @pytest.mark.parametrize("log_det", [False, True])
-@pytest.mark.parametrize(
-    ("layer", "inputs", "error", "message"),
-    [
-        (
-            lambda: iz.AdditiveCoupling(nn.Linear(4, 4)),
-            (5, 7),
-            ValueError,
-            r"Coupling: Expected f to take .*\(5, 3\) on cpu; got RuntimeError: mat1 .* has 3 of 7 features in dim 1$",
-        ),
-        (
-            lambda: iz.AffineCoupling(nn.Linear(4, 3), swap=True),
-            (5, 7),
-            ValueError,
-            r"to return a Tensor of shape \(5, 6\); got shape \(5, 3\)\. The second half has 3 of 7 features",
-        ),
-        (
-            lambda: iz.AdditiveCoupling(nn.Linear(2, 3), nn.Linear(4, 2), split=0.4),
-            (5, 5),
-            ValueError,
-            "Expected f to take .* The second stream has 3 of 5 features in dim 1",
-        ),
-        (
-            lambda: iz.AdditiveCoupling(Tuples(), dim=-1),
-            (5, 3, 4),
-            ValueError,
-            r"Tensor of shape \(5, 3, 2\); got tuple. Let a module of your own return the one .*\[0\]`. The first",
-        ),
-        (
-            lambda: iz.AdditiveCoupling(nn.Conv2d(3, 2, 1), split="checkerboard"),
-            (5, 2, 4, 4),
-            ValueError,
-            r"Expected f to take torch.float32 of shape \(5, 2, 4, 4\) on cpu; got RuntimeError",
-        ),
-    ],
-)
-def test_errors_say_how_features_were_split(layer, inputs, error, message, mode, log_det):
-    layer = layer()
+@pytest.mark.parametrize("message", NARROW)
+def test_errors_say_how_features_were_split(message, mode, log_det):
+    make, shape = NARROW[message]
+    layer = make()
     layer.mode = mode
-    with pytest.raises(error, match=message):
-        (layer.forward_and_log_det if log_det else layer)(torch.randn(inputs))
+    with pytest.raises(ValueError, match=message):
+        (layer.forward_and_log_det if log_det else layer)(torch.randn(shape))
 
 
 @pytest.mark.parametrize(
@@ -213,7 +145,7 @@ def test_errors_say_what_the_subnet_was_given(x, weights, said):
 
 def test_what_a_subnet_raises_itself_stays_what_it_is():
     with pytest.raises(RuntimeError, match=r"(?s)size of tensor.*f was given .*shape \(5, 3\).* has 3 of 7 features"):
-        iz.AdditiveCoupling(Sums())(torch.randn(5, 7))
+        iz.AdditiveCoupling(lambda x: x + torch.ones(4))(torch.randn(5, 7))
     inner = iz.AdditiveCoupling(iz.AdditiveCoupling(nn.Linear(4, 4)), dim=1)
     with pytest.raises(ValueError, match="The second half has 2 of 4 features") as raised:
         inner(torch.randn(5, 8))
@@ -278,68 +210,6 @@ def test_state_dict_is_that_of_the_subnets():
     assert copy.deepcopy(layer).state_dict().keys() == wanted.keys()
 
 
-X = torch.randn(3, 7, dtype=torch.float64)
-BAD = {
-    "dim": (ValueError, r"Split: Expected input to have a dim 1; got shape \(7,\)", lambda c: c(X[0])),
-    "one feature": (ValueError, r"have at least 2 features in dim 1; got shape \(3, 1\)", lambda c: c(X[:, :1])),
-    "three inputs": (
-        TypeError,
-        "Expected input to be one Tensor or two; got Tensor, Tensor, Tensor",
-        lambda c: c(X, X, X),
-    ),
-    "no tensor": (TypeError, "Expected input to be one Tensor or two; got int", lambda c: c(3)),
-    "subnet": (
-        ValueError,
-        r"AdditiveCoupling: Expected f to return a Tensor of shape \(3, 4\); got shape \(3, 5\)",
-        lambda c: iz.AdditiveCoupling(Net(3, 5))(X),
-    ),
-    "affine subnet": (
-        ValueError,
-        r"AffineCoupling: Expected f to return a Tensor of shape \(3, 8\); got shape \(3, 4\)",
-        lambda c: iz.AffineCoupling(Net(3, 4))(X),
-    ),
-    "callable": (TypeError, "Expected f to be a module or a function; got int", lambda c: iz.AdditiveCoupling(3)),
-    "split": (
-        ValueError,
-        "Expected split to be .*; got 'thirds'",
-        lambda c: iz.AdditiveCoupling(Net(3, 4), split="thirds"),
-    ),
-    "share": (ValueError, "Expected split to be .*; got 1.5", lambda c: iz.Split(split=1.5)),
-    "sizes": (ValueError, r"have 6 features in dim 1; got shape \(3, 7\)", lambda c: iz.Split(split=(2, 4))(X)),
-    "merge": (
-        ValueError,
-        "Merge: Expected inputs to have 4 and 3 features; got 3 and 4",
-        lambda c: iz.Merge()(X[:, :3], X[:, 3:]),
-    ),
-    "scale": (
-        ValueError,
-        "Expected scale to be one of .*; got 'cube'",
-        lambda c: iz.AffineCoupling(Net(3, 8), scale="cube"),
-    ),
-    "bound": (
-        ValueError,
-        "Expected max_log_scale to be positive and finite; got 0",
-        lambda c: iz.AffineCoupling(Net(3, 8), max_log_scale=0),
-    ),
-    "checkerboard": (
-        ValueError,
-        r"have spatial dims after dim 1, for a checkerboard; got shape \(3, 7\)",
-        lambda c: iz.AdditiveCoupling(Net(7, 7), split="checkerboard")(X),
-    ),
-    "two boards": (
-        TypeError,
-        "be one Tensor, for a checkerboard; got two",
-        lambda c: iz.AdditiveCoupling(Net(7, 7), split="checkerboard")(X, X),
-    ),
-}
-
-
-@pytest.mark.parametrize(("error", "message", "act"), BAD.values(), ids=BAD)
-def test_bad_input(error, message, act):
-    with pytest.raises(error, match=message):
-        act(coupling(iz.AdditiveCoupling))
-
-
 def test_gin_couplings_keep_volumes():
     layer = iz.GINCoupling(nn.Linear(3, 8), nn.Linear(4, 6), max_log_scale=0.1).double()
     with torch.no_grad():
@@ -348,12 +218,8 @@ def test_gin_couplings_keep_volumes():
     y, log_det = layer.forward_and_log_det(x)
     assert_close(log_det, torch.zeros(5, dtype=torch.float64))
     assert_close(layer.inverse(y), x)
-    jacobian = torch.autograd.functional.jacobian(lambda s: layer(s[None])[0], x[0])
-    assert_close(torch.linalg.slogdet(jacobian).logabsdet, torch.zeros((), dtype=torch.float64), rtol=0, atol=1e-9)
     scales = layer.map.parts(layer.f(x[:, 4:]), x, 1)[0]
     assert scales.std() > 0.05
-    with pytest.raises(ValueError, match="GINCoupling: Expected split to be one into streams; got 'checkerboard'"):
-        iz.GINCoupling(nn.Identity(), split="checkerboard")
 
 
 def test_an_affine_log_det_evaluates_the_subnet_once(monkeypatch):
@@ -365,22 +231,6 @@ def test_an_affine_log_det_evaluates_the_subnet_once(monkeypatch):
     assert calls == [0, 1]
     (y.sum() + log_det.sum()).backward()
     assert calls == [0, 1, 0]  # hooks fire in forward alone
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("form", ["tensor", "streams", "strided"])
-def test_linear_subnets_over_the_last_of_three_dims(kind, form):
-    layer = kind(nn.Linear(2, 2 * (1 + (kind is iz.AffineCoupling))), dim=-1).double()
-    whole = torch.randn(3, 5, 8, dtype=torch.float64, requires_grad=True)
-
-    def loss():
-        x = whole.sin()[..., ::2] if form == "strided" else whole.sin()[..., :4]
-        outputs = layer(*(x.chunk(2, -1) if form == "streams" else (x,)))
-        return sum(y.square().sum() for y in iz.engine.tuple_of(outputs))
-
-    got = torch.autograd.grad(loss(), [whole, *layer.parameters()])
-    with iz.mode(layer, "store"):
-        assert_close(got, torch.autograd.grad(loss(), [whole, *layer.parameters()]))
 
 
 # ---- dtypes ----
@@ -422,18 +272,6 @@ def test_additive_couplings_keep_integers(dtype, mode):
     y = layer(x)
     assert y.dtype == dtype
     assert torch.equal(layer.inverse(y), x)
-
-
-def test_additive_couplings_take_no_truth_values():
-    with pytest.raises(TypeError, match=r"AdditiveCoupling: Expected input to be numbers; got torch\.bool"):
-        iz.AdditiveCoupling(stacked(1))(torch.ones(3, 4, dtype=torch.bool))
-
-
-@pytest.mark.parametrize(("kind", "blocks"), [(iz.AdditiveCoupling, 1), (iz.AffineCoupling, 2)])
-def test_a_subnet_of_a_real_stream_returns_real_numbers(kind, blocks):
-    message = rf"{kind.__name__}: Expected f to return real numbers, for a real stream; got torch\.complex64"
-    with pytest.raises(TypeError, match=message):
-        kind(stacked(blocks, torch.complex64))(torch.ones(3, 4))
 
 
 @pytest.mark.parametrize("mode", iz.Mode)

@@ -12,7 +12,6 @@ from torch.testing import assert_close
 
 import invzoo as iz
 from invzoo.layers.linear.matrix import MATRICES
-from invzoo.layers.linear.matrix_layer import MatrixLayer
 from tests.layers.helpers import perturbed
 
 KINDS = ["householder", "cayley", "scaled", "plu", "free"]
@@ -28,7 +27,6 @@ LAYERS: dict[str, tuple[Callable[..., Any], tuple[int, ...]]] = {
 all_kinds = pytest.mark.parametrize("kind", KINDS)
 all_layers = pytest.mark.parametrize("name", LAYERS)
 real_and_complex = pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
-directions = pytest.mark.parametrize("direction", ["function", "inverse", "log_det"])
 
 
 def plain(name: str, kind: str, dtype: torch.dtype = torch.float64, **options: Any) -> Any:
@@ -56,18 +54,6 @@ def draw(name: str, batch: int = 3, dtype: torch.dtype = torch.float64) -> tuple
     return x, torch.randn(batch, 2, dtype=dtype, requires_grad=True)
 
 
-def log_abs_det(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """That of the Jacobian of a map of one sample, as a map of real numbers."""
-    if x.is_complex():
-        real = torch.view_as_real(x.detach())
-        jacobian = torch.autograd.functional.jacobian(
-            lambda z: torch.view_as_real(function(torch.view_as_complex(z)).contiguous()), real
-        )
-        return torch.linalg.slogdet(jacobian.reshape(real.numel(), -1)).logabsdet
-    jacobian = torch.autograd.functional.jacobian(function, x.detach())
-    return torch.linalg.slogdet(jacobian.reshape(x.numel(), -1)).logabsdet
-
-
 def of_sample(layer: Any, context: Tensor) -> Any:
     """The plain layer that the conditioned one is for one context."""
     twin = copy.deepcopy(layer)
@@ -82,33 +68,6 @@ def of_sample(layer: Any, context: Tensor) -> Any:
 
 
 # Matrices in a batch
-
-
-@real_and_complex
-@all_kinds
-def test_matrices_take_parameters_with_leading_dims(kind: str, dtype: torch.dtype) -> None:
-    matrix = perturbed(MATRICES[kind]("Layer", 4, 4, dtype=dtype), 0.2)
-    parameters = [p + 0.3 * torch.randn(2, 3, *p.shape, dtype=p.dtype) for p in matrix.own()]
-    factors = matrix.factors(*parameters)
-    weight, inverse = matrix.weight(*factors), matrix.inverse(*factors)
-    log_det = weight.real.new_zeros(weight.shape[:-2]) if matrix.volume_preserving else matrix.log_det(*factors)
-    assert weight.shape == inverse.shape == (2, 3, 4, 4)
-    for i in range(2):
-        for j in range(3):
-            one = [p[i, j] for p in parameters]
-            assert_close(weight[i, j], matrix.weight(*matrix.factors(*one)))
-            assert_close(inverse[i, j], matrix.inverse(*matrix.factors(*one)))
-    assert_close(torch.linalg.slogdet(weight).logabsdet, log_det)
-    assert_close(weight @ inverse, torch.eye(4, dtype=dtype).expand(2, 3, -1, -1))
-
-
-@pytest.mark.parametrize("kind", WIDE)
-def test_wide_matrices_take_parameters_with_leading_dims(kind: str) -> None:
-    matrix = MATRICES[kind]("Layer", 5, 3, dtype=torch.float64)
-    factors = matrix.factors(*(p + 0.3 * torch.randn(2, *p.shape, dtype=p.dtype) for p in matrix.own()))
-    weight, inverse = matrix.weight(*factors), matrix.inverse(*factors)
-    assert weight.shape == (2, 5, 3)
-    assert_close(inverse @ weight, torch.eye(3, dtype=torch.float64).expand(2, -1, -1))
 
 
 @all_kinds
@@ -178,21 +137,6 @@ def test_tools_on_the_matrix_act_in_every_method(tool: str, with_context: bool, 
 # Log-determinants
 
 
-@all_layers
-@all_kinds
-def test_log_det_of_complex_values_is_that_of_the_jacobian(name: str, kind: str) -> None:
-    layer = plain(name, kind, torch.complex128)
-    x, _ = draw(name, dtype=torch.complex128)
-    expected = torch.stack([log_abs_det(layer.function, one[None]) for one in x])
-    y, log_det = layer.forward_and_log_det(x)
-    back, inverse_log_det = layer.inverse_and_log_det(y)
-    assert_close(log_det, expected)
-    assert_close(layer.log_det(x), expected)
-    assert_close(inverse_log_det, -expected)
-    assert_close((y, back), (layer.function(x), x))
-    assert_close(inverse_log_det[0], log_abs_det(layer.inverse, y[:1]))
-
-
 @pytest.mark.parametrize("kind", ["householder", "cayley", "scaled", "plu"])
 def test_no_slogdet_where_the_scales_are_known(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     layer = plain("conv", kind)
@@ -212,32 +156,6 @@ def test_log_det_may_be_changed_in_place(kind: str) -> None:
         log_det = layer.log_det(x)
         log_det[0] += 1.0
     assert_close(log_det[1:], layer.log_det(x).detach()[1:])
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_log_det_is_at_least_float32(dtype: torch.dtype) -> None:
-    layer = plain("conv", "scaled", dtype)
-    log_det = layer.log_det(draw("conv", dtype=dtype)[0])
-    assert log_det.dtype == torch.float32
-    assert_close(log_det, (5 * torch.linalg.slogdet(layer.weight).logabsdet).expand(3), rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("kind", WIDE)
-@pytest.mark.parametrize("cls", [iz.InvertibleLinear, iz.InvertibleConv1x1])
-def test_wide_layers_have_no_log_det(kind: str, cls: type[MatrixLayer]) -> None:
-    layer = cls(4, 6, kind=kind)
-    match = f"{cls.__name__}: Expected layer to be a bijection with a log-determinant; got one without"
-    for call in (layer.log_det, layer.forward_and_log_det):
-        with pytest.raises(TypeError, match=match):
-            call(torch.zeros(2, 4, 4))
-
-
-@all_kinds
-def test_no_log_det_without_a_batch_dim(kind: str) -> None:
-    layer = iz.InvertibleLinear(4, kind=kind)
-    match = r"InvertibleLinear: Expected x to have a batch dim, for a log-determinant; got shape \(4,\)"
-    with pytest.raises(ValueError, match=match):
-        layer.log_det(torch.zeros(4))
 
 
 # Conditioners
@@ -331,16 +249,6 @@ def test_autocast_rules_over_the_conditioner_alone() -> None:
     assert_close(back, x, rtol=0, atol=1e-5)
 
 
-@pytest.mark.slow
-@directions
-def test_compiles_without_a_break(direction: str) -> None:
-    layer, (x, context) = conditioned("conv", "plu", net=nn.Linear), draw("conv")
-    apply = getattr(layer, direction)
-    torch.compiler.reset()  # layers share the code of these methods, and its limit of recompilations
-    compiled = torch.compile(apply, fullgraph=True, backend="aot_eager")
-    assert_close(compiled(x, context=context), apply(x, context=context))
-
-
 def test_names_in_the_state() -> None:
     names = ["bias", "matrix.left", "matrix.right", "matrix.log_scale", "conditioner.weight", "conditioner.bias"]
     assert [*conditioned("linear", "scaled").state_dict()] == names
@@ -362,56 +270,11 @@ def test_the_vector_holds_the_matrix_row_by_row_and_then_the_bias() -> None:
     assert_close(layer(torch.eye(2)[:1], context=0).detach(), torch.tensor([[0.0 + 4, 2.0 + 5]]))
 
 
-def test_a_stack_gives_context_to_those_who_take_it() -> None:
-    first, second = plain("linear", "plu"), conditioned("linear", "scaled")
-    stack, (x, context) = iz.InvertibleSequential(first, second), draw("linear")
-    assert_close(stack(x, context=context), second(first(x), context=context))
-    assert_close(stack.inverse(stack(x, context=context), context=context), x)
-
-
 # What is refused
 
 
 def refusing(conditioner: Any, **options: Any) -> iz.InvertibleLinear:
     return iz.InvertibleLinear(4, conditioner=conditioner, **options)
-
-
-@pytest.mark.parametrize(
-    ("returned", "error", "match"),
-    [
-        (torch.zeros(3, 19), ValueError, r"to return shape \(3, 20\), \(batch, num_parameters\); got \(3, 19\)"),
-        (torch.zeros(1, 20), ValueError, r"to return shape \(3, 20\), \(batch, num_parameters\); got \(1, 20\)"),
-        (torch.zeros(20), ValueError, r"to return shape \(3, 20\), \(batch, num_parameters\); got \(20,\)"),
-        ([1.0], TypeError, "to return a Tensor; got list"),
-    ],
-)
-def test_what_a_conditioner_may_not_return(returned: Any, error: type[Exception], match: str) -> None:
-    layer = refusing(lambda _: returned)
-    for apply in (layer, layer.inverse, layer.log_det):
-        with pytest.raises(error, match="InvertibleLinear: Expected conditioner " + match):
-            apply(torch.zeros(3, 4), context=torch.zeros(3, 2))
-
-
-def test_a_conditioner_is_callable() -> None:
-    with pytest.raises(TypeError, match="InvertibleLinear: Expected conditioner to be a module or a function; got int"):
-        refusing(3)
-    with pytest.raises(TypeError, match="InvertibleConv1x1: Expected conditioner to be a module or a function; got st"):
-        iz.InvertibleConv1x1(4, conditioner="net")
-
-
-def test_a_context_and_a_conditioner_go_together() -> None:
-    with pytest.raises(
-        TypeError, match="InvertibleLinear: Expected context to be what the conditioner takes; got None"
-    ):
-        refusing(nn.Linear(2, 20))(torch.zeros(3, 4))
-    with pytest.raises(TypeError, match=r"InvertibleLinear: Expected side inputs among \[\]; got \['context'\]"):
-        iz.InvertibleLinear(4)(torch.zeros(3, 4), context=torch.zeros(3, 2))
-
-
-def test_a_conditioner_needs_a_batch_dim() -> None:
-    match = r"InvertibleLinear: Expected input to have dims \(batch, ...\), with a conditioner; got shape \(4,\)"
-    with pytest.raises(ValueError, match=match):
-        refusing(nn.Linear(2, 20))(torch.zeros(4), context=torch.zeros(2))
 
 
 def test_one_singular_free_weight_of_a_batch_is_refused() -> None:

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 import invzoo as iz
 from invzoo.layers.linear.periodic import frequency_response, multiplicity
-from tests.layers.helpers import inputs, jacobian, perturbed, there_and_back
+from tests.layers.helpers import inputs, jacobian, perturbed
 
 CASES = [
     (3, (2, 3, 4, 5)),
@@ -92,14 +92,3 @@ def test_large_images_survive_training_in_float32(scale):
         assert_close(layer.inverse(layer(x)), x, rtol=0, atol=1e-4)
         single = layer.log_det(x)
         assert_close(single, layer.double().log_det(x.double()).float(), rtol=1e-5, atol=1e-3)
-
-
-def test_round_trip_at_depth_16():
-    layers = [conv(4, 3, dtype=torch.float32) for _ in range(16)]
-    x = torch.randn(2, 4, 6, 5)
-    assert_close(there_and_back(layers, x), x, rtol=0, atol=1e-4)
-
-
-def test_repr():
-    assert repr(iz.PeriodicConv(4, 3)) == "PeriodicConv(4, kernel_size=(3, 3))"
-    assert repr(iz.PeriodicConv(4, (5,), bias=False)) == "PeriodicConv(4, kernel_size=(5,), bias=False)"

@@ -40,18 +40,6 @@ def block(features=3, **options):
     return iz.InvertibleResidual(trained(Net(features)), **options)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_round_trip_at_depth_16(dtype):
-    net = iz.InvertibleSequential(*(iz.InvertibleResidual(trained(Net(8, 0.8, 32, dtype))) for _ in range(16)))
-    x = torch.randn(16, 8, dtype=dtype)
-    with torch.no_grad():
-        y = net(x)
-        assert y.dtype is dtype
-        eps = torch.finfo(dtype).eps
-        assert_close(net.inverse(y), x, rtol=0, atol=500 * eps)
-    assert (y - x).abs().max() > 0.5
-
-
 @pytest.mark.parametrize("slope", [0.5, 0.9, -0.9, 0.99])
 @pytest.mark.parametrize("kind", ["linear", "abs", "relu"])
 def test_the_hardest_contractions_are_undone(kind, slope):
@@ -117,30 +105,6 @@ def test_samples_do_not_see_each_other():
     broken = torch.cat((y, torch.full((1, 3), math.nan), torch.full((1, 3), math.inf)))
     assert_close(layer.inverse(broken)[:4], layer.inverse(y), rtol=1e-12, atol=1e-14)
     assert layer.inverse(broken)[4].isnan().all()
-
-
-@pytest.mark.parametrize("shape", [(0, 3), (1, 3), (3,), (2, 4, 3)])
-@pytest.mark.parametrize("mode", iz.Mode)
-def test_shapes(shape, mode):
-    layer, x = block(mode=mode), torch.randn(shape, dtype=torch.float64, requires_grad=True)
-    y = layer(x)
-    assert_close(layer.inverse(y), x)
-    layer.inv(y).sum().backward()
-    if len(shape) > 1:
-        assert layer.forward_and_log_det(x)[1].shape == shape[:1]
-        assert layer.inverse_and_log_det(y)[1].shape == shape[:1]
-
-
-@pytest.mark.parametrize("mode", iz.Mode)
-@pytest.mark.parametrize("solve", [False, True])
-def test_gradients_in_a_chain(mode, solve):
-    net = iz.InvertibleSequential(*(block(solve=solve) for _ in range(4)), iz.Reverse(), block(solve=solve))
-    x = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
-    with iz.mode(net, "store"):
-        expected = torch.autograd.grad(net(x).square().sum(), [x, *net.parameters()])
-    with iz.mode(net, mode):
-        got = torch.autograd.grad(net(x).square().sum(), [x, *net.parameters()])
-    assert_close(got, expected, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("mode", iz.Mode)
@@ -257,21 +221,13 @@ def reference_graph(layer, x):
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_the_input_is_left_alone(estimator):
-    layer, seen = block(log_det=estimator), []
-    x = torch.randn(4, 3, dtype=torch.float64)
-    before = x.clone()
+def test_the_log_det_needs_no_gradient_and_calls_no_hooks_of_the_input(estimator):
+    layer, x, seen = block(log_det=estimator), torch.randn(4, 3, dtype=torch.float64, requires_grad=True), []
     with torch.no_grad():
         y, log_det = layer.forward_and_log_det(x)
-        back = layer.inverse_and_log_det(y)
-    assert not any(t.requires_grad for t in (x, y, log_det, *back))
-    layer.forward_and_log_det(x)
-    layer.inverse_and_log_det(x)
-    assert not x.requires_grad
-    assert torch.equal(x, before)
-    leaf = x.clone().requires_grad_()
-    leaf.register_hook(seen.append)
-    y, log_det = layer.forward_and_log_det(leaf)
+        assert not any(t.requires_grad for t in (y, log_det, *layer.inverse_and_log_det(y)))
+    x.register_hook(seen.append)
+    y, log_det = layer.forward_and_log_det(x)
     assert not seen
     (y.sum() + log_det.sum()).backward()
     assert len(seen) == 1
@@ -323,15 +279,6 @@ def test_compiled(call):
     assert_close(outcome(compiled), outcome(getattr(layer, call)))
 
 
-def test_autocast_changes_nothing():
-    layer = iz.InvertibleResidual(trained(Net(dtype=torch.float32)))
-    x = torch.randn(4, 3)
-    with torch.autocast("cpu", torch.bfloat16):
-        y, log_det = layer.forward_and_log_det(x)
-        assert_close((y, log_det), (layer.function(x), layer.log_det(x)), rtol=0, atol=0)
-        assert_close(layer.inverse(y), x, rtol=1e-5, atol=1e-5)
-
-
 def test_products_of_the_pieces():
     jacobian = torch.randn(2, 3, 3, dtype=torch.float64) / 5
 
@@ -345,53 +292,12 @@ def test_products_of_the_pieces():
     assert_close(power_series(product, noise, [2.0, -3.0]), 2 * terms[0] - 3 * terms[1])
 
 
-X = torch.randn(3, 3, dtype=torch.float64)
-BAD = {
-    "callable": (TypeError, "InvertibleResidual: Expected f to be a module or a function; got int", lambda: (3, {})),
-    "shape": (
-        ValueError,
-        r"InvertibleResidual: Expected f to return a Tensor of shape \(3, 3\); got shape \(3, 2\)",
-        lambda: (nn.Linear(3, 2).double(), {}),
-    ),
-    "type": (ValueError, r"Expected f to return a Tensor of shape \(3, 3\); got tuple", lambda: (lambda x: (x,), {})),
-    "estimator": (
-        ValueError,
-        "log_det to be one of None, 'exact', .*; got 'guess'",
-        lambda: (Net(), {"log_det": "guess"}),
-    ),
-    "terms": (ValueError, "Expected terms to be at least 1; got 0", lambda: (Net(), {"terms": 0})),
-    "iterations": (
-        TypeError,
-        "Expected max_iterations to be an int; got 1.5",
-        lambda: (Net(), {"max_iterations": 1.5}),
-    ),
-    "stop": (ValueError, "Expected stop to be below 1; got 1.0", lambda: (Net(), {"stop": 1.0})),
-    "tolerance": (ValueError, "Expected tolerance to be positive and finite; got 0", lambda: (Net(), {"tolerance": 0})),
-}
-
-
-@pytest.mark.parametrize(("error", "message", "make"), BAD.values(), ids=BAD)
-def test_bad_arguments(error, message, make):
-    f, options = make()
-    with pytest.raises(error, match=message):
-        iz.InvertibleResidual(f, **options)(X)
-
-
-def test_bad_inputs():
-    layer = block()
-    for call in (layer, layer.inverse, layer.log_det):
-        with pytest.raises(TypeError, match="InvertibleResidual: Expected [xy] to be real floating point; got torch"):
-            call(torch.ones(2, 3, dtype=torch.long))
-    with pytest.raises(TypeError, match="side inputs|unexpected keyword"):
-        layer(X, mask=X)
-
-
 @pytest.mark.parametrize("f", [lambda x: 1.5 * x.abs().roll(1, -1), lambda x: torch.rand_like(x) / 2])
 def test_no_contraction(f):
     layer = iz.InvertibleResidual(f, max_iterations=50)
     message = r"InvertibleResidual: Expected iteration to come to .* within 50 steps; got .*Is the Lipschitz"
     with pytest.raises(RuntimeError, match=message):
-        layer.inverse(X)
+        layer.inverse(torch.randn(3, 3, dtype=torch.float64))
 
 
 def test_repr():

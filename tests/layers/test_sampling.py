@@ -5,15 +5,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor
-from torch.autograd import gradcheck, gradgradcheck
 from torch.testing import assert_close
 
 import invzoo as iz
 from invzoo.layers.linear.sampling import dct_matrix, haar_matrix
-from tests.layers.helpers import perturbed, there_and_back
+from tests.layers.helpers import perturbed
 
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
@@ -22,9 +19,6 @@ STRIDES = [(2,), (4,), (2, 2), (2, 4), (2, 1, 2)]
 strides = pytest.mark.parametrize("stride", STRIDES, ids=str)
 all_kinds = pytest.mark.parametrize("kind", ["householder", "cayley"])
 inits = pytest.mark.parametrize("init", ["haar", "dct", "random"])
-classes = pytest.mark.parametrize("cls", [iz.OrthogonalDownsample, iz.OrthogonalUpsample])
-
-Sampling = iz.OrthogonalDownsample | iz.OrthogonalUpsample
 
 
 def down(*arguments: Any, dtype: torch.dtype = torch.float64, **options: Any) -> iz.OrthogonalDownsample:
@@ -108,33 +102,10 @@ def test_random_channels_differ() -> None:
     assert (weight[0] - weight[1]).abs().max() > 0.1
 
 
-@all_kinds
-@given(
-    stride=st.lists(st.sampled_from([1, 2, 4]), min_size=1, max_size=3),
-    batch=st.integers(0, 2),
-    channels=st.integers(1, 3),
-    init=st.sampled_from(["haar", "dct", "random"]),
-)
-def test_round_trip(kind: str, stride: list[int], batch: int, channels: int, init: str) -> None:
-    layer = down(channels, stride, kind=kind, init=init)
-    x = torch.randn(batch, channels, *(s * i for i, s in enumerate(stride, 1)), dtype=torch.float64)
-    assert_close(layer.inverse(layer(x)), x)
-
-
 def test_empty_image() -> None:
     layer, x = down(2, 2), torch.zeros(2, 2, 0, 4, dtype=torch.float64)
     assert layer(x).shape == (2, 8, 0, 2)
     assert layer.inverse(layer(x)).shape == x.shape
-
-
-@all_kinds
-@pytest.mark.parametrize("direction", ["function", "inverse"])
-def test_gradients_of_complex_values(kind: str, direction: str) -> None:
-    layer = down(2, (2,), kind=kind, dtype=torch.complex128)
-    shape = (2, 2, 4) if direction == "function" else (2, 4, 2)
-    leaves = (torch.randn(shape, dtype=torch.complex128, requires_grad=True), *layer.parameters())
-    assert gradcheck(lambda x, *_: getattr(layer, direction)(x), leaves, fast_mode=True)
-    assert gradgradcheck(lambda x, *_: getattr(layer, direction)(x), leaves, fast_mode=True)
 
 
 @all_kinds
@@ -149,30 +120,6 @@ def test_orthogonal_at_every_precision(kind: str, init: str) -> None:
     assert_close(double @ double.mT, eye.double(), rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_loses_one_rounding(dtype: torch.dtype) -> None:
-    layer, x = down(2, 2, dtype=dtype), image(2, (2, 2), dtype)
-    y = layer(x)
-    assert y.dtype == layer.inverse(y).dtype == dtype
-    assert_close(y, layer.float()(x.float()).to(dtype), rtol=0, atol=4 * torch.finfo(dtype).eps)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_autocast_loses_nothing(dtype: torch.dtype) -> None:
-    layer, x = down(2, 2, dtype=torch.float32), image(2, (2, 2)).detach().to(dtype)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        y = layer(x)
-        back = layer.inverse(y)
-    assert y.dtype == back.dtype == torch.float32
-    assert_close(back, x.float(), rtol=0, atol=1e-5)
-
-
-def test_drift_of_a_deep_stack_in_float32() -> None:
-    layers = [down(1, (1, 2), dtype=torch.float32)] + [down(2, 1, dtype=torch.float32) for _ in range(15)]
-    x = torch.randn(4, 1, 8, 8)
-    assert_close(there_and_back(layers, x), x, rtol=0, atol=1e-5)
-
-
 @inits
 def test_from_the_meta_device(init: str) -> None:
     layer = iz.OrthogonalDownsample(2, 2, init=init, device="meta").to_empty(device="cpu")
@@ -182,78 +129,3 @@ def test_from_the_meta_device(init: str) -> None:
     assert_close(weight @ weight.mT, torch.eye(4).expand(2, -1, -1))
     if start is not None:
         assert_close(weight, torch.kron(start(2), start(2)).float().expand(2, -1, -1))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("direction", ["function", "inverse"])
-def test_compiles_without_a_break(direction: str) -> None:
-    layer, x = down(4, (1, 2)), torch.randn(2, 8 if direction == "inverse" else 4, 2, 4, dtype=torch.float64)
-    apply = getattr(layer, direction)
-    torch.compiler.reset()  # layers share the code of these methods, and its limit of recompilations
-    assert_close(torch.compile(apply, fullgraph=True, backend="aot_eager")(x), apply(x))
-
-
-def test_repr() -> None:
-    expected = (
-        "OrthogonalDownsample(\n  channels=3, stride=(2, 2), init='haar'\n"
-        "  (matrix): Householder(4, 4, reflections=4)\n)"
-    )
-    assert repr(iz.OrthogonalDownsample(3)) == expected
-
-
-@pytest.mark.parametrize(
-    ("arguments", "options", "error", "match"),
-    [
-        ((0,), {}, ValueError, "Expected channels to be at least 1; got 0"),
-        ((4, 0), {}, ValueError, "Expected stride to be at least 1; got 0"),
-        ((4, (2, 2.0)), {}, TypeError, "Expected stride to be an int; got 2.0"),
-        ((4, (1, 1, 1, 1)), {}, ValueError, "Expected stride to be an int or one to three of them; got"),
-        ((4, ()), {}, ValueError, r"Expected stride to be an int or one to three of them; got \(\)"),
-        ((9, 3), {}, ValueError, r"Expected stride to be powers of two with init='haar'; got \(3, 3\)"),
-        ((4,), {"init": "db2"}, ValueError, "Expected init to be one of 'haar', 'dct', 'random'; got 'db2'"),
-        ((4,), {"kind": "plu"}, ValueError, "Expected kind to be one of 'householder', 'cayley'; got 'plu'"),
-        ((4,), {"reflections": 0}, ValueError, "Expected reflections to be at least 1; got 0"),
-        (
-            (4,),
-            {"kind": "cayley", "reflections": 2},
-            ValueError,
-            "Expected reflections to be None with kind='cayley'; got 2",
-        ),
-    ],
-)
-@classes
-def test_bad_arguments(
-    cls: type[Sampling], arguments: tuple[Any, ...], options: dict[str, Any], error: type[Exception], match: str
-) -> None:
-    with pytest.raises(error, match=f"{cls.__name__}: {match}"):
-        cls(*arguments, **options)
-
-
-def test_upsample_takes_whole_cells() -> None:
-    with pytest.raises(ValueError, match="OrthogonalUpsample: Expected channels to be a multiple of 4, the pixels of"):
-        iz.OrthogonalUpsample(6)
-
-
-@pytest.mark.parametrize(
-    ("shape", "match"),
-    [
-        ((2, 4, 4), r"to have dims \(batch, channels, ...\) with 2 dims of pixels; got shape \(2, 4, 4\)"),
-        ((2, 3, 4, 4), r"to have size 4 in dim 1; got shape \(2, 3, 4, 4\)"),
-        ((2, 4, 3, 4), r"to have sizes that are multiples of \(2, 2\) in dims 2, ...; got shape \(2, 4, 3, 4\)"),
-    ],
-    ids=str,
-)
-def test_bad_shapes(shape: tuple[int, ...], match: str) -> None:
-    with pytest.raises(ValueError, match="OrthogonalDownsample: Expected x " + match):
-        iz.OrthogonalDownsample(4)(torch.zeros(shape))
-    with pytest.raises(ValueError, match="OrthogonalUpsample: Expected y " + match):
-        iz.OrthogonalUpsample(16).inverse(torch.zeros(shape))
-
-
-def test_bad_inputs() -> None:
-    with pytest.raises(ValueError, match=r"OrthogonalDownsample: Expected y to have size 16 in dim 1; got shape"):
-        iz.OrthogonalDownsample(4).inverse(torch.zeros(2, 8, 2, 2))
-    with pytest.raises(TypeError, match="OrthogonalUpsample: Expected x to be of the layer's dtype torch.float32; got"):
-        iz.OrthogonalUpsample(4)(torch.zeros(2, 4, 2, 2).double())
-    with pytest.raises(TypeError, match="OrthogonalUpsample: Expected x to be floating point or complex; got"):
-        iz.OrthogonalUpsample(4)(torch.zeros(2, 4, 2, 2).long())

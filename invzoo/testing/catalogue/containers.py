@@ -47,6 +47,15 @@ CONTAINERS: tuple[Entry, ...] = (
         "sum of its stages'",
         Case(lambda: iz.MultiScale(iz.AffineCoupling(subnet(4, 8)), iz.AffineCoupling(subnet(2, 4))), (8,)),
         Case(lambda: iz.MultiScale(iz.AffineCoupling(subnet(2, 4)), iz.Reverse(), input_shape=(4,)), (4,), id="cat"),
+        Case(
+            lambda: iz.MultiScale(
+                iz.AffineCoupling(subnet(4, 8)),
+                iz.InvertibleSequential(iz.Swap(), iz.AffineCoupling(subnet(1, 2))),
+                split=0.25,
+            ),
+            (8,),
+            id="unequal",
+        ),
         cost="sum of its stages'",
         keeps="what its stages keep",
     ),
@@ -60,6 +69,12 @@ CONTAINERS: tuple[Entry, ...] = (
             lambda: after_a_batch(iz.GlowStep(4, subnet(2, 4), kind="plu", dim=-1, scale="sigmoid"), 4),
             (4,),
             id="vectors",
+        ),
+        Case(
+            lambda: after_a_batch(iz.GlowStep(4, Conditioned(2, 3, 4), dim=-1), 4, context=3),
+            (4,),
+            id="context",
+            side={"context": (3,)},
         ),
     ),
     Entry(

@@ -34,6 +34,8 @@ COUPLINGS: tuple[Entry, ...] = (
         Case(lambda: iz.AffineCoupling(subnet(2, 4), scale="exp", swap=True), (4,), id="exp"),
         Case(lambda: iz.AffineCoupling(subnet(1, 6), subnet(3, 2), split=0.25, swap=True), (4,), id="fraction"),
         Case(lambda: iz.AffineCoupling(convolutions(2, 4), split="checkerboard"), (2, 3, 2), id="checkerboard"),
+        Case(lambda: iz.AffineCoupling(subnet(2, 4), dim=-1), (2,), (2,), id="streams"),
+        Case(lambda: iz.AffineCoupling(subnet(2, 4), dim=-1), (3, 4), id="last"),
         with_context(3, lambda: iz.AffineCoupling(Conditioned(2, 3, 4)), (4,)),
     ),
     Entry(

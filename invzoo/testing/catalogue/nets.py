@@ -33,10 +33,10 @@ class Conditioned(nn.Module):
         return self.net(torch.cat((x, context), 1))
 
 
-def after_a_batch(layer: InvertibleModule, *shape: int) -> InvertibleModule:
-    """Let a layer see a training batch, away from mean 0 and std 1."""
+def after_a_batch(layer: InvertibleModule, *shape: int, **side: int) -> InvertibleModule:
+    """Let a layer see a training batch, away from mean 0 and std 1, and side inputs of so many features."""
     with torch.no_grad():
-        layer(1 + 2 * torch.randn(20, *shape))
+        layer(1 + 2 * torch.randn(20, *shape), **{name: torch.randn(20, size) for name, size in side.items()})
     return layer
 
 

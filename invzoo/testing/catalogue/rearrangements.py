@@ -48,6 +48,7 @@ REARRANGEMENTS: tuple[Entry, ...] = (
         Case(lambda: iz.Split(dim=1, split="interleave"), (5, 2), id="interleave"),
         Case(lambda: iz.Split(split=(1, 3)), (4,), id="sizes"),
         Case(lambda: iz.Split(split=0.7), (5,), id="fraction"),
+        Case(lambda: iz.Split(-1, "interleave"), (2, 3), id="last"),
     ),
     Entry(
         iz.Merge,
@@ -56,6 +57,7 @@ REARRANGEMENTS: tuple[Entry, ...] = (
         Case(iz.Merge, (2,), (2,)),
         Case(lambda: iz.Merge(dim=1, split="interleave"), (3, 2), (2, 2), id="interleave"),
         Case(lambda: iz.Merge(split=(1, 3)), (1,), (3,), id="sizes"),
+        Case(lambda: iz.Merge(-1, 0.3), (2, 3), (2, 6), id="fraction"),
     ),
     # ---- shapes ----
     Entry(
