@@ -7,8 +7,7 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 from torch.testing import assert_close
 
-from invzoo.layers.linear.conv import InvertibleConv1x1
-from invzoo.layers.linear.linear import InvertibleLinear
+from invzoo.layers.linear.linear import InvertibleConv1x1, InvertibleLinear
 from tests.layers.helpers import inputs
 
 KINDS = ["householder", "cayley", "scaled", "plu", "free"]
