@@ -87,13 +87,10 @@ class Chain(_Container):
     Neighbours that split one tensor into the same streams run on the streams, which are merged behind the last of them.
     """
 
-    @property
-    def domain(self) -> Domain:  # type: ignore[override]
-        return end_of((layer.rearranges, layer.domain) for _, layer in self._layers())
-
-    @property
-    def codomain(self) -> Domain:  # type: ignore[override]
-        return end_of((layer.rearranges, layer.codomain) for _, layer in reversed([*self._layers()]))
+    domain = property(lambda self: end_of((layer.rearranges, layer.domain) for _, layer in self._layers()))
+    codomain = property(
+        lambda self: end_of((layer.rearranges, layer.domain) for _, layer in self._directed(True)[::-1])
+    )
 
     def _layers(self) -> Iterable[tuple[str, InvertibleModule]]:
         return self._modules.items()  # type: ignore[return-value]
