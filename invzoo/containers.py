@@ -88,9 +88,7 @@ class Chain(_Container):
     """
 
     domain = property(lambda self: end_of((layer.rearranges, layer.domain) for _, layer in self._layers()))
-    codomain = property(
-        lambda self: end_of((layer.rearranges, layer.domain) for _, layer in self._directed(True)[::-1])
-    )
+    codomain = property(lambda self: end_of((layer.rearranges, layer.codomain) for _, layer in [*self._layers()][::-1]))
 
     def _layers(self) -> Iterable[tuple[str, InvertibleModule]]:
         return self._modules.items()  # type: ignore[return-value]

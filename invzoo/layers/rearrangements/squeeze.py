@@ -32,7 +32,7 @@ def cells(dims: int, order: str) -> tuple[str, str, str]:
 
 
 def sizes_of(owner: object, argument: str, value: int | Sequence[int]) -> tuple[int, ...]:
-    """The size of a cell in each dim of pixels; one number is meant for images, which have two."""
+    """The size of a cell in each dim of pixels; one number is that of both dims of an image."""
     sizes = tuple(value) if isinstance(value, Sequence) else (value, value)
     for size in sizes:
         check_positive_int(owner, argument, size)
