@@ -29,9 +29,8 @@ from .layers.couplings.couplings import (
     MixtureLogisticCoupling,
     RationalQuadraticCoupling,
 )
-from .layers.linear.conv import InvertibleConv1x1
 from .layers.linear.emerging import EmergingConv
-from .layers.linear.linear import InvertibleLinear
+from .layers.linear.linear import InvertibleConv1x1, InvertibleLinear
 from .layers.linear.lowrank import WoodburyLinear
 from .layers.linear.periodic import PeriodicConv
 from .layers.linear.sampling import OrthogonalDownsample, OrthogonalUpsample

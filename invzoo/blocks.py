@@ -13,12 +13,10 @@ from .layers._checks import check_positive_int
 from .layers.activations.activation import Identity
 from .layers.conditioned import Conditioner
 from .layers.couplings.couplings import AffineCoupling
-from .layers.linear.conv import InvertibleConv1x1
-from .layers.linear.linear import InvertibleLinear
-from .layers.linear.sampling import sizes_of
+from .layers.linear.linear import InvertibleConv1x1, InvertibleLinear
 from .layers.normalisation.act_norm import ActNorm
 from .layers.rearrangements.split import Partition
-from .layers.rearrangements.squeeze import Squeeze
+from .layers.rearrangements.squeeze import Squeeze, sizes_of
 
 __all__ = ["GlowStep", "HINTCoupling", "InvertiblePatchConv"]
 

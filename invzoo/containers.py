@@ -60,14 +60,12 @@ class _Container(Composite):
     def through_engine(
         self, values: tuple[Any, ...], side: dict[str, Any], *, inverted: bool = False, log_det: bool = False
     ) -> Any:
-        if not self._compiled:
-            return super().through_engine(values, side, inverted=inverted, log_det=log_det)
-        if self._frees_input():
-            refuse(self, "free_input", "be False for a container that is compiled", True)
-        return self._compiled(self._through_all)(values, side, inverted, log_det)
-
-    def _through_all(self, values: tuple[Any, ...], side: dict[str, Any], inverted: bool, log_det: bool) -> Any:
-        return super().through_engine(values, side, inverted=inverted, log_det=log_det)
+        pass_all = super().through_engine
+        if self._compiled:
+            if self._frees_input():
+                refuse(self, "free_input", "be False for a container that is compiled", True)
+            pass_all = self._compiled(pass_all)
+        return pass_all(values, side, inverted=inverted, log_det=log_det)
 
     def _frees_input(self) -> bool:
         return self._policy.free_input or any(layer._frees_input() for _, layer in [*self._layers()][:1])
@@ -89,13 +87,8 @@ class Chain(_Container):
     Neighbours that split one tensor into the same streams run on the streams, which are merged behind the last of them.
     """
 
-    @property
-    def domain(self) -> Domain:  # type: ignore[override]
-        return end_of((layer.rearranges, layer.domain) for _, layer in self._layers())
-
-    @property
-    def codomain(self) -> Domain:  # type: ignore[override]
-        return end_of((layer.rearranges, layer.codomain) for _, layer in reversed([*self._layers()]))
+    domain = property(lambda self: end_of((layer.rearranges, layer.domain) for _, layer in self._layers()))
+    codomain = property(lambda self: end_of((layer.rearranges, layer.codomain) for _, layer in [*self._layers()][::-1]))
 
     def _layers(self) -> Iterable[tuple[str, InvertibleModule]]:
         return self._modules.items()  # type: ignore[return-value]

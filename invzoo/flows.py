@@ -190,11 +190,7 @@ class _LayerTransform(Transform):
 
     def _broadcast(self, batch: Size, dims: dict[str, int]) -> Size | None:
         """Broadcast the batch dims of samples and of side inputs; None where they do not fit."""
-        result: Size | None = batch
-        for name, n in dims.items():
-            if result is not None:
-                result = _broadcast(result, _without_ones(self.side[name].shape[:n], len(batch)))
-        return result
+        return _broadcast(batch, *(_without_ones(self.side[name].shape[:n], len(batch)) for name, n in dims.items()))
 
     def _takes(self, event: Size, dims: dict[str, int], *, inverted: bool) -> bool:
         known, key, _ = self._entry(event, dims, inverted=inverted)
@@ -231,11 +227,8 @@ class _LayerTransform(Transform):
         """
         side = {name: _first(x, dims[name]) if name in dims else x for name, x in self.side.items()}
         given = tuple((k, x.shape if isinstance(x, Tensor) else repr(x)) for k, x in side.items())
-        return (
-            _shapes.setdefault(self.layer, {}),
-            (inverted, event, given, tuple(map(id, self.layer.modules()))),
-            side,
-        )
+        key = (inverted, event, given, tuple(map(id, self.layer.modules())))
+        return _shapes.setdefault(self.layer, {}), key, side
 
 
 def _fits(shape: Size, batch: Size) -> list[int]:
@@ -256,11 +249,11 @@ def _without_ones(batch: Size, n: int) -> Size:
     return batch
 
 
-def _broadcast(a: Size, b: Size) -> Size | None:
-    pairs = [*zip_longest(reversed(a), reversed(b), fillvalue=1)]
-    if any(m != n and 1 not in (m, n) for m, n in pairs):
+def _broadcast(*batches: Size) -> Size | None:
+    sizes = [[n for n in ns if n != 1] or [1] for ns in zip_longest(*map(reversed, batches), fillvalue=1)]
+    if any(n != ns[0] for ns in sizes for n in ns):
         return None
-    return Size(n if m == 1 else m for m, n in reversed(pairs))
+    return Size(ns[0] for ns in reversed(sizes))
 
 
 def _first(value: Tensor, n: int) -> Tensor:

@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from invzoo.layers.linear.conv import InvertibleConv1x1
-from invzoo.layers.linear.linear import InvertibleLinear
+from invzoo.layers.linear.linear import InvertibleConv1x1, InvertibleLinear
 from tests.layers.helpers import inputs
 
 KINDS = ["householder", "cayley", "scaled", "plu", "free"]

@@ -14,8 +14,8 @@ from ...dtypes import widen
 from ...log_dets import for_each_sample
 from ...protocol import Like
 from .._checks import check_choice, refuse
-from .conv import mix_channels
 from .kernel_conv import KernelConv
+from .linear import mix_channels
 from .orthogonal import identity
 
 __all__ = ["EmergingConv", "back_substitute", "correlate"]

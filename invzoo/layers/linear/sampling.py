@@ -13,12 +13,12 @@ from ...dtypes import computed, full_precision, widen
 from ...module import InvertibleModule
 from ...protocol import Like
 from .._checks import check_choice, check_features, check_floating, check_like, check_positive_int, refuse
-from ..rearrangements.squeeze import cells, check_pixels, positions
+from ..rearrangements.squeeze import cells, check_pixels, positions, sizes_of
 from ..rearrangements.wavelet import dct
 from .matrix import Cayley, Householder, Matrix, make_matrix
 from .orthogonal import identity, polish
 
-__all__ = ["KINDS", "OrthogonalDownsample", "OrthogonalUpsample", "sizes_of", "to_channels", "to_pixels"]
+__all__ = ["KINDS", "OrthogonalDownsample", "OrthogonalUpsample", "to_channels", "to_pixels"]
 
 KINDS: dict[str, type[Matrix]] = {"householder": Householder, "cayley": Cayley}
 INITS = ("haar", "dct", "random")
@@ -41,16 +41,6 @@ def dct_matrix(n: int) -> Tensor:
 def start_matrix(init: str, sizes: Sequence[int]) -> Tensor:
     """The transform of a cell of pixels along all its dims, for ``'haar'`` or ``'dct'``."""
     return functools.reduce(torch.kron, map({"haar": haar_matrix, "dct": dct_matrix}[init], sizes))
-
-
-def sizes_of(owner: InvertibleModule, argument: str, value: int | Sequence[int]) -> tuple[int, ...]:
-    """The size of a cell in each dim of pixels; one number is meant for images, which have two."""
-    sizes = tuple(value) if isinstance(value, Sequence) else (value, value)
-    for size in sizes:
-        check_positive_int(owner, argument, size)
-    if not 1 <= len(sizes) <= 3:
-        refuse(owner, argument, "be an int or one to three of them", value)
-    return sizes
 
 
 def to_channels(x: Tensor, sizes: Sequence[int]) -> Tensor:

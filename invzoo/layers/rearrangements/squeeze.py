@@ -11,7 +11,7 @@ from ...protocol import Like
 from .._checks import check_choice, check_positive_int, check_tensor, refuse
 from .base import Rearrangement
 
-__all__ = ["ORDERS", "Squeeze", "Unsqueeze", "cells", "check_pixels", "positions"]
+__all__ = ["ORDERS", "Squeeze", "Unsqueeze", "cells", "check_pixels", "positions", "sizes_of"]
 
 ORDERS = ("channels_first", "positions_first")
 
@@ -29,6 +29,16 @@ def cells(dims: int, order: str) -> tuple[str, str, str]:
         f"b c {' '.join(f'{h} {p}' for h, p in pairs)}",
         f"b ({channels}) {' '.join(rows)}",
     )
+
+
+def sizes_of(owner: object, argument: str, value: int | Sequence[int]) -> tuple[int, ...]:
+    """The size of a cell in each dim of pixels; one number is that of both dims of an image."""
+    sizes = tuple(value) if isinstance(value, Sequence) else (value, value)
+    for size in sizes:
+        check_positive_int(owner, argument, size)
+    if not 1 <= len(sizes) <= 3:
+        refuse(owner, argument, "be an int or one to three of them", value)
+    return sizes
 
 
 def positions(factors: Sequence[int]) -> dict[str, int]:
@@ -63,13 +73,9 @@ class _Cells(Rearrangement):
 
     def __init__(self, factor: int | Sequence[int] = 2, *, order: str = "channels_first", **options: Any) -> None:
         super().__init__(**options)
-        factors = tuple(factor) if isinstance(factor, Sequence) else (factor,)
-        for each in factors:
-            check_positive_int(self, "factor", each)
-        if not 1 <= len(factors) <= 3:
-            refuse(self, "factor", "be an int or one to three of them", factor)
+        sizes = sizes_of(self, "factor", factor)
         check_choice(self, "order", order, ORDERS)
-        self.factor, self.order = factor if isinstance(factor, int) else factors, order
+        self.factor, self.order = factor if isinstance(factor, int) else sizes, order
 
     def check_argument(self, argument: str, x: Tensor) -> None:
         check_pixels(self, argument, x, self.factor, deep=argument != self.pixels_in)
