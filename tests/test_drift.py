@@ -45,22 +45,11 @@ def drift(build, depth, factor=1.0):
         return (net.inverse(net(x)) - x).abs().max().item()
 
 
-@pytest.fixture
-def single_precision():
-    torch.manual_seed(0)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    yield
-    torch.set_default_dtype(before)
-
-
-@pytest.mark.usefixtures("single_precision")
 @pytest.mark.parametrize("name", [*COUPLINGS, *LINEAR])
 def test_a_stack_of_64_comes_back(name):
     assert drift((COUPLINGS | LINEAR)[name], 64) < 1e-4
 
 
-@pytest.mark.usefixtures("single_precision")
 @pytest.mark.parametrize("name", ["additive", "affine", "gin", "spline", "spline-circular", "mixture"])
 def test_conditioners_three_times_as_large(name):
     assert drift(COUPLINGS[name], 16, 3.0) < 1e-3

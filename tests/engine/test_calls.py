@@ -392,13 +392,10 @@ def test_an_exception_in_a_container_leaves_its_place():
         raise ValueError("fuse")
 
     layer, x = iz.AdditiveCoupling(explode), torch.randn(3, 4)
-    with pytest.raises(ValueError, match="fuse") as inside:
-        iz.InvertibleSequential(layer)(x)
-    place = "in layer 0 (AdditiveCoupling)"
-    assert inside.value.__notes__.count(place) == 1
-    with pytest.raises(ValueError, match="fuse") as outside:
-        layer(x)
-    assert place not in outside.value.__notes__
+    for net, notes in ((iz.InvertibleSequential(layer), 1), (layer, 0)):
+        with pytest.raises(ValueError, match="fuse") as caught:
+            net(x)
+        assert caught.value.__notes__.count("in layer 0 (AdditiveCoupling)") == notes
     iz.InvertibleLinear(4, free_input=True)(x)
     assert x.untyped_storage().size() == 0  # nobody around it is in charge of that
 
