@@ -272,7 +272,10 @@ VALUE_ERRORS: Refused = {
         "max_skew to be positive and finite; got 0": lambda kind: kind(3, max_skew=0),
         "max_log_tail to be positive and finite; got -1": lambda kind: kind(3, max_log_tail=-1),
     },
-    iz.Snake: {"max_log_frequency to be positive and finite; got 0": lambda kind: kind(3, max_log_frequency=0)},
+    iz.Snake: {
+        "max_log_frequency to be positive and finite; got 0": lambda kind: kind(3, max_log_frequency=0),
+        f"x to have a batch dim before dim -1, {LOG_DET} shape (3,)": lambda kind: kind(3, dim=-1).log_det(ones(3)),
+    },
     iz.RationalQuadraticSpline: {
         "features to be at least 1; got 0": lambda kind: kind(0),
         "bins to be at least 2; got 1": lambda kind: kind(3, bins=1),
@@ -588,6 +591,9 @@ TYPE_ERRORS: Refused = {
         f"inverse to be given y, mean and std, {RETURNED} alone": lambda kind: kind(3, track_running_stats=False).inv(
             ones(2, 3)
         ),
+    },
+    iz.InvertibleRMSNorm: {
+        "input to be of the layer's dtype torch.float32; got torch.float64": lambda kind: kind(4)(X.double()),
     },
     iz.InvertibleLayerNorm: {
         "normalized_shape to be an int; got 1.5": lambda kind: kind(1.5),
