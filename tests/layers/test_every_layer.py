@@ -9,6 +9,7 @@ from torch.testing import assert_close
 import invzoo as iz
 from invzoo.engine import tuple_of
 from invzoo.layers.linear.matrix import MATRICES
+from invzoo.module import Composite
 from invzoo.testing.values import jacobian_log_det
 from tests.layers.helpers import perturbed
 
@@ -51,11 +52,12 @@ def test_maps_over_samples(name, direction):
     assert_close([y.squeeze(1) for y in tuple_of(got)], [*tuple_of(run(*values, **side))])
 
 
+COMPOSITE = {name for name, case in CASES.items() if isinstance(case.layer(), Composite)}  # see test_fullgraph.py
 FIRST = {entry.cases[0].name for entry in iz.testing.CATALOGUE} | {f"InvertibleLinear[{kind}]" for kind in MATRICES}
 
 
 @pytest.mark.slow
-@every(DRAWS, LOOKS, CASES.keys() - FIRST)
+@every(DRAWS, LOOKS, CASES.keys() - FIRST, COMPOSITE)
 @directions
 def test_compiles_without_a_break(name, direction):
     layer, values, side = drawn(name, direction)
@@ -164,6 +166,12 @@ def test_values_of_another_precision_are_refused(name, direction):
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool], ids=str)
 def test_other_numbers_are_refused(name, direction, dtype):
     assert_refuses(name, direction, lambda x: x.to(dtype), dtype)
+
+
+@every(TAKE_ANY, {name for name in CASES if name.startswith(("Haar", "Hadamard", "Leapfrog", "Momentum"))})
+@directions
+def test_complex_numbers_are_refused(name, direction):
+    assert_refuses(name, direction, lambda x: x + 0j, "torch.complex128")
 
 
 COMPLEX = {
