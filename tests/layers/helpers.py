@@ -1,7 +1,7 @@
 """What tests of layers have in common."""
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import pytest
@@ -14,7 +14,7 @@ from invzoo.layers.maps import Map
 from invzoo.protocol import moved, undone
 from invzoo.testing.memory import track_memory
 
-__all__ = ["back", "close", "inputs", "jacobian", "kept_by", "perturbed", "refused", "there", "there_and_back"]
+__all__ = ["back", "close", "inputs", "jacobian", "kept_by", "perturbed", "refused", "there"]
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -47,16 +47,6 @@ def jacobian(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """Differentiate a map at one sample, without the batch: (n, n)."""
     matrix = torch.autograd.functional.jacobian(lambda sample: function(sample[None])[0], x)
     return matrix.reshape(x.numel(), x.numel())
-
-
-def there_and_back(layers: Sequence[iz.InvertibleModule], x: Tensor) -> Tensor:
-    """Rebuild the input of a stack from its output."""
-    with torch.no_grad():
-        for layer in layers:
-            x = layer(x)
-        for layer in reversed(layers):
-            x = layer.inverse(x)
-    return x
 
 
 def kept_by(layers: Iterable[iz.InvertibleModule], mode: str, *shape: int) -> int:

@@ -52,7 +52,6 @@ PAIRS = [("sigmoid", "logit"), ("tanh", "atanh"), ("exp", "log")]
 
 every = pytest.mark.parametrize("name", LAYERS)
 checked = pytest.mark.parametrize("name", CHECKED)
-directions = pytest.mark.parametrize("direction", ["function", "inverse"])
 dtypes = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 
 shapes = st.lists(st.integers(0, 4), max_size=4)
@@ -68,10 +67,6 @@ def inside(constraint: constraints.Constraint, *shape: int, dtype: torch.dtype =
         y = low + torch.randn(shape, dtype=dtype).exp()
         return (y + (y.abs() < 0.1) / 5).requires_grad_()
     return (low + (high - low) * (0.05 + 0.9 * torch.rand(shape, dtype=dtype))).requires_grad_()
-
-
-def argument(layer: iz.InvertibleModule, direction: str, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    return inside(layer.domain if direction == "function" else layer.codomain, *shape, dtype=dtype)
 
 
 # ---- every activation -----------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.testing import assert_close
 
 from invzoo.layers.activations.adaptive import InvertiblePReLU, SinhArcsinh, Snake
@@ -30,11 +30,6 @@ every = pytest.mark.parametrize("name", LAYERS)
 
 def build(name: str, features: int = 3, dtype: torch.dtype = torch.float64, **options: object) -> PerFeatureMap:
     return perturbed(LAYERS[name](features, dim=1, dtype=dtype, **options), 0.5)
-
-
-def conditioned(name: str, features: int = 3) -> PerFeatureMap:
-    size = build(name, features).weight.numel()
-    return build(name, features, conditioner=nn.Linear(2, size).double())
 
 
 def inputs(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:

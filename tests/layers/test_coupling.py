@@ -9,9 +9,6 @@ from torch.testing import assert_close
 
 import invzoo as iz
 
-SPLITS = ["half", "interleave", 0.25, (2, 5)]
-KINDS = [iz.AdditiveCoupling, iz.AffineCoupling]
-
 
 class Net(nn.Module):
     """A small subnet between any two numbers of features in ``dim`` 1."""

@@ -9,19 +9,22 @@ from torch.testing import assert_close
 import invzoo as iz
 from invzoo.engine import tuple_of
 from invzoo.layers.linear.matrix import MATRICES
+from invzoo.module import Composite
 from invzoo.testing.running import Call
 from invzoo.testing.values import jacobian_log_det
 from tests.layers.helpers import perturbed
 
 CASES = {case.name: case for case in iz.testing.cases()}
-DRAWS = {name for name, case in CASES.items() if not case.layer().bijective}  # what is drawn is another each time
+LAYERS = {name: case.layer() for name, case in CASES.items()}
+DRAWS = {name for name, layer in LAYERS.items() if not layer.bijective}  # what is drawn is another each time
 BATCH = {"InvertibleBatchNorm[training]"}  # samples depend on each other
 WIDE = {name for name in CASES if "wide" in name}  # the inverse is a projection
 STATISTICS = {name for name in CASES if "statistics" in name or "plain" in name}  # the inverse takes some of its own
 STEEP = {f"Invertible{layer}[{kind}, context]" for layer in ("Linear", "Conv1x1") for kind in ("scaled", "plu", "free")}
-LOOKS = {
-    name for name in CASES if "InvertibleResidual" in name or "free, context" in name
-}  # at values, while it solves
+LOOKS = {name for name in CASES if "Residual[" in name or "free, context" in name} | {"InvertibleResidual"}  # at values
+LINEAR = {
+    name for name in CASES if name.startswith(("InvertibleConv", "Woodbury", "Orthogonal", "Emerging", "Periodic"))
+}
 
 directions = pytest.mark.parametrize("direction", ["function", "inverse"])
 
@@ -52,14 +55,18 @@ def test_maps_over_samples(name, direction):
     assert_close([y.squeeze(1) for y in tuple_of(got)], [*tuple_of(run(*values, **side))])
 
 
+COMPOSITE = {name for name, layer in LAYERS.items() if isinstance(layer, Composite)}  # see test_fullgraph.py
+FIRST = {entry.cases[0].name for entry in iz.testing.CATALOGUE} | {f"InvertibleLinear[{kind}]" for kind in MATRICES}
+
+
 @pytest.mark.slow
-@every(DRAWS, LOOKS)
-@directions
-def test_compiles_without_a_break(name, direction):
-    layer, values, side = drawn(name, direction)
-    run = getattr(layer, direction)
-    torch.compiler.reset()
-    assert_close(torch.compile(run, fullgraph=True, backend="eager")(*values, **side), run(*values, **side))
+@every(DRAWS, LOOKS, CASES.keys() - FIRST, COMPOSITE)
+def test_compiles_without_a_break(name):
+    for direction in ("function", "inverse")[: 1 if name == "Monotone" else 2]:  # which looks whether there is a root
+        layer, values, side = drawn(name, direction)
+        run = getattr(layer, direction)
+        torch.compiler.reset()  # layers share the code of these methods, and its limit of recompilations
+        assert_close(torch.compile(run, fullgraph=True, backend="eager")(*values, **side), run(*values, **side))
 
 
 @every(DRAWS, BATCH)
@@ -72,6 +79,17 @@ def test_autocast_can_be_undone(name):
     assert_close(tuple_of(back), values, rtol=1e-4, atol=1e-4)
     if not any(True for _ in layer.children()):  # nothing in it is autocast's business
         assert_close(outputs, tuple_of(layer(*values, **side)), rtol=0, atol=0)
+
+
+@every(CASES.keys() - LINEAR)
+def test_autocast_widens_what_is_multiplied(name):
+    layer, values, side = drawn(name, dtype=torch.float32)
+    x = values[0].bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x, **side)
+        back = layer.inverse(y, **side)
+    assert y.dtype == torch.float32
+    assert_close(back, x.float(), rtol=1e-4, atol=1e-4)
 
 
 @every(DRAWS, {name for name, case in CASES.items() if "assert_dtypes" in case.allowances.get("without", {})})
@@ -102,7 +120,7 @@ def test_sixteen_layers_come_back_in_float32(name):
 
 
 # Orders that are given are saved with indices, and the transforms of the DCT with its factors.
-PLAIN = [name for name, case in CASES.items() if case.layer().exact and not name.startswith(("Permute", "Shuffle"))]
+PLAIN = [name for name, layer in LAYERS.items() if layer.exact and not name.startswith(("Permute", "Shuffle"))]
 PLAIN += [name for name in CASES if name.startswith(("Haar", "Hadamard"))]
 
 
@@ -128,20 +146,46 @@ def test_nan_passes_and_harms_no_other_sample(name, direction):
 
 
 # What moves values as they are takes any, and of sums and in containers it is those inside that refuse some.
-TAKE_ANY = {name for name, case in CASES.items() if case.layer().exact or "AdditiveCoupling" in name}
-TAKE_ANY |= {name for name in CASES if name.split("[")[0] in ("Dequantize", "Parallel", "MultiScale", "HINTCoupling")}
+TAKE_ANY = {name for name, layer in LAYERS.items() if layer.exact or "AdditiveCoupling" in name}
+TAKE_ANY |= {name for name in CASES if name.startswith(("Dequantize", "Parallel", "MultiScale", "HINTCoupling"))}
+SPLIT = {name for name in CASES if name.startswith(("Identity", "Split", "Merge", "Parallel", "MultiScale", "HINT"))}
+
+
+def assert_refuses(name, direction, change, got):
+    layer, values, side = drawn(name, direction)
+    for run in (getattr(layer, direction), layer if direction == "function" else layer.inv):
+        with pytest.raises(TypeError, match=rf"^\w+: Expected \w+( stream)? to be .*; got {got}"):
+            run(change(values[0]), *values[1:], **side)
+
+
+@every(SPLIT)
+@directions
+def test_what_is_no_tensor_is_refused(name, direction):
+    assert_refuses(name, direction, lambda x: x.tolist(), "list")
+
+
+def has_dtype(layer):
+    tensors = (*layer.parameters(recurse=False), *layer.buffers(recurse=False))
+    return any(t.is_floating_point() for t in tensors) or hasattr(layer, "matrix") or hasattr(layer, "net")
+
+
+@every({name for name, layer in LAYERS.items() if not has_dtype(layer)})
+@directions
+def test_values_of_another_precision_are_refused(name, direction):
+    assert_refuses(name, direction, lambda x: x.float(), "torch.float32")
 
 
 @every(TAKE_ANY)
 @directions
-@pytest.mark.parametrize("other", [torch.int64, torch.bool, list], ids=str)
-def test_other_values_are_refused(name, direction, other):
-    layer, values, side = drawn(name, direction)
-    bad = values[0].tolist() if other is list else values[0].to(other)
-    got = "list" if other is list else other
-    for run in (getattr(layer, direction), layer if direction == "function" else layer.inv):
-        with pytest.raises(TypeError, match=rf"^\w+: Expected \w+( stream)? to be .*; got {got}"):
-            run(bad, *values[1:], **side)
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool], ids=str)
+def test_other_numbers_are_refused(name, direction, dtype):
+    assert_refuses(name, direction, lambda x: x.to(dtype), dtype)
+
+
+@every(TAKE_ANY, {name for name in CASES if name.startswith(("Haar", "Hadamard", "Leapfrog", "Momentum"))})
+@directions
+def test_complex_numbers_are_refused(name, direction):
+    assert_refuses(name, direction, lambda x: x + 0j, "torch.complex128")
 
 
 COMPLEX = {

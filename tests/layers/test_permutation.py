@@ -39,8 +39,6 @@ MAKE: dict[str, Callable[..., InvertibleModule]] = {
     "interleave": lambda n, dim=1, **options: Interleave(dim, **options),
     "deinterleave": lambda n, dim=1, **options: Deinterleave(dim, **options),
 }
-HALVES = {"swap": Swap, "interleave": Interleave, "deinterleave": Deinterleave}
-WITHOUT_SIZE = {"reverse": Reverse, **HALVES}
 
 every = pytest.mark.parametrize("name", MAKE)
 directions = pytest.mark.parametrize("direction", ["function", "inverse"])

@@ -89,6 +89,7 @@ VALUE_ERRORS: Refused = {
         "out_features to be in_features=4 with kind='free'; got 5": lambda kind: kind(4, 5, kind="free"),
         "kind to be one of 'householder', 'cayley', 'scaled', 'plu', 'free'; got 'qr'": lambda kind: kind(4, kind="qr"),
         "reflections to be at least 1; got 0": lambda kind: kind(4, reflections=0),
+        "reflections to be at least 1; got -1": lambda kind: kind(4, kind="scaled", reflections=-1),
         "reflections to be None with kind='cayley'; got 2": lambda kind: kind(4, kind="cayley", reflections=2),
         "max_log_scale to be None with kind='householder'; got 1.0": lambda kind: kind(4, max_log_scale=1.0),
         "max_log_scale to be positive and finite; got 0": lambda kind: kind(4, kind="scaled", max_log_scale=0),
@@ -215,7 +216,7 @@ VALUE_ERRORS: Refused = {
         "conditioner to return shape (2, 6) or (2, 6, 4); got (3, 6)": lambda kind: kind(nn.Identity(), dim=1)(
             ones(2, 3, 4), context=ones(3, 6)
         ),
-        "conditioner to return shape (3, 8); got (3, 4)": lambda kind: kind(lambda c: c + 0j)(X, context=X),
+        "conditioner to return shape (3, 8); got (3, 4)": lambda kind: kind(nn.Identity())(X, context=X),
         "x to have a dim 3; got shape (2, 3)": lambda kind: kind(nn.Identity(), dim=3)(ones(2, 3), context=ones(2, 6)),
     },
     iz.InvertibleBatchNorm: {
@@ -272,7 +273,10 @@ VALUE_ERRORS: Refused = {
         "max_skew to be positive and finite; got 0": lambda kind: kind(3, max_skew=0),
         "max_log_tail to be positive and finite; got -1": lambda kind: kind(3, max_log_tail=-1),
     },
-    iz.Snake: {"max_log_frequency to be positive and finite; got 0": lambda kind: kind(3, max_log_frequency=0)},
+    iz.Snake: {
+        "max_log_frequency to be positive and finite; got 0": lambda kind: kind(3, max_log_frequency=0),
+        f"x to have a batch dim before dim -1, {LOG_DET} shape (3,)": lambda kind: kind(3, dim=-1).log_det(ones(3)),
+    },
     iz.RationalQuadraticSpline: {
         "features to be at least 1; got 0": lambda kind: kind(0),
         "bins to be at least 2; got 1": lambda kind: kind(3, bins=1),
@@ -575,6 +579,9 @@ TYPE_ERRORS: Refused = {
         "context to be what the conditioner takes; got None": lambda kind: kind(3, conditioner=net)(ones(2, 3)),
     },
     iz.ConditionalAffine: {
+        "conditioner to return real numbers; got torch.complex64": lambda kind: kind(lambda c: c + 0j)(
+            X, context=ones(3, 8)
+        ),
         "conditioner to be a module or a function; got NoneType": lambda kind: kind(None),
         "conditioner to return a Tensor; got list": lambda kind: kind(lambda c: [c])(ones(2, 3), context=1),
     },
@@ -588,6 +595,9 @@ TYPE_ERRORS: Refused = {
         f"inverse to be given y, mean and std, {RETURNED} alone": lambda kind: kind(3, track_running_stats=False).inv(
             ones(2, 3)
         ),
+    },
+    iz.InvertibleRMSNorm: {
+        "input to be of the layer's dtype torch.float32; got torch.float64": lambda kind: kind(4)(X.double()),
     },
     iz.InvertibleLayerNorm: {
         "normalized_shape to be an int; got 1.5": lambda kind: kind(1.5),

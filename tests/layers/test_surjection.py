@@ -9,12 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Bernoulli, Beta, Distribution, Independent, MultivariateNormal, Normal
 
-from invzoo.containers import InvertibleSequential
-from invzoo.layers.couplings.couplings import AffineCoupling
-from invzoo.layers.linear.linear import InvertibleLinear
-from invzoo.layers.surjections.dequantize import Dequantize
-from invzoo.layers.surjections.surjection import Abs, Augment, Slice, Surjection
-from invzoo.module import mode
+import invzoo as iz
+from invzoo.layers.surjections.surjection import Surjection
 from tests.layers.helpers import close, refused
 
 
@@ -55,13 +51,13 @@ class Squashed(nn.Module):
 
 # A layer, the shape of an input, and that of its output.
 CASES: dict[str, tuple[Callable[[], Surjection], tuple[int, ...], tuple[int, ...]]] = {
-    "slice": (lambda: Slice(2), (3, 5), (3, 3)),
-    "slice-pixels": (lambda: Slice(1, -1), (3, 2, 4), (3, 2, 3)),
-    "slice-net": (lambda: Slice(2, distribution=Gaussian(3, 2)).double(), (3, 5), (3, 3)),
-    "augment": (lambda: Augment(2), (3, 4), (3, 6)),
-    "augment-net": (lambda: Augment(2, distribution=Gaussian(4, 2)).double(), (3, 4), (3, 6)),
-    "abs": (Abs, (3, 4), (3, 4)),
-    "abs-net": (lambda: Abs(distribution=Coin(4)).double(), (3, 4), (3, 4)),
+    "slice": (lambda: iz.Slice(2), (3, 5), (3, 3)),
+    "slice-pixels": (lambda: iz.Slice(1, -1), (3, 2, 4), (3, 2, 3)),
+    "slice-net": (lambda: iz.Slice(2, distribution=Gaussian(3, 2)).double(), (3, 5), (3, 3)),
+    "augment": (lambda: iz.Augment(2), (3, 4), (3, 6)),
+    "augment-net": (lambda: iz.Augment(2, distribution=Gaussian(4, 2)).double(), (3, 4), (3, 6)),
+    "abs": (iz.Abs, (3, 4), (3, 4)),
+    "abs-net": (lambda: iz.Abs(distribution=Coin(4)).double(), (3, 4), (3, 4)),
 }
 every = pytest.mark.parametrize("name", CASES)
 kinds = pytest.mark.parametrize("kind", ["store", "recompute", "invert"])
@@ -107,7 +103,7 @@ def test_terms_of_both_directions_are_one_and_its_negative(name: str) -> None:
         back, inverse_log_det = layer.inverse_and_log_det(y)
         assert torch.equal(back, x)
     else:
-        back, inverse_log_det = layer.inverse_and_log_det(x.abs() if isinstance(layer, Abs) else layer(x))
+        back, inverse_log_det = layer.inverse_and_log_det(x.abs() if isinstance(layer, iz.Abs) else layer(x))
         y, log_det = layer.forward_and_log_det(back)
     close(log_det, -inverse_log_det)
     assert log_det.shape == (3,)
@@ -159,27 +155,26 @@ def test_compiles(name: str) -> None:
 
 def test_the_term_of_slice_is_the_density_of_what_it_drops() -> None:
     x = torch.randn(3, 5, dtype=torch.float64)
-    y, log_det = Slice(2).forward_and_log_det(x)
+    y, log_det = iz.Slice(2).forward_and_log_det(x)
     assert torch.equal(y, x[:, :3])
     close(log_det, Normal(0, 1).log_prob(x[:, 3:]).sum(1))
     noise = Gaussian(3, 2, dropout=0).double()
-    close(Slice(2, distribution=noise).log_det(x), noise(x[:, :3]).log_prob(x[:, 3:]))
+    close(iz.Slice(2, distribution=noise).log_det(x), noise(x[:, :3]).log_prob(x[:, 3:]))
 
 
 def test_the_term_of_augment_is_minus_the_density_of_what_it_draws() -> None:
     x, noise = torch.randn(3, 4, dtype=torch.float64), Gaussian(4, 2, dropout=0).double()
-    y, log_det = Augment(2, distribution=noise).forward_and_log_det(x)
+    y, log_det = iz.Augment(2, distribution=noise).forward_and_log_det(x)
     assert torch.equal(y[:, :4], x)
     close(log_det, -noise(x).log_prob(y[:, 4:]))
 
 
-@pytest.mark.parametrize("layer", [Slice, Augment])
-def test_slice_and_augment_undo_each_other(layer: type[Surjection]) -> None:
+def test_slice_and_augment_undo_each_other() -> None:
     """Augment and drop: the terms are those of the noise, so that they cancel."""
     noise = Gaussian(3, 2, dropout=0).double()
     x = torch.randn(3, 3, dtype=torch.float64)
-    y, log_det = Augment(2, distribution=noise).forward_and_log_det(x)
-    back, other = Slice(2, distribution=noise).forward_and_log_det(y)
+    y, log_det = iz.Augment(2, distribution=noise).forward_and_log_det(x)
+    back, other = iz.Slice(2, distribution=noise).forward_and_log_det(y)
     assert torch.equal(back, x)
     close(log_det + other, torch.zeros(3, dtype=torch.float64))
 
@@ -187,7 +182,7 @@ def test_slice_and_augment_undo_each_other(layer: type[Surjection]) -> None:
 def test_a_sliced_gaussian_has_its_likelihood() -> None:
     covariance = torch.tensor([[2.0, 0.6], [0.6, 1.0]], dtype=torch.float64)
     x = torch.randn(50, 2, dtype=torch.float64)
-    layer = Slice(1, distribution=lambda left: Normal(0.3 * left, math.sqrt(1 - 0.18)))
+    layer = iz.Slice(1, distribution=lambda left: Normal(0.3 * left, math.sqrt(1 - 0.18)))
     y, log_det = layer.forward_and_log_det(x)
     bound = Normal(0.0, math.sqrt(2)).log_prob(y[:, 0]) + log_det
     close(bound, MultivariateNormal(torch.zeros(2, dtype=torch.float64), covariance).log_prob(x), 1e-6)
@@ -201,7 +196,7 @@ def test_augmentation_bounds_the_likelihood_and_reaches_it_with_the_posterior() 
     likelihood = Normal(0.0, math.sqrt(2)).log_prob(x[:, 0])
 
     def bound(noise: Callable[[Tensor], Distribution]) -> Tensor:
-        y, log_det = Augment(1, distribution=noise).forward_and_log_det(x)
+        y, log_det = iz.Augment(1, distribution=noise).forward_and_log_det(x)
         return joint.log_prob(y) + log_det
 
     close(bound(lambda x: Normal(0.3 * x, math.sqrt(1 - 0.18))), likelihood, 1e-6)
@@ -212,17 +207,17 @@ def test_augmentation_bounds_the_likelihood_and_reaches_it_with_the_posterior() 
     torch.testing.assert_close(gap, expected, rtol=0.1, atol=0.1)
 
 
-@pytest.mark.parametrize("layer", [Slice, Augment])
+@pytest.mark.parametrize("layer", [iz.Slice, iz.Augment])
 def test_a_context_reaches_the_distribution(layer: type[Any]) -> None:
     noise = Gaussian(3, 2, context=4, dropout=0).double()
     context = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
-    x = torch.randn(3, 5 if layer is Slice else 3, dtype=torch.float64)
+    x = torch.randn(3, 5 if layer is iz.Slice else 3, dtype=torch.float64)
     surjection = layer(2, distribution=noise)
     y, log_det = surjection.forward_and_log_det(x, context=context)
-    whole = x if layer is Slice else y
+    whole = x if layer is iz.Slice else y
     close(log_det.abs(), noise(whole[:, :3], context).log_prob(whole[:, 3:]).abs())
     assert torch.autograd.grad(log_det.sum(), context)[0].abs().sum() > 0
-    net = InvertibleSequential(surjection)
+    net = iz.InvertibleSequential(surjection)
     close(draw(lambda: net(x, context=context)), draw(lambda: surjection(x, context=context)))
 
 
@@ -237,8 +232,8 @@ def test_distributions_over_events_and_of_single_values() -> None:
         lambda x: MultivariateNormal(torch.zeros(2), torch.eye(2)),
     ):
         expected = Normal(0.0, 1.0).log_prob(y[..., 4:]).sum((1, 2))
-        torch.testing.assert_close(Slice(2, -1, distribution=noise).log_det(y), expected)
-        assert Augment(2, -1, distribution=noise)(x).shape == y.shape
+        torch.testing.assert_close(iz.Slice(2, -1, distribution=noise).log_det(y), expected)
+        assert iz.Augment(2, -1, distribution=noise)(x).shape == y.shape
 
 
 @pytest.mark.parametrize(
@@ -252,29 +247,29 @@ def test_distributions_over_events_and_of_single_values() -> None:
 )
 def test_distributions_of_other_shapes_are_refused(noise: Callable[..., Distribution], got: str) -> None:
     with refused(f"Augment: Expected distribution to return one of values of shape (5, 2); got {got}"):
-        Augment(2, distribution=noise)(torch.zeros(5, 3))
+        iz.Augment(2, distribution=noise)(torch.zeros(5, 3))
 
 
 # ---- Abs ------------------------------------------------------------------------------------------------------------
 
 
 def test_zero_counts_as_minus() -> None:
-    biased = Abs(distribution=lambda y: Bernoulli(torch.tensor(0.25)))
+    biased = iz.Abs(distribution=lambda y: Bernoulli(torch.tensor(0.25)))
     close(biased.log_det(torch.tensor([[0.0], [-0.0], [-1.0]])), torch.full((3,), math.log(0.75)), 1e-6)
     close(biased.log_det(torch.tensor([[1e-30]])), torch.tensor([math.log(0.25)]), 1e-6)
 
 
 def test_abs_counts_signs() -> None:
     x = torch.tensor([[1.0, -2.0, 3.0]])
-    close(Abs().log_det(x), torch.tensor([-3 * math.log(2)]), 1e-6)
-    biased = Abs(distribution=lambda y: Bernoulli(torch.tensor(0.25)))
+    close(iz.Abs().log_det(x), torch.tensor([-3 * math.log(2)]), 1e-6)
+    biased = iz.Abs(distribution=lambda y: Bernoulli(torch.tensor(0.25)))
     close(biased.log_det(x), torch.tensor([2 * math.log(0.25) + math.log(0.75)]), 1e-6)
     assert (biased.inverse(torch.ones(10000, 1)) > 0).float().mean().sub(0.25).abs() < 0.02
 
 
 def test_a_folded_gaussian_has_its_likelihood() -> None:
     x = torch.randn(20, 1, dtype=torch.float64)
-    y, log_det = Abs().forward_and_log_det(x)
+    y, log_det = iz.Abs().forward_and_log_det(x)
     close(torch.distributions.HalfNormal(1.0).log_prob(y[:, 0]) + log_det, Normal(0.0, 1.0).log_prob(x[:, 0]))
 
 
@@ -290,7 +285,7 @@ def test_a_net_gets_integers_as_numbers_that_it_can_take() -> None:
         def forward(self, x: Tensor) -> Distribution:
             return Beta(self.linear(x).exp() + 1, 2.0)
 
-    y = Dequantize(8, distribution=Net())(torch.randint(8, (4, 3)))
+    y = iz.Dequantize(8, distribution=Net())(torch.randint(8, (4, 3)))
     assert y.shape == (4, 3)
 
 
@@ -298,7 +293,7 @@ def test_a_net_gets_integers_as_numbers_that_it_can_take() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("noise", [0.0, 2**-24, 0.5, 1 - 2**-24, 1.0])
 def test_floors_give_the_levels_back_whatever_the_noise(levels: int, dtype: torch.dtype, noise: float) -> None:
-    layer = Dequantize(levels, distribution=lambda x: _Constant(x, noise), dtype=torch.int32)
+    layer = iz.Dequantize(levels, distribution=lambda x: _Constant(x, noise), dtype=torch.int32)
     x = torch.arange(levels).unsqueeze(0)
     y = layer(x.to(dtype))
     assert y.dtype == dtype
@@ -322,7 +317,7 @@ class _Constant(Distribution):
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.float32, torch.bfloat16])
 def test_dequantize_takes_integers_of_any_dtype(dtype: torch.dtype) -> None:
     x = torch.randint(256, (4, 3, 8, 8)).to(dtype)
-    layer = Dequantize()
+    layer = iz.Dequantize()
     y, log_det = layer.forward_and_log_det(x)
     assert y.dtype == torch.float32
     assert torch.equal(layer.inverse(y), x.to(torch.uint8))
@@ -334,21 +329,21 @@ def test_dequantize_takes_integers_of_any_dtype(dtype: torch.dtype) -> None:
 
 
 def test_the_noise_is_uniform() -> None:
-    y = Dequantize(4)(torch.full((100000, 1), 2))
+    y = iz.Dequantize(4)(torch.full((100000, 1), 2))
     edges = torch.histc(y * 4 - 2, 10, 0, 1) / len(y)
     torch.testing.assert_close(edges, torch.full((10,), 0.1), rtol=0, atol=0.01)
 
 
 def test_samples_outside_the_unit_interval_go_to_the_nearest_level() -> None:
     y = torch.tensor([[-0.3, 0.0, 0.26, 1.0, 7.0]])
-    assert Dequantize(4).inverse(y).tolist() == [[0, 0, 1, 3, 3]]
+    assert iz.Dequantize(4).inverse(y).tolist() == [[0, 0, 1, 3, 3]]
 
 
 @kinds
 def test_variational_dequantization_trains(kind: str) -> None:
-    layer = Dequantize(8, distribution=Squashed(4).double(), mode=kind, check="always")
+    layer = iz.Dequantize(8, distribution=Squashed(4).double(), mode=kind, check="always")
     x = torch.randint(8, (5, 4))
-    with mode(layer, kind):
+    with iz.mode(layer, kind):
         y, log_det = draw(lambda: layer.forward_and_log_det(x))
         gradients = torch.autograd.grad(y.cos().sum() + log_det.sum(), [*layer.parameters()])
     noise = layer.distribution(x)
@@ -363,7 +358,7 @@ def test_dequantization_bounds_the_likelihood() -> None:
     """A density that is constant on each level: the bound is tight with uniform noise."""
     probabilities = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64)
     x = torch.arange(4).unsqueeze(1)
-    layer = Dequantize(4)
+    layer = iz.Dequantize(4)
     y, log_det = layer.forward_and_log_det(x.double())
     density = (4 * probabilities)[(y * 4).long()][:, 0]
     close(density.log() + log_det, probabilities.log())
@@ -375,13 +370,13 @@ def test_dequantization_bounds_the_likelihood() -> None:
 def test_a_flow_of_surjections_trains_alike_in_every_mode() -> None:
     def run(value: str) -> list[Tensor]:
         torch.manual_seed(0)
-        net = InvertibleSequential(
-            Dequantize(8),
-            Augment(2, distribution=Gaussian(4, 2)),
-            AffineCoupling(nn.Linear(3, 6), nn.Linear(3, 6)),
-            Abs(distribution=Coin(6)),
-            InvertibleLinear(6),
-            Slice(3, distribution=Gaussian(3, 3)),
+        net = iz.InvertibleSequential(
+            iz.Dequantize(8),
+            iz.Augment(2, distribution=Gaussian(4, 2)),
+            iz.AffineCoupling(nn.Linear(3, 6), nn.Linear(3, 6)),
+            iz.Abs(distribution=Coin(6)),
+            iz.InvertibleLinear(6),
+            iz.Slice(3, distribution=Gaussian(3, 3)),
         )
         net.mode = value
         z, log_det = net.forward_and_log_det(torch.randint(8, (16, 4)))
