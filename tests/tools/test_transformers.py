@@ -1,4 +1,4 @@
-"""Models of transformers, some of whose blocks are couplings of its parts, in a plain loop and in its ``Trainer``."""
+"""Models of transformers, some of whose blocks are couplings of its parts, alone and in its ``Trainer``."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -166,24 +166,6 @@ def test_memory_does_not_grow_with_the_blocks(make: Callable[..., PreTrainedMode
     held(1, "invert")
     assert held(8, "invert") < 1.01 * held(2, "invert")  # the state of a generator for each dropout is small
     assert held(8, "store") > 3 * held(2, "invert")
-
-
-@MODELS
-def test_a_loop(make: Callable[..., PreTrainedModel]):
-    inputs = batch(make)
-
-    def train(model: PreTrainedModel) -> list[float]:
-        optimizer = torch.optim.Adam(model.parameters(), 5e-3)
-        losses = []
-        for _ in range(12):
-            optimizer.zero_grad()
-            loss = model(**inputs).loss
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
-        return losses
-
-    assert_learns_and_saves(lambda: make().double(), train, less=2)
 
 
 @MODELS
