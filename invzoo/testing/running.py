@@ -137,8 +137,9 @@ class Call:
         return replace(self, inputs=tuple(map(change, self.inputs)), side={n: change(s) for n, s in self.side.items()})
 
     def to(self, dtype: torch.dtype) -> "Call":
-        """Change the layer's dtype, and copy all that it is called with in that dtype."""
-        return replace(self, layer=self.layer.to(dtype)).each(lambda value: clone(value, dtype))
+        """Change the layer's dtype, unless it is complex, and copy all that it is called with in that dtype."""
+        layer = self.layer._apply(lambda t: t.to(dtype) if t.is_floating_point() else t)
+        return replace(self, layer=layer).each(lambda value: clone(value, dtype))
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the inputs, side inputs and parameters by name."""
