@@ -5,6 +5,7 @@ from abc import abstractmethod
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...dtypes import bounded, computed, full_precision, widen
@@ -130,11 +131,12 @@ class KernelConv(InvertibleModule):
 
     def _kernel(self, weight: Tensor, *centre: int) -> Tensor:
         """e^s (1 + N) of shape (..., channels, channels, *taps), where N is a contraction that ``weight`` gives."""
-        one, taps = torch.zeros_like(weight), weight.flatten(-len(centre))
-        place: tuple[Any, ...] = (..., *centre)
-        one[place] = torch.eye(self.channels, device=weight.device, dtype=weight.dtype)
+        sizes, taps = weight.shape[-len(centre) :], weight.flatten(-len(centre))
         n = contraction(taps / math.sqrt(self.channels * taps.shape[-1]), self.max_norm)
-        return (self._log_scales.exp()[..., None, None] * (one.view_as(n) + n)).view_as(weight)
+        around = [width for size, c in zip(sizes, centre, strict=True) for width in (size - 1 - c, c)]
+        one = torch.eye(self.channels, device=weight.device, dtype=weight.dtype)
+        one = F.pad(one[(..., *[None] * len(centre))], around[::-1]).flatten(2)
+        return (self._log_scales.exp()[..., None, None] * (one + n)).view_as(weight)
 
     def check_argument(self, argument: str, x: Tensor) -> None:
         check_real(self, argument, x)
