@@ -135,7 +135,7 @@ class KernelConv(InvertibleModule):
         n = contraction(taps / math.sqrt(self.channels * taps.shape[-1]), self.max_norm)
         around = [width for size, c in zip(sizes, centre, strict=True) for width in (size - 1 - c, c)]
         one = torch.eye(self.channels, device=weight.device, dtype=weight.dtype)
-        one = F.pad(one[(..., *[None] * len(centre))], around[::-1]).flatten(2)
+        one = F.pad(one.view(*one.shape, *[1] * len(centre)), around[::-1]).flatten(2)
         return (self._log_scales.exp()[..., None, None] * (one + n)).view_as(weight)
 
     def check_argument(self, argument: str, x: Tensor) -> None:
