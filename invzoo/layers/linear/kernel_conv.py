@@ -21,6 +21,7 @@ from .._checks import (
     refuse,
 )
 from ..elementwise import check_real
+from .orthogonal import identity
 
 __all__ = ["KernelConv", "contraction"]
 
@@ -134,7 +135,7 @@ class KernelConv(InvertibleModule):
         sizes, taps = weight.shape[-len(centre) :], weight.flatten(-len(centre))
         n = contraction(taps / math.sqrt(self.channels * taps.shape[-1]), self.max_norm)
         around = [width for size, c in zip(sizes, centre, strict=True) for width in (size - 1 - c, c)]
-        one = torch.eye(self.channels, device=weight.device, dtype=weight.dtype)
+        one = identity(taps[..., 0], self.channels)
         one = F.pad(one.view(*one.shape, *[1] * len(centre)), around[::-1]).flatten(2)
         return (self._log_scales.exp()[..., None, None] * (one + n)).view_as(weight)
 
