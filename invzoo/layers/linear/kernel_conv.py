@@ -132,11 +132,12 @@ class KernelConv(InvertibleModule):
 
     def _kernel(self, weight: Tensor, *centre: int) -> Tensor:
         """e^s (1 + N) of shape (..., channels, channels, *taps), where N is a contraction that ``weight`` gives."""
-        sizes, taps = weight.shape[-len(centre) :], weight.flatten(-len(centre))
-        n = contraction(taps / math.sqrt(self.channels * taps.shape[-1]), self.max_norm)
-        around = [width for size, c in zip(sizes, centre, strict=True) for width in (size - 1 - c, c)]
-        one = identity(taps[..., 0], self.channels)
-        one = F.pad(one.view(*one.shape, *[1] * len(centre)), around[::-1]).flatten(2)
+        taps = weight.flatten(-len(centre))
+        place, size = 0, taps.shape[-1]
+        for width, c in zip(weight.shape[-len(centre) :], centre, strict=True):
+            place = place * width + c
+        n = contraction(taps / math.sqrt(self.channels * size), self.max_norm)
+        one = F.pad(identity(taps[..., 0], self.channels).unsqueeze(-1), (place, size - 1 - place))
         return (self._log_scales.exp()[..., None, None] * (one + n)).view_as(weight)
 
     def check_argument(self, argument: str, x: Tensor) -> None:
