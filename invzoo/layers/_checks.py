@@ -137,6 +137,7 @@ def given_dims(owner: Any, dim: Any) -> tuple[int, ...]:
 
 def check_dim_given(owner: Any, x: Tensor) -> None:
     """``owner`` was given its dim, or ``x`` has other than three dims: of those, dim 1 may be time."""
+    check_tensor(owner, "input", x)
     if owner.assumes_dim and x.ndim == 3:
         expected = "be given for a tensor of three dims: dim=1 for the channels of a signal (batch, channels, length), "
         expected += "dim=-1 for the features of tokens (batch, tokens, features)"

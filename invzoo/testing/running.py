@@ -74,10 +74,14 @@ def seed() -> None:
 
 def clone(value: Any, dtype: torch.dtype | None = None) -> Any:
     """Copy a tensor: a floating one in another dtype if one is given, a complex one in the complex dtype of that."""
-    copied = value.detach().clone() if isinstance(value, Tensor) else value
-    if dtype is None or not _floats(value):
-        return copied
-    return copied.to(dtype.to_complex() if copied.is_complex() else dtype)
+    return in_dtype(value.detach().clone(), dtype) if isinstance(value, Tensor) else value
+
+
+def in_dtype(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """Convert a tensor in the same way, if it has floats."""
+    if dtype is None or not _floats(tensor):
+        return tensor
+    return tensor.to(dtype.to_complex() if tensor.is_complex() else dtype)
 
 
 def clones(values: Iterable[Any], dtype: torch.dtype | None = None) -> tuple[Any, ...]:
@@ -137,8 +141,8 @@ class Call:
         return replace(self, inputs=tuple(map(change, self.inputs)), side={n: change(s) for n, s in self.side.items()})
 
     def to(self, dtype: torch.dtype) -> "Call":
-        """Change the layer's dtype, unless it is complex, and copy all that it is called with in that dtype."""
-        layer = self.layer._apply(lambda t: t.to(dtype) if t.is_floating_point() else t)
+        """Change the layer's dtype, and copy all that it is called with in that dtype."""
+        layer = self.layer._apply(lambda tensor: in_dtype(tensor, dtype))
         return replace(self, layer=layer).each(lambda value: clone(value, dtype))
 
     def tensors(self) -> dict[str, Tensor]:

@@ -57,7 +57,8 @@ def assert_round_trip(
 
 def _check_domain(layer: InvertibleModule, what: str, domain: Any, values: tuple[Any, ...]) -> None:
     for one, value in zip(of_each(domain, len(values)), values, strict=True):
-        expect(bool(one.check(value.detach()).all()), layer, f"{what}, {one}", f"{value.min()} to {value.max()}")
+        if not one.check(value.detach()).all():
+            expect(False, layer, f"{what}, {one}", f"{value.min()} to {value.max()}")
 
 
 @assertion
