@@ -290,6 +290,10 @@ DEFECTS = {
         ),
         "FrEIA's InvAutoFC": (planted(Undefined, volume_preserving=True), JACOBIAN),
         "a refusal": (planted(Scale, log_det=refuse), "no error in assert_log_det; got TypeError"),
+        "the inverse's for each value": (
+            planted(Scale, inverse_and_log_det=lambda self, y: (self.inverse(y), -self.s.expand_as(y))),
+            r"shape \(3,\); got \(3, 4\)",
+        ),
         "the wrong dtype": (log_det(lambda self, x, d: d.float()), "to be torch.float64; got torch.float32"),
         "the wrong sign of slopes": (planted(InWords, log_slope=lambda self, x: -Scale.log_det(self, x)), JACOBIAN),
         "the wrong sign alone": (planted(InWords, log_det=lambda self, x: -Scale.log_det(self, x)), JACOBIAN),
@@ -308,6 +312,7 @@ DEFECTS = {
             DERIVATIVES,
         ),
         "wrong second derivatives": (function(lambda self, x, y: wrong_at_second(x) + y), DERIVATIVES),
+        "wrong ones of the inverse": (inverse(lambda self, y, x: x + first_sample(y) - y), DERIVATIVES),
     },
     "modes_agree": {
         "a wrong replay": (planted(Scale, replay=wrong_replay), "Planted"),
@@ -317,6 +322,16 @@ DEFECTS = {
         ),
         "an inverse that drifts": (inverse(lambda self, y, x: x * (1 + 1e-7)), "Planted"),
         "counting": (function(lambda self, x, y: y + 1e-6 * next(NUMBERS)), "Planted"),
+        "the inverse's log-det alone": (
+            planted(
+                Scale,
+                inverse_and_log_det=lambda self, y: (
+                    self.inverse(y),
+                    (-self.s).sum().expand(len(y)) * (1 + 1e-6 * (iz.Mode.invert == self.mode)),
+                ),
+            ),
+            "Planted",
+        ),
         "Python's random numbers": (
             function(lambda self, x, y: y * random.choice([1, 1 + 1e-6, 1 - 1e-6])),  # noqa: S311 - it is the defect
             "Planted",
@@ -327,6 +342,7 @@ DEFECTS = {
         "a hoarder": (Hoarder(), KEPT),
         "random states": (KeepsRandomState(), KEPT),
         "exempt": (Exempt(), KEPT),
+        "a hoarding log-det": (log_det(lambda self, x, d: (vars(self).update(hoard=x.clone()), d)[1]), KEPT),
         "never stores": (
             planted(Scale, _policy=property(lambda _: Policy(Mode.invert, "never", False, False), lambda *_: None)),
             "more than 0 bytes in mode store; got 0",
@@ -393,6 +409,7 @@ DEFECTS = {
         ),
         "no gradient of none": (argument(lambda x: x if len(x) else x.detach()), "gradients of all inputs of shapes"),
         "the mean of gradients": (function(lambda self, x, y: mean(y)), "the gradients of a batch of 1"),
+        "the mean of the inverse's": (inverse(lambda self, y, x: mean(x)), "the gradients of a batch of 1"),
     },
     "trainable": {
         "FrEIA's OrthogonalTransform": (Transposed(), "Its inverse is wrong"),
@@ -419,6 +436,17 @@ def test_defects_are_found(assertion, layer, message):
 
 def test_a_layer_without_log_det_says_so():
     testing.assert_log_det(Undefined(), X)
+
+
+def test_a_wrong_gradient_of_a_side_input_is_found():
+    layer = planted(
+        Scale,
+        function=lambda self, x, *, context: Scale.function(self, x) + first_sample(context),
+        inverse=lambda self, y, *, context: Scale.inverse(self, y - context),
+        log_det=lambda self, x, *, context: Scale.log_det(self, x),
+    )
+    with pytest.raises(AssertionError, match=DERIVATIVES):
+        testing.assert_gradients(layer, X, context=X.cos())
 
 
 def test_round_trip_is_as_coarse_as_the_coarsest_tensor():
