@@ -147,4 +147,4 @@ _live = _Live()
 def slot_of(tensor: Any, key: tuple[Any, ...]) -> Slot | None:
     """Find the slot that holds this very tensor, unchanged; by its memory, since views and hooks make new objects."""
     slot = _live.slots.get(key)
-    return slot if slot is not None and slot.value is not None and slot.version == version_of(tensor) else None
+    return slot if slot is not None and slot.version == version_of(tensor) else None
