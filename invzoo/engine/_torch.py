@@ -291,7 +291,7 @@ def without_modes() -> contextlib.AbstractContextManager[Any]:
 def is_fake(tensor: Tensor) -> bool:
     """Whether a tensor has no data to look at."""
     module = sys.modules.get("torch._subclasses.fake_tensor")
-    return tensor.is_meta or (module is not None and isinstance(tensor, module.FakeTensor))
+    return tensor.is_meta or isinstance(tensor, getattr(module, "FakeTensor", ()))
 
 
 def is_capturing(tensor: Tensor) -> bool:
@@ -355,8 +355,8 @@ def _cleared(level: int) -> Iterator[None]:
 
 def is_distributed(tensor: Tensor) -> bool:
     """Whether a parameter is sharded, so that whoever shards it puts it in place (FSDP2)."""
-    module = sys.modules.get("torch.distributed.tensor")  # not imported: then there is none
-    return module is not None and isinstance(tensor, module.DTensor)
+    module = sys.modules.get("torch.distributed.tensor")  # not imported, or not yet: then there is none
+    return isinstance(tensor, getattr(module, "DTensor", ()))
 
 
 def whole(tensor: Any) -> Tensor:

@@ -1,6 +1,8 @@
 """What a call holds, refuses and leaves as it was, seen from outside."""
 
 import functools
+import sys
+import types
 from dataclasses import dataclass
 from typing import Any
 
@@ -483,3 +485,11 @@ def test_a_replay_inside_autocast_leaves_no_casts_behind(mode: str):
     with torch.autocast("cpu", torch.bfloat16), track_memory() as memory:
         torch.autograd.grad(loss, [*layer.parameters()])
         assert memory.current == 0
+
+
+def test_another_thread_may_be_importing_what_a_replay_looks_for(monkeypatch):
+    for name in ("torch.distributed.tensor", "torch._subclasses.fake_tensor"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    layer = iz.AdditiveCoupling(nn.Sequential(nn.Linear(2, 2), nn.Dropout()))
+    layer(torch.randn(3, 4)).sum().backward()
+    functional_call(layer, {name: 2 * p for name, p in layer.named_parameters()}, torch.randn(3, 4)).sum().backward()
