@@ -114,7 +114,7 @@ class InvertibleModule(Flags, Compilable, Bijection, nn.Module):
 
     def log_det(self, *inputs: Any, **side: Any) -> Tensor:
         """Compute log abs det of the Jacobian of :meth:`function` at ``inputs``, per sample: shape (B,)."""
-        if defines(self, "move"):
+        if defines(self, "move") and (not self.by_hand or _is_overridden(self, "log_det")):
             _check_call(self, inputs, side, run := Run(self, self))
             return run.log_det_at(inputs, side)
         if not self.volume_preserving:
@@ -206,7 +206,8 @@ class InvertibleModule(Flags, Compilable, Bijection, nn.Module):
 
     def has_log_det(self) -> bool:
         """Whether the layer has a log-determinant."""
-        return self.volume_preserving or _is_overridden(self, "log_det") or defines(self, "log_slope")
+        by_slope = defines(self, "log_slope") and not self.by_hand
+        return self.volume_preserving or _is_overridden(self, "log_det") or by_slope
 
     @property
     def inv(self) -> "InvertibleModule":

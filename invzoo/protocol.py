@@ -102,11 +102,11 @@ class BaseMap:
 
     def move(self, x: Any, *args: Any, **_: Any) -> Any:
         """Compute ``y``, given ``x, *h, *s``."""
-        raise NotImplementedError
+        raise NotImplementedError(f"Expected {type(self).__name__} to define move(x, *h); got none")
 
     def undo(self, y: Any, *args: Any, **_: Any) -> Any:
         """Compute ``x``, given ``y, *h``; with ``s`` behind it, if it has found that on the way."""
-        raise NotImplementedError
+        raise NotImplementedError(f"Expected {type(self).__name__} to define undo(y, *h); got none")
 
     def undo_at(self, x: Any, y: Any, *args: Any, **_: Any) -> Any:
         """As `undo`, where its value is known to be ``x``: for a search, which then writes no `move_`."""
@@ -310,7 +310,13 @@ class Run:
             return zero_log_det(self.owner, (x,))
         if not defines(self.bijection, "log_slope"):
             refuse(self.owner, "layer", "be a bijection with a log-determinant", "one without", TypeError)
-        return sum_per_sample(self.owner, self.bijection.log_slope(_in(self.bijection, x), *h, *s))
+        slopes = self.bijection.log_slope(_in(self.bijection, x), *h, *s)
+        if not isinstance(slopes, Tensor):
+            refuse(self.owner, "log_slope", "return a Tensor", type(slopes).__name__, TypeError)
+        if x.ndim and slopes.shape not in (x.shape, x.shape[:1]):
+            shapes = f"one slope for each value, {tuple(x.shape)}, or their sum for each sample, {tuple(x.shape[:1])}"
+            refuse(self.owner, "log_slope", f"return {shapes}", f"shape {tuple(slopes.shape)}")
+        return sum_per_sample(self.owner, slopes)
 
     def log_det_at(self, values: tuple[Any, ...], side: dict[str, Any]) -> Tensor:
         """Return the log-determinant of the map alone, at these inputs."""

@@ -271,7 +271,7 @@ class _Request:
 
     def solve(self, grads: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Return them as they are."""
-        with kept.one_backward():
+        with kept().one_backward():
             found = torch.autograd.grad(self.ends, self.below.starts, grads, retain_graph=True, allow_unused=True)
         self.known = [grad is not None for grad in found]
         return tuple(grad for grad in found if grad is not None)
@@ -279,7 +279,7 @@ class _Request:
     def tangents(self, grads: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Return what becomes of changes of the starts at the ends: the transpose of the linear map in `solve`."""
         starts = [start for start, known in zip(self.below.starts, self.known, strict=True) if known]
-        with plainly(), torch.enable_grad(), kept.one_backward():
+        with plainly(), torch.enable_grad(), kept().one_backward():
             zeros = [torch.zeros(s, dtype=t, device=d, requires_grad=True) for s, t, d in self.kinds]
             found = torch.autograd.grad(self.ends, starts, zeros, create_graph=True)
             return torch.autograd.grad(found, zeros, grads, retain_graph=True, materialize_grads=True)

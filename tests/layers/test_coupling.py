@@ -306,3 +306,33 @@ def test_halves_are_rebuilt_with_one_rounding(inverted):
         layer.mode = "store"
     (expected,) = torch.autograd.grad(last(*first(rebuilt, passed))[0].sum(), h)
     assert_close(got, expected, rtol=0, atol=0)
+
+
+class Bounded(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+
+    def forward(self, h):
+        return self.weight.to(h.dtype) * torch.tanh(h)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda scale: iz.AffineCoupling(nn.Linear(2, 4), scale=scale),
+        lambda scale: iz.MaskedAutoregressive(4, map=iz.layers.maps.Affine(scale=scale)),
+    ],
+    ids=["coupling", "autoregressive"],
+)
+def test_a_module_as_scale_is_the_layers_own(make):
+    layer = make(scale := Bounded())
+    iz.testing.assert_invertible(copy.deepcopy(layer), torch.randn(3, 4))
+    assert any(p is scale.weight for p in layer.parameters())
+    layer(torch.randn(3, 4)).sum().backward()
+    assert scale.weight.grad is not None
+    y = layer(torch.randn(3, 4))
+    with torch.no_grad():
+        scale.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="Expected parameters and buffers to stay as they were"):
+        y.sum().backward()

@@ -203,7 +203,7 @@ class Call:
                     self.rebuild()
                 value = handle.value
             if backward_id() == -1:  # somebody looks at the graph
-                kept.end()
+                kept().end()
         if version_of(value) != handle.version:  # type: ignore[arg-type]  # it is rebuilt
             note(error := handle.changed(self.operation.name), self.place)
             raise error
@@ -213,7 +213,7 @@ class Call:
         """Replay the call, and give the graph what it saved (rules 3 and 4)."""
         keep = keeps_graph()
         if keep:
-            kept.begin(self)
+            kept().begin(self)
         _pull(self)
         self._as_it_was(self._rebuild, Tape(self), not keep)
         if keep:

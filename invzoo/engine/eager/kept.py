@@ -22,7 +22,7 @@ class Rebuilt(Protocol):
     def lock(self) -> threading.RLock: ...
 
 
-class _Kept(threading.local):
+class Kept:
     """What backwards through a kept graph rebuilt and have not dropped yet (rule 4)."""
 
     def __init__(self) -> None:
@@ -70,4 +70,14 @@ class _Kept(threading.local):
         self.slots.clear()
 
 
-kept = _Kept()
+class _Thread(threading.local):
+    def __init__(self) -> None:
+        self.kept = Kept()
+
+
+_thread = _Thread()
+
+
+def kept() -> Kept:
+    """Return that of the thread that runs a backward; another one, of another device say, may end it."""
+    return _thread.kept

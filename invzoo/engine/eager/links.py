@@ -104,7 +104,7 @@ class Links:
                 if done:
                     slot.consumer = None
                 elif keeps_graph():
-                    kept.slots.append(ref)
+                    kept().slots.append(ref)
 
     def dtypes(self, own: set[torch.dtype]) -> set[torch.dtype]:
         """Return those that a rebuilt input has gone through, in this call and in those behind it."""

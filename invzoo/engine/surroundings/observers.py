@@ -141,9 +141,11 @@ class Observers:
     def _silence(self, sites: list[_Site], gone: list[tuple[dict[int, Hook], int]]) -> Iterator[None]:
         active = {id(hook) for _, _, hook in self.active}
         with _standing_in(sites, lambda hook, *call: _run_apart(hook, *call) if id(hook) in active else None):
-            yield
-        for table, key in gone:
-            table.pop(key, None)
+            try:
+                yield
+            finally:
+                for table, key in gone:
+                    table.pop(key, None)
 
     def arm(self) -> None:
         """Put the hooks that returned a value in place, though one may have removed itself since."""

@@ -84,6 +84,12 @@ class Structure:
     def restored(self) -> Iterator[None]:
         """Put the modules in place, and their flags back."""
         moved = [(table, name, m) for table, was in self._children for name, m in was.items() if table[name] is not m]
-        flags = [(vars(m), "training", was) for m, was in zip(self.modules, self._flags, strict=True)]
-        with put(moved), put([f for f in flags if f[0]["training"] != f[2]]):
-            yield
+        flags = [(m, was, m.training) for m, was in zip(self.modules, self._flags, strict=True) if m.training != was]
+        with put(moved):
+            try:
+                for module, was, _ in flags:
+                    module.training = was
+                yield
+            finally:
+                for module, _, now in flags:
+                    module.training = now

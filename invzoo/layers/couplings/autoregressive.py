@@ -15,7 +15,7 @@ from ...protocol import Like, moved, seen, undone
 from .._checks import check_choice, check_dims, check_features, check_like, check_positive_int, refuse
 from ..elementwise import check_real
 from ..maps.affine import Affine, Shift
-from ..maps.base import Map
+from ..maps.base import Map, register_functions
 from ..maps.spline import RationalQuadratic
 from .made import MADE
 
@@ -105,6 +105,7 @@ class MaskedAutoregressive(InvertibleModule):
         super().__init__(**options)
         self._check_arguments(features, hidden, map, order, context_features, activation)
         self.map = map if isinstance(map, Map) else _MAPS[map]
+        self.map_functions = register_functions(self, self.map)
         self.map.check(self)
         self.volume_preserving = self.map.volume_preserving  # type: ignore[misc]
         self.features, self.order, self.context_features = features, order, context_features
@@ -169,7 +170,7 @@ class MaskedAutoregressive(InvertibleModule):
         return self._restored(self.net.solve(y.index_select(-1, self.permutation), inverse, context))
 
     def _roots(self) -> tuple[nn.Module, ...]:
-        return (*super()._roots(), *modules_behind(self, self.net.activation))
+        return (*super()._roots(), *modules_behind(self, self.net.activation, *self.map_functions))
 
     def side_names(self) -> SideNames:
         return SideNames(frozenset(() if self.context_features is None else ("context",)), any=False)

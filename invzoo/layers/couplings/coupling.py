@@ -12,7 +12,7 @@ from ...log_dets import LogDets
 from ...module import Composite, modules_behind
 from ...protocol import Bijection, Like, Run
 from .._checks import check_callable, check_dim_given, check_returned, explain, given_dim, refuse
-from ..maps.base import Map, by_map
+from ..maps.base import Map, by_map, register_functions
 from ..rearrangements.split import Partition, SplitSpec, checkerboard, cut, join
 
 __all__ = ["Coupling", "Subnet"]
@@ -57,6 +57,7 @@ class Coupling(Composite):
             check_callable(self, "g", g)
         map_.check(self)
         self.map, self.f, self.g = map_, f, g
+        self.map_functions = register_functions(self, map_)
         if subnet_dtype is not None and not (isinstance(subnet_dtype, torch.dtype) and subnet_dtype.is_floating_point):
             refuse(self, "subnet_dtype", "be a floating point dtype or None", repr(subnet_dtype), TypeError)
         self.dim, self.split, self.swap, self.subnet_dtype = given_dim(self, dim), split, swap, subnet_dtype
@@ -142,14 +143,15 @@ class Update(Bijection):
 
     def _operation(self, run: Run) -> Operation:
         name = f"{type(self.coupling).__name__}{'.inv' * run.inverted} ({self.name}{', log_det' * run.log_det})"
-        foreign = not isinstance(self.net, nn.Module)
-        roots = modules_behind(self.coupling, self.net) if foreign else [self.net]
+        functions = [self.net, *self.coupling.map_functions]
+        foreign = not all(isinstance(function, nn.Module) for function in functions)
+        roots = modules_behind(self.coupling, *functions) if foreign else functions
         return Operation(
             name,
             run.function,
             run.inverse,
             run.replay,
-            roots,  # type: ignore[arg-type]  # a module, where it is not foreign
+            roots,
             self.coupling._policy,
             log_det=run.log_det,
             foreign=foreign,

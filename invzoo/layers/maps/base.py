@@ -9,13 +9,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import constraints
 
 from ...protocol import BaseMap, Like
 from ..elementwise import check_real
 
-__all__ = ["Map", "by_map"]
+__all__ = ["Map", "by_map", "register_functions"]
 
 
 def by_map(*words: str) -> Iterator[Any]:
@@ -47,6 +47,10 @@ class Map(BaseMap, ABC):
         """Return what `move` and `undo` get of the parameters, which come stacked along ``dim``."""
         return h, dim
 
+    def functions(self) -> list[Any]:
+        """Return the functions that the map was given, modules among them."""
+        return [value for value in vars(self).values() if callable(value)]
+
     def check(self, owner: object) -> None:
         """Raise if the options make no map; ``owner`` is the layer that has them."""
 
@@ -57,3 +61,11 @@ class Map(BaseMap, ABC):
     def reset(self, weight: Tensor) -> None:
         """Write the parameters of the start, (parameters, features), into ``weight``."""
         weight.zero_()
+
+
+def register_functions(layer: nn.Module, map_: Map) -> list[Any]:
+    """Register the modules among a map's functions as a layer's own, and return all of the functions."""
+    functions = map_.functions()
+    for i, module in enumerate(f for f in functions if isinstance(f, nn.Module)):
+        layer.add_module(f"map_{i}", module)
+    return functions
