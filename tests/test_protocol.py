@@ -110,3 +110,58 @@ def test_log_slopes_are_summed_in_at_least_float32(dtype):
     values = torch.full((2, 4096), 0.01, dtype=dtype)
     total = iz.sum_per_sample(iz.Identity(), values)
     assert_close(total, values.to(torch.promote_types(dtype, torch.float32)).sum(1), rtol=1e-6, atol=0)
+
+
+class Scaled(iz.InvertibleModule):
+    def __init__(self, slopes):
+        super().__init__()
+        self.slopes = slopes
+
+    def move(self, x):
+        return 2 * x
+
+    def undo(self, y):
+        return y / 2
+
+    def log_slope(self, x):
+        return self.slopes(x)
+
+
+@pytest.mark.parametrize("shape", [(4,), (5, 1), (7, 4), ()], ids=str)
+@pytest.mark.parametrize("inverted", [False, True])
+def test_log_slopes_of_another_shape_are_refused(shape, inverted):
+    layer = Scaled(lambda x: torch.zeros(shape))
+    with pytest.raises(ValueError, match=r"Scaled: Expected log_slope to return one slope .*, \(5, 4\), or"):
+        (layer.inv if inverted else layer).forward_and_log_det(torch.ones(5, 4))
+    with pytest.raises(TypeError, match="Scaled: Expected log_slope to return a Tensor; got float"):
+        Scaled(lambda x: 0.5).log_det(torch.ones(5, 4))
+
+
+def test_methods_below_words_have_no_log_det_of_those():
+    class Shifted(iz.ElementwiseAffine):
+        def function(self, x, *, context=None):
+            return 3 * super().function(x)
+
+        def inverse(self, y, *, context=None):
+            return super().inverse(y / 3)
+
+    layer = Shifted(4)
+    assert not layer.has_log_det()
+    with pytest.raises(TypeError, match="Shifted: Expected layer to be a bijection with a log-det.*; got one without"):
+        layer.forward_and_log_det(torch.ones(5, 4))
+
+
+def test_a_word_that_is_missing_is_named():
+    class Oneway(iz.InvertibleModule):
+        def move(self, x):
+            return 2 * x
+
+    with pytest.raises(NotImplementedError, match=r"Expected Oneway to define undo\(y, \*h\); got none"):
+        Oneway().inverse(torch.ones(5, 4))
+
+
+def test_options_of_a_chain_whose_layers_differ():
+    net = iz.InvertibleSequential(iz.Reverse(mode="store"), iz.Reverse(mode="recompute"))
+    assert (net.mode, net.checkpoint, net.invertible, net.check) == (None, None, None, "first")
+    net.mode = "invert"
+    assert [layer.mode for layer in net] == ["invert", "invert"]

@@ -41,6 +41,11 @@ def imported(path):
             module = tuple((node.module or "").split(".")) if node.module else ()
             for alias in node.names:
                 yield (*base, *module, *(() if module else (alias.name,)))
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module]
+            assert not [name for name in names if name.startswith(f"{ROOT.name}.")], (
+                f"{path} imports a file by its name"
+            )
 
 
 def below(parts, edges):
@@ -70,6 +75,10 @@ def test_the_engines_ground_imports_nothing_above_it_and_its_wings_not_each_othe
         others = {other for other in imported(path) if other[:1] == ("engine",)}
         if own[1] in GROUND:
             assert all(other[1] in GROUND for other in others), own
+        if own[1] == "surroundings":
+            assert all(other[1] in (*GROUND, "surroundings") for other in others), own
+        if own[1] in ("eager", "compiled"):
+            assert ("engine", "dispatch") not in others, own
         for wing, other_wing in (("eager", "compiled"), ("compiled", "eager")):
             assert own[1] != wing or not [other for other in others if other[1] == other_wing], own
 
@@ -99,6 +108,8 @@ def test_every_file_declares_what_it_offers(path):
     }
     assert "__all__" in names or path.name == "__main__.py" or not ast.parse(path.read_text()).body[1:]
     assert len(path.read_text().splitlines()) < (300 if "layers" in path.parts else 500) + 50
+    classes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ClassDef)]
+    assert [c.name for c in classes if c.end_lineno - c.lineno >= 200] == []
 
 
 COMPILER = """

@@ -3,6 +3,7 @@
 import functools
 import sys
 import types
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.func import functional_call, grad, vjp
 from torch.testing import assert_close
 
 import invzoo as iz
+from invzoo.engine.eager import kept as kept_module
 from invzoo.testing.memory import track_memory
 
 SAVING = pytest.mark.parametrize("mode", ["recompute", "invert"])
@@ -493,3 +495,74 @@ def test_another_thread_may_be_importing_what_a_replay_looks_for(monkeypatch):
     layer = iz.AdditiveCoupling(nn.Sequential(nn.Linear(2, 2), nn.Dropout()))
     layer(torch.randn(3, 4)).sum().backward()
     functional_call(layer, {name: 2 * p for name, p in layer.named_parameters()}, torch.randn(3, 4)).sum().backward()
+
+
+class Delegating(nn.Module):
+    """Its flag is another module's, as that of what `torch.compile` returns is."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(2, 2), nn.Dropout())
+
+    @property
+    def training(self):
+        return self.inner.training if "inner" in self.__dict__.get("_modules", {}) else True
+
+    @training.setter
+    def training(self, value):
+        for module in self._modules.values() if "_modules" in self.__dict__ else ():
+            module.training = value
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+def test_a_module_whose_flag_is_another_modules():
+    layer = iz.AdditiveCoupling(Delegating())
+    y = layer(torch.randn(3, 4, requires_grad=True))
+    layer.eval()
+    y.sum().backward()
+    assert not layer.f.training
+
+
+class Halves(iz.InvertibleModule):
+    def move(self, x):
+        return x.bfloat16().exp().float()
+
+    def undo(self, y):
+        return y.log()
+
+
+def test_an_error_is_allowed_that_comes_of_a_dtype_inside():
+    Halves()(torch.randn(64, 4, requires_grad=True) * 1).sum().backward()
+
+
+def test_a_hook_that_removed_itself_stays_away_after_an_error_in_a_replay(monkeypatch):
+    layer = iz.AffineCoupling(nn.Sequential(nn.Tanh(), nn.Linear(2, 4)))
+
+    def hook(module, args, output):
+        handle.remove()
+        return 2 * output
+
+    handle = layer.f[1].register_forward_hook(hook)
+    y = layer(torch.randn(3, 4, requires_grad=True))
+    with monkeypatch.context() as patch:
+        patch.setattr(nn.Tanh, "forward", lambda self, x: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            y.sum().backward()
+    assert not layer.f[1]._forward_hooks
+
+
+def test_another_thread_may_end_a_backward_through_a_kept_graph(monkeypatch):
+    """As on several devices: torch calls back where the last node ran."""
+    ends = []
+    monkeypatch.setattr(kept_module, "at_end_of_backward", ends.append)
+    layer, x = iz.AdditiveCoupling(nn.Sequential(nn.Linear(2, 2), nn.Tanh())), torch.randn(3, 4, requires_grad=True)
+    with track_memory() as memory:
+        y = layer(x * 1)
+        held = memory.current
+        torch.autograd.grad(y.sum(), x, retain_graph=True)
+        assert memory.current > held
+        with ThreadPoolExecutor() as pool:
+            pool.submit(ends.pop()).result()
+        assert memory.current == held
