@@ -43,7 +43,7 @@ napoleon_custom_sections = [("Reference", "References")]
 nitpicky = True
 nitpick_ignore_regex = [
     (r"py:.*", r"(?!invzoo\b)[\w.]*"),
-    (r"py:.*", r"invzoo\.(layers|engine|contract)\b[\w.]*"),
+    (r"py:.*", r"invzoo\.(layers|engine)\b[\w.]*"),
 ]
 
 HEAD = ("layer", "map", "log-determinant", "inverse", "context", "domain", "kept in mode ``invert``")

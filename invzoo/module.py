@@ -27,10 +27,12 @@ __all__ = ["Composite", "Inverse", "InvertibleModule", "mode", "modules_behind"]
 class InvertibleModule(Flags, Compilable, Bijection, nn.Module):
     """A layer ``y = function(x)`` that rebuilds what its backward needs with ``x = inverse(y)``.
 
-    A subclass writes :meth:`function` and :meth:`inverse`; ``forward`` belongs to this class. Both directions take one
-    or several tensors and return as many as the other takes. Side inputs (conditions, masks) are keyword arguments of
-    both; they are never freed, and gradients reach them. A ``function`` may return more than callers should see (what
-    its inverse needs besides): override ``forward`` to call ``super().forward`` and hide it.
+    A subclass says its maths in a few words, `move`, `undo` and where it has them `given` and `log_slope`, from which
+    all methods are derived; or it writes :meth:`function`, :meth:`inverse` and :meth:`log_det`. ``forward`` belongs to
+    this class. Both directions take one or several tensors and return as many as the other takes. Side inputs
+    (conditions, masks) are keyword arguments of both; they are never freed, and gradients reach them. A ``function``
+    may return more than callers should see (what its inverse needs besides): override ``forward`` to call
+    ``super().forward`` and hide it.
 
     Hooks fire for ``layer(x)`` alone, as for any module: not for the other methods, nor for those of :attr:`inv`, whose
     inputs and outputs are no ``forward``'s. Hooks on modules inside fire in every direction. A hook that computes one
@@ -50,8 +52,8 @@ class InvertibleModule(Flags, Compilable, Bijection, nn.Module):
 
     Example:
         >>> class Double(iz.InvertibleModule):
-        ...     def function(self, x): return 2 * x
-        ...     def inverse(self, y): return y / 2
+        ...     def move(self, x): return 2 * x
+        ...     def undo(self, y): return y / 2
         >>> Double()(torch.ones(3))
         tensor([2., 2., 2.])
     """

@@ -94,8 +94,8 @@ class Cubed(iz.layers.maps.Map):
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: iz.layers.couplings.coupling.Coupling(Cubed(), nn.Linear(2, 2), nn.Linear(2, 2)),
-        lambda: iz.layers.couplings.coupling.Coupling(Cubed(), nn.Identity(), dim=2, split="checkerboard"),
+        lambda: iz.layers.couplings.Coupling(Cubed(), nn.Linear(2, 2), nn.Linear(2, 2)),
+        lambda: iz.layers.couplings.Coupling(Cubed(), nn.Identity(), dim=2, split="checkerboard"),
         lambda: iz.MaskedAutoregressive(4, (8,), map=Cubed()),
     ],
 )
