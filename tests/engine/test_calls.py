@@ -566,3 +566,22 @@ def test_another_thread_may_end_a_backward_through_a_kept_graph(monkeypatch):
         with ThreadPoolExecutor() as pool:
             pool.submit(ends.pop()).result()
         assert memory.current == held
+
+
+class Signed(iz.InvertibleModule):
+    def function(self, x):
+        y = x.square()
+        y.signs = x.sign()
+        return y
+
+    def inverse(self, y):
+        return y.sqrt() * y.signs
+
+
+def test_what_a_function_set_on_its_output_is_there_for_the_inverse_while_the_caller_holds_that():
+    x = torch.randn(3, 4, requires_grad=True)
+    y = Signed()(x * 1)
+    z = iz.InvertibleLeakyReLU()(y)  # it consumes y, and is not asked
+    y.sum().backward()
+    assert_close(x.grad, 2 * x.detach())
+    assert z.requires_grad

@@ -85,11 +85,16 @@ class Slot:
 
     def put(self, value: Tensor, dtypes: set[torch.dtype] | frozenset[torch.dtype] = frozenset()) -> None:
         """Hold ``value``, not to be changed in place from here on, and the dtypes that it went through when rebuilt."""
-        value = (value if self.freed is None else self.freed.restore(value)).detach()
+        held = self._bare(value if self.freed is None else self.freed.restore(value))
+        self.value: Tensor | None = held
+        self.version, self.dtypes, self.stream = version_of(held), dtypes, stream_of(held)
+
+    def _bare(self, value: Tensor) -> Tensor:
+        """Return a tensor without its graph, with what the function had set on the original."""
+        bare = value.detach()
         if self.attributes:
-            vars(value).update(self.attributes)
-        self.value: Tensor | None = value
-        self.version, self.dtypes, self.stream = version_of(self.value), dtypes, stream_of(self.value)
+            vars(bare).update(self.attributes)
+        return bare
 
     def take(self) -> Tensor | None:
         """Return the value for use on the current stream (NOTE [Streams])."""
@@ -113,7 +118,7 @@ class Slot:
         tensor = self.origin()
         if tensor is None or self.freed is not None or version_of(tensor) != self.version or key_of(tensor) != self.key:
             return False
-        self.value, self.dtypes = tensor.detach(), frozenset()
+        self.value, self.dtypes = self._bare(tensor), frozenset()
         return True
 
     @property
