@@ -91,7 +91,6 @@ class Call:
     kept: tuple[Any, ...] | None = None  # the inputs, if the replay does not rebuild them
     leaf_inputs: Sequence[int | None] = ()  # the storages of inputs that want a gradient of their own
     proof: Proof | None = None  # what its replay is compared by, if it is
-    wanted = False  # whether a backward may replay it: its graph saved something, or a call before it needs its inputs
 
     def __init__(self, operation: Operation, inputs: tuple[Any, ...], side: dict[str, Any]):
         self.operation = operation
@@ -113,7 +112,6 @@ class Call:
         if side:
             self.side = {k: self.given.take(f"side input {k!r}", v) for k, v in side.items()}
             tensors += [x for x in side.values() if isinstance(x, Tensor)]
-        self.given.complete()
         generators = [x for x in others if isinstance(x, torch.Generator)]
         self.surroundings = Surroundings(operation.roots, tensors, generators, foreign=operation.foreign)
 
@@ -160,12 +158,13 @@ class Call:
             for i, x in enumerate(self.kept):
                 if x is not None:
                     self.given.keep(f"input {i}", x)
-        self.wanted = self.links.inherits or self.saved.awaited
-        if self.wanted and self.kept is None:
+        # Whether a backward may replay it: its graph saved something, or a call before it needs its inputs.
+        wanted = self.links.inherits or self.saved.awaited
+        if wanted and self.kept is None:
             self.proof = Proof.of_inverted(operation, inputs, self.links.passed)
-        elif self.wanted:
+        elif wanted:
             self.proof = Proof.of_recomputed(operation, outputs, self.saved)
-        if self.wanted and (may_step(parameters.tensors) or self.given.leaves):
+        if wanted and (may_step(parameters.tensors) or self.given.leaves):
             self._come_first(inputs, outputs)
         self.saved.release()
         tensors = [x for x in (*inputs, *outputs) if isinstance(x, Tensor)]

@@ -47,10 +47,6 @@ class Given:
             vars(data).update(self.take_all(what, attributes))
         return data
 
-    def complete(self) -> None:
-        """Forget which tensors were met: the identities of those that are gone are given to others."""
-        self._copies = _NONE
-
     def keep(self, what: str, tensor: Tensor) -> None:
         self._tensors = (*self._tensors, (what, tensor, version_of(tensor)))
 
@@ -74,4 +70,4 @@ class Given:
 
     def forget(self) -> None:
         """After the last replay: hold nothing any more."""
-        self._tensors = ()
+        self._tensors, self._copies = (), _NONE
